@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from latentflow.cli import parse, run
 from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
-from latentflow.inference.images import enlarge, image_grid, read_opaque, save_images
+from latentflow.inference.images import (
+    box_mask,
+    enlarge,
+    image_grid,
+    read_image,
+    read_mask_of,
+    read_opaque,
+    save_images,
+)
 from latentflow.inference.sample import (
     Condition,
     check_memory,
@@ -23,12 +31,16 @@ from latentflow.inference.sample import (
     warn_unknown_words,
 )
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 @dataclass(frozen=True, kw_only=True)
 class EditConfig(SamplingConfig):
     """Edit an image with a prompt, or generate variations of it.
 
     latentflow edit apple.png "green apple" --from "red apple" -o green.png
+    latentflow edit apple.png "green apple" --from "red apple" --box 0 0 32 64 -o half.png
     latentflow edit apple.png --method image-to-image --strength 0.5 -n 8 -o variation.png
     """
 
@@ -39,16 +51,25 @@ class EditConfig(SamplingConfig):
     first come first."""
     source: Annotated[str | None, tyro.conf.arg(name="from", metavar="PROMPT")] = None
     """Description of the image as it is: a prompt or a class. The better it fits, the less else changes."""
-    method: Literal["flowedit", "inversion", "image-to-image"] = "flowedit"
-    """flowedit moves the image directly, inversion goes through the image's own noise (and has no seed),
-    image-to-image mixes noise into the image and samples from there."""
+    mask: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Edit only where this image is white. Every other pixel keeps its sRGB colour and its transparency."""
+    mask_threshold: float | None = None
+    """Make a mask of any image: pixels that are at least this bright, from 0 to 1, are edited."""
+    box: Annotated[tuple[int, int, int, int] | None, tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = None
+    """Edit only this rectangle of the image, in pixels from its left and upper edges."""
+    method: Literal["flowedit", "inversion", "direct", "image-to-image"] = "flowedit"
+    """flowedit moves the image directly. inversion goes through the image's own noise; direct does too, and gives its
+    errors back, so that less is lost; both have no seed. image-to-image mixes noise into the image and samples from
+    there."""
     strength: float | None = None
-    """From 0, which keeps the image, to 1, which may change the layout; default: 0.9, image-to-image 0.6."""
+    """From 0, which keeps the image, to 1, which may change the layout; default: 0.9 (SD3 0.85, FLUX dev 0.95),
+    image-to-image 0.6."""
     guidance: float | None = None
-    """Guidance scale: how closely to follow the prompt or class; 1 is off; default: 2, image-to-image 4."""
+    """Guidance scale: how closely to follow the prompt or class; 1 is off; default: 2 (flowedit with SD3 13.5, with
+    FLUX dev 5.5), image-to-image the model's own."""
     solver: str | None = None
-    """A solver of `latentflow generate`; flowedit and inversion take none with fresh noise. Default: euler for
-    flowedit, else heun."""
+    """A solver of `latentflow generate`; only image-to-image takes one with fresh noise. Default: euler for flowedit
+    and direct, heun for inversion."""
     grid: bool = False
     """Write image and result side by side, a row for each result."""
 
@@ -57,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Edit the image, and write the results."""
     config = parse(EditConfig, argv, prog="latentflow edit")
     check(config)
-    image = read_opaque(config.image)
+    image, mask = read(config)
     img2img = config.method == "image-to-image"
 
     from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline
@@ -78,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **({} if config.steps is None else {"num_inference_steps": config.steps}),
         solver=config.solver,
         **({} if img2img else {"method": config.method} | source_of(pipe, config)),
+        **({} if mask is None else {"mask_image": mask}),
         **({} if config.strength is None else {"strength": config.strength}),
         **({} if config.guidance is None else {"guidance_scale": config.guidance}),
     )
@@ -88,14 +110,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_images([enlarge(image, config.scale) for image in images], config.output, config.overwrite)
 
 
+def read(config: EditConfig) -> tuple[Image, Image | None]:
+    """Return the image, and the mask if there is one; without a mask nothing is transparent.
+
+    Raises:
+        UserError: they cannot be read; the box is not within the image.
+    """
+    if config.mask is None and config.box is None:
+        return read_opaque(config.image), None
+    image = read_image(config.image)
+    if config.mask is not None:
+        return image, read_mask_of(config.mask, image, config.mask_threshold)
+    assert config.box is not None
+    return image, box_mask(image, config.box)
+
+
 def check(config: EditConfig) -> None:
     """Refuse flags that would have no effect."""
     check_sampling(config)
     if config.method == "image-to-image" and config.source is not None:
         raise UserError("--method image-to-image does not use --from", "Leave it out.")
-    if config.method == "inversion" and config.n > 1:
+    if config.method in ("inversion", "direct") and config.n > 1:
         raise UserError(
-            f"-n {config.n}: inversion has no seed, all images would be equal", "Use --method flowedit."
+            f"-n {config.n}: {config.method} has no seed, all images would be equal", "Use --method flowedit."
+        )
+    masked = [name for name in ("mask", "box") if getattr(config, name) is not None]
+    if len(masked) == 2:
+        raise UserError(
+            "--mask and --box are both given", "Give one, and the other in a second run on the result."
+        )
+    if config.mask_threshold is not None and "mask" not in masked:
+        raise UserError("--mask-threshold is given without --mask", "Leave it out, or give --mask FILE.")
+    if config.method == "image-to-image" and masked:
+        raise UserError(
+            f"--method image-to-image does not use --{masked[0]}",
+            "Use --method flowedit, or `latentflow inpaint` with --strength.",
         )
 
 

@@ -12,7 +12,14 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
-from latentflow.inference.images import enlarge, image_grid, read_image, read_mask_of, save_images
+from latentflow.inference.images import (
+    box_mask,
+    enlarge,
+    image_grid,
+    read_image,
+    read_mask_of,
+    save_images,
+)
 from latentflow.inference.sample import (
     check_memory,
     check_sampling,
@@ -137,25 +144,6 @@ def read(config: InpaintConfig) -> tuple[Image, Image, tuple[str, ...]]:
             "Give one after the image, or --box LEFT TOP RIGHT BOTTOM, or --expand LEFT TOP RIGHT BOTTOM.",
         )
     return image, read_mask_of(words[0], image, config.mask_threshold), words[1:]
-
-
-def box_mask(image: Image, box: tuple[int, int, int, int]) -> Image:
-    """Return a mask of the image's size that is white in the box.
-
-    Raises:
-        UserError: the box is empty or not within the image.
-    """
-    import PIL.Image
-
-    left, top, right, bottom = box
-    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
-        raise UserError(
-            f"--box {left} {top} {right} {bottom} is no rectangle in an image of {image.width} x {image.height} pixels",
-            "Give LEFT TOP RIGHT BOTTOM, the last two larger than the first two.",
-        )
-    mask = PIL.Image.new("L", image.size)
-    mask.paste(255, box)
-    return mask
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ GROUND = [
     {"errors"},
     {"utils.names"},
     {"utils", "utils.files", "utils.flags", "utils.libraries", "utils.progress", "utils.words"},
+    {"utils.single_files"},
     {"utils.weight_files"},
     {"utils.components", "utils.html_page", "utils.memory", "utils.placement", "cli"},
     {"__main__"},

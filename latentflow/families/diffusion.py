@@ -78,11 +78,32 @@ class DiffusionModel(PretrainedModel):
         """Return ``steps`` + 1 times, float64, from the noisiest of the scheduler's timesteps to 1."""
         steps = self.usual_steps if steps is None else steps
         flow.time_grid(steps)  # refuses what is no number of steps
-        own = self.pipeline.scheduler
-        scheduler = type(own).from_config(own.config)
-        scheduler.set_timesteps(steps)
+        scheduler = self.set_timesteps(self.pipeline.scheduler, steps, height, width)
         timesteps = torch.as_tensor(scheduler.timesteps).double().unique().flip(0)  # some take a step twice
         return torch.cat([self.time_of(timesteps), torch.ones(1, dtype=torch.float64)])
+
+    def set_timesteps(self, scheduler: Any, steps: int, height: int, width: int) -> Any:
+        """Return a copy of a scheduler, whose timesteps are set as the pipeline's call sets them."""
+        copy = type(scheduler).from_config(scheduler.config)
+        copy.set_timesteps(steps)
+        return copy
+
+    def on_path(self, scheduler: Any, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the time and the state on the straight path of a scheduler's x before a step."""
+        timesteps = torch.as_tensor(scheduler.timesteps)[step : step + 1]
+        t = self.time_of(timesteps)[0]
+        return t, scheduler.scale_model_input(x, timesteps[0]) * self._norm(t).to(x)
+
+    def scheduler_grid(self, scheduler: Any) -> None:
+        """Return None: no diffusion network sees the end of a step."""
+
+    def model_output(self, scheduler: Any, t: Tensor, state: Tensor, velocity: Tensor) -> Tensor:
+        """Return what the scheduler's ``step`` takes for a velocity, which belongs to a state on the straight path."""
+        x0, x1 = state - t.to(state) * velocity, state + (1.0 - t).to(state) * velocity
+        kind = scheduler.config.prediction_type
+        if kind == "epsilon":
+            return x0
+        return x1 if kind == "sample" else ((t * x0 - (1.0 - t) * x1) / self._norm(t)).to(state)
 
     def begin(self, noise: Tensor, times: Tensor) -> Tensor:
         """Return the state at the noisiest timestep: there is data in it, and noise alone takes its place."""

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
 from torch import Tensor
 
-from .. import flow
 from ..autoencoder import denormalise, normalise
 from ..flow import Velocity
 from .model import Rows, Values
@@ -62,12 +61,12 @@ class Ideogram4Model(PretrainedModel):
 
         return scheduled
 
-    def time_grid(self, steps: int | None, height: int, width: int) -> Tensor:
-        """Return ``steps`` + 1 times from 0 (noise) to 1 (data), float64: a logit-normal's quantiles."""
-        steps = self.usual_steps if steps is None else steps
-        flow.time_grid(steps)  # refuses what is no number of steps
+    def set_timesteps(self, scheduler: Any, steps: int, height: int, width: int) -> Any:
+        """Return a copy of a scheduler, whose noise levels are a logit-normal's quantiles."""
         mu = _resolution_aware_mu(height, width, self.option("mu"))
-        return self.scheduled(steps, _logit_normal_sigmas(steps, mu, self.option("std")).tolist())
+        return self.with_sigmas(
+            scheduler, steps, _logit_normal_sigmas(steps, mu, self.option("std")).tolist()
+        )
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, _, segments, _ = self.pipeline.encode_prompt(

@@ -20,6 +20,7 @@ from .. import flow
 from ..autoencoder import downscale_factor, latent_channels
 from ..errors import UserError, lookup
 from . import SIBLINGS
+from .edit_defaults import EditDefaults
 from .model import FlowModel, Generators, Rows, Size, Values
 from .sizes import check_size
 
@@ -90,6 +91,26 @@ class PretrainedModel(FlowModel):
     def usual_solver(self) -> str | flow.Solver:
         """The solver of the pipeline itself."""
         return "euler"
+
+    @property
+    def edit_defaults(self) -> EditDefaults:
+        """Settings of an edit where nobody gives any.
+
+        Of networks that take the guidance scale as an input, FlowEdit's for FLUX.1 dev (Kulikov et al. 2024,
+        arXiv:2412.08629, appendix): 28 steps, the last 24 taken, which begin at t = 0.05 at 1024 x 1024 pixels;
+        guidance 1.5 and 5.5.
+        """
+        return EditDefaults(28, 0.95, 1.5, 5.5) if self.embeds_guidance else super().edit_defaults
+
+    def describe_guidance(self) -> str:
+        """Return how a negative prompt takes effect, as the second half of an error."""
+        if self.guidance(2.0) == self.unguided:
+            return "Leave it out: this checkpoint is step-distilled, and draws without guidance."
+        if self.embeds_guidance:
+            return (
+                "Leave it out: the network takes its guidance scale as an input, and has no negative prompts."
+            )
+        return super().describe_guidance()
 
     def guidance(self, scale: float | None) -> float:
         """Return the guidance scale that is used where ``scale`` is asked for; None is `usual_guidance`."""
@@ -181,18 +202,42 @@ class PretrainedModel(FlowModel):
         """Return ``steps`` + 1 times from 0 (noise) to 1 (data), float64: those of the pipeline's own scheduler."""
         steps = self.usual_steps if steps is None else steps
         flow.time_grid(steps)  # refuses what is no number of steps
-        mu = self.mu(steps, self.tokens(height, width))
-        return self.scheduled(steps, self.sigmas(steps), **({} if mu is None else {"mu": mu}))
-
-    def scheduled(self, steps: int, sigmas: list[float] | None, **shifted: float) -> Tensor:
-        """Return the times that the pipeline's scheduler makes of noise levels."""
-        own = self.pipeline.scheduler
-        scheduler = type(own).from_config(own.config)  # the pipeline's own keeps its state
-        retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, **shifted)
-        sigmas_of_steps: Tensor = scheduler.sigmas.double()
+        scheduler = self.set_timesteps(self.pipeline.scheduler, steps, height, width)
+        sigmas: Tensor = scheduler.sigmas.double()
         if steps == 1:  # a shift to a terminal noise level divides 0 by 0
-            sigmas_of_steps = sigmas_of_steps.nan_to_num(1.0)
-        return sigmas_of_steps if own.config.get("invert_sigmas") else 1.0 - sigmas_of_steps
+            sigmas = sigmas.nan_to_num(1.0)
+        return sigmas if scheduler.config.get("invert_sigmas") else 1.0 - sigmas
+
+    def set_timesteps(self, scheduler: Any, steps: int, height: int, width: int) -> Any:
+        """Return a copy of a scheduler, whose timesteps are set as the pipeline's call sets them."""
+        mu = self.mu(steps, self.tokens(height, width))
+        return self.with_sigmas(scheduler, steps, self.sigmas(steps), **({} if mu is None else {"mu": mu}))
+
+    @staticmethod
+    def with_sigmas(scheduler: Any, steps: int, sigmas: list[float] | None, **shifted: float) -> Any:
+        """Return a copy of a scheduler, which makes its timesteps of noise levels; a pipeline's own keeps its state."""
+        copy = type(scheduler).from_config(scheduler.config)
+        retrieve_timesteps(copy, steps, "cpu", sigmas=sigmas, **shifted)
+        return copy
+
+    def on_path(self, scheduler: Any, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the time and the state on the straight path of a scheduler's x before a step."""
+        return self.scheduler_times(scheduler)[step], x
+
+    @staticmethod
+    def scheduler_times(scheduler: Any) -> Tensor:
+        """Return the times of a flow scheduler's steps, by its timesteps, which some round to whole numbers."""
+        sigmas: Tensor = torch.as_tensor(scheduler.timesteps).double() / scheduler.config.num_train_timesteps
+        return sigmas if scheduler.config.get("invert_sigmas") else 1.0 - sigmas
+
+    def scheduler_grid(self, scheduler: Any) -> Tensor | None:
+        """Return the grid of a scheduler for networks that see the end of a step; None if it takes a time twice."""
+        times = torch.cat([self.scheduler_times(scheduler), torch.ones(1, dtype=torch.float64)])
+        return times if bool((times.diff() > 0).all()) else None
+
+    def model_output(self, scheduler: Any, t: Tensor, state: Tensor, velocity: Tensor) -> Tensor:
+        """Return what the scheduler's ``step`` takes for a velocity, which belongs to a state on the straight path."""
+        return velocity if scheduler.config.get("invert_sigmas") else -velocity
 
     def tokens(self, height: int, width: int) -> int:
         """Return the number of the network's tokens of an image of this size in pixels."""

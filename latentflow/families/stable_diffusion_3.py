@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .edit_defaults import EditDefaults
 from .model import Values
 from .pretrained import PretrainedModel
 
@@ -14,6 +15,15 @@ class StableDiffusion3Model(PretrainedModel):
     """Flow model of Stable Diffusion 3 and 3.5. Its rows have embeds (B, L, D) and pooled (B, D')."""
 
     patch = 2
+
+    @property
+    def edit_defaults(self) -> EditDefaults:
+        """Settings of an edit where nobody gives any.
+
+        FlowEdit's for SD3 (Kulikov et al. 2024, arXiv:2412.08629, appendix): 50 steps, the last 33 taken, which begin
+        at t = 0.15 under SD3's shift of 3; guidance 3.5 and 13.5.
+        """
+        return EditDefaults(50, 0.85, 3.5, 13.5)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

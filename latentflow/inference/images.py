@@ -215,3 +215,22 @@ def read_mask_of(path: str, image: Image, threshold: float | None = None) -> Ima
                 error.what, f"{error.fix}\nThe threshold is --mask-threshold, such as 0.5."
             ) from None
         raise
+
+
+def box_mask(image: Image, box: tuple[int, int, int, int]) -> Image:
+    """Return a mask of the image's size that is white in the box.
+
+    Raises:
+        UserError: the box is empty or not within the image.
+    """
+    from PIL import Image
+
+    left, top, right, bottom = box
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise UserError(
+            f"--box {left} {top} {right} {bottom} is no rectangle in an image of {image.width} x {image.height} pixels",
+            "Give LEFT TOP RIGHT BOTTOM, the last two larger than the first two.",
+        )
+    mask = Image.new("L", image.size)
+    mask.paste(255, box)
+    return mask

@@ -194,11 +194,16 @@ def _device(name: str, value: Any) -> torch.device:
         ) from error
 
 
+#: the "solver" of a call that leaves the steps to a scheduler of diffusers
+SCHEDULER = "scheduler"
+
+
 def _solver(name: str, value: Any) -> str | Solver:
     if isinstance(value, Solver):
         return value
     _instance(str, f"Pass one of {', '.join(SOLVERS)}.")(name, value)
-    lookup(SOLVERS, value, "solver")
+    if value != SCHEDULER:
+        lookup(SOLVERS, value, "solver")
     return str(value)
 
 

@@ -157,7 +157,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
                 f"Pass that pipeline: {cls.__name__}.from_pipe(model.pipeline).",
             )
         if args and isinstance(args[0], FlowModel):
-            return over_model(cls.call, cls, args[0])
+            return over_model(cls, args[0])
         return super().__new__(cls)
 
     @property
@@ -212,7 +212,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         """
         if cls._is_foreign(pretrained_model_name_or_path, **kwargs):
             model = FlowModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
-            return over_model(cls.call, cls, model)
+            return over_model(cls, model)
         if kwargs.pop("family_options", None):
             raise UserError(
                 "family options are given", "latentflow's own checkpoints have none: leave them out."
@@ -244,6 +244,20 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
             pipe = super().from_pretrained(str(folder), **parts, **kwargs)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
+
+    @classmethod
+    def from_single_file(
+        cls, file: str | os.PathLike[str], config: str | os.PathLike[str] | None = None, **options: Any
+    ) -> Any:
+        """Open a pretrained model in one file; see ``FlowModel.from_single_file``.
+
+        Raises:
+            UserError: as that does.
+        """
+        model = FlowModel.from_single_file(file, config, **options)
+        if isinstance(model, LatentFlowModel):  # of original weights of SiT and the like
+            return cls.from_pipe(model.pipeline)
+        return over_model(cls, model)
 
     @classmethod
     def _is_foreign(cls, name_or_path: str | os.PathLike[str], **options: Any) -> bool:
@@ -344,7 +358,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
                     f"{next(iter(kwargs))} is given beside a {type(model.pipeline).__name__}",
                     "Change that pipeline itself, and pass it alone.",
                 )
-            return over_model(cls.call, cls, model)
+            return over_model(cls, model)
         network = kwargs.get("transformer", getattr(pipeline, "transformer", None))
         if not isinstance(pipeline, FlowPipeline) and not isinstance(network, tuple(MODELS.values())):
             kind = type(pipeline).__name__

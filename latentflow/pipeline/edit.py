@@ -50,8 +50,8 @@ class EditCalls(CallMixin):
         image: Images = None,
         source_prompt: str | list[str] | None = None,
         method: str = "flowedit",
-        strength: float = 0.9,
-        num_inference_steps: int = 20,
+        strength: float | None = None,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         source_guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -96,11 +96,14 @@ class EditCalls(CallMixin):
                 the image's noise.
             strength: in [0, 1]: how far back towards noise the edit begins, at t = 1 - strength. 0 is the image
                 through the autoencoder; below 0.8 large colours change by half (a red apple turns orange, not green);
-                1 is free to change the layout.
-            num_inference_steps: of the whole way; about strength * num_inference_steps are taken, twice by inversion.
-            guidance_scale: towards ``prompt``; default: 2, or 1 where a scale of 0 is none (Z-Image). 1 to 2 keep most
-                of the image; more, where an edit is too weak, costs sharpness.
-            source_guidance_scale: towards ``source_prompt``, on the way back; default: none.
+                1 is free to change the layout. Default: ``model.edit_defaults``, usually 0.9.
+            num_inference_steps: of the whole way, of which those after t = 1 - strength are taken, twice by "inversion"
+                and "direct". Default: ``model.edit_defaults``, usually 20.
+            guidance_scale: towards ``prompt``; default: 2, or 1 where a scale of 0 is none (Z-Image); for "flowedit" of
+                some families ``model.edit_defaults``. 1 to 2 keep most of the image; more, where an edit is too weak,
+                costs sharpness.
+            source_guidance_scale: towards ``source_prompt``, on the way back; default: none; for "flowedit" of some
+                families ``model.edit_defaults``.
             generator: for the noise of "flowedit": one for all, or one for each image, which alone determines it
                 (up to rounding, as in ``LatentFlowPipeline``);
                 "inversion" draws none.
@@ -127,9 +130,16 @@ class EditCalls(CallMixin):
             UserError: as ``LatentFlowPipeline``; also a checkpoint without a condition, an image, strength, method,
                 solver or setting that is none, numbers of images and (source) prompts that do not fit.
         """
-        none = self.model.unguided
-        guidance_scale = none + 1.0 if guidance_scale is None else guidance_scale
-        source_guidance_scale = none if source_guidance_scale is None else source_guidance_scale
+        usual = self.model.edit_defaults
+        if method != "flowedit":  # which alone stays near the image under much guidance
+            none = self.model.unguided
+            usual = usual._replace(source_guidance=none, guidance=none + 1.0)
+        strength = usual.strength if strength is None else strength
+        steps = usual.steps if num_inference_steps is None else num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.model.guidance(usual.guidance)
+        if source_guidance_scale is None:
+            source_guidance_scale = self.model.guidance(usual.source_guidance)
         settings = _settings(method, solver=solver, draws=draws, plain_from=plain_from)
         if not (self.takes_text or self.takes_classes):
             fix = "Vary the image with LatentFlowImg2ImgPipeline, or paint with LatentFlowInpaintPipeline."
@@ -170,7 +180,7 @@ class EditCalls(CallMixin):
         masks = originals.latent_masks(self)
         if masks is not None:
             settings["mask"] = target.expand(masks.to(x1.device))
-        times = last_part(self._grid(num_inference_steps, sigmas, originals.canvas), strength)
+        times = last_part(self._grid(steps, sigmas, originals.canvas), strength)
         begins = times[:-1] if method == "flowedit" else torch.cat([times.flip(0)[:-1], times[:-1]])
         self._num_timesteps = len(begins)
 

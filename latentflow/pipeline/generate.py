@@ -74,7 +74,8 @@ class GenerateCall(CallMixin):
             max_sequence_length: tokens per prompt; default: the tokenizer's own limit.
             class_labels: class name(s), id(s) or a mixture.
             guidance_interval: guide only while t is in it (t = 0 noise, t = 1 data).
-            solver: a key of ``latentflow.flow.SOLVERS``; default: ``pipe.scheduler`` if set, else heun
+            solver: a key of ``latentflow.flow.SOLVERS``, or "scheduler": ``pipe.scheduler``, or else the own scheduler
+                of a pretrained model, steps as in its stock pipeline; default: ``pipe.scheduler`` if set, else heun
                 (exponential-adams for a network that predicts the data; average velocities, of which a solver sees
                 the velocities only, where the checkpoint predicts them).
             original_size, crops_coords_top_left, target_size: (height, width) or (top, left) in pixels, for checkpoints

@@ -10,7 +10,8 @@ pipeline's own.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from functools import cache
+from typing import Any, ClassVar, Self
 
 from diffusers.image_processor import VaeImageProcessor
 
@@ -30,6 +31,8 @@ class ModelPipeline(CallMixin):
     """
 
     model: FlowModel
+    #: the pipeline of ours whose calls these are
+    kind: ClassVar[Any] = None
     #: our solvers on the stock scheduler's grid; that scheduler itself is ``pipe.model.pipeline.scheduler``
     scheduler = None
 
@@ -37,6 +40,26 @@ class ModelPipeline(CallMixin):
         self.model = model
         self.vae_scale_factor = downscale_factor(model.vae) if model.vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The class of ours, so that ``isinstance(pipe, LatentFlowPipeline)`` holds."""
+        return self.kind
+
+    def __reduce__(self) -> Any:
+        """Pickle and copy by the model: the class is made as it is here."""
+        state = {name: value for name, value in vars(self).items() if name != "model"}
+        return over_model, (self.kind, self.model), state
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Build a pipeline of this kind with the components of another, see ``FlowPipeline.from_pipe``."""
+        return cls.kind.from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Open a pipeline of this kind, see ``FlowPipeline.from_pretrained``."""
+        return cls.kind.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # not there yet
@@ -99,12 +122,19 @@ class ModelPipeline(CallMixin):
         return rows[places], None if negative is None else negative[places]
 
 
-def over_model(call: type[CallMixin], kind: type, model: FlowModel) -> Any:
-    """Return a pipeline over ``model`` that has the calls of ``kind``, one of our pipelines."""
-    made = type(
-        kind.__name__, (call, ModelPipeline), {"__module__": kind.__module__, "__doc__": kind.__doc__}
-    )
-    return made(model)
+def over_model(kind: Any, model: FlowModel) -> Any:
+    """Return a pipeline over ``model`` that has the calls of ``kind``, one of our pipelines.
+
+    It is an instance of ``kind`` to ``isinstance``, but has none of its components or loaders.
+    """
+    return class_over_models(kind)(model)
+
+
+@cache
+def class_over_models(kind: Any) -> type[ModelPipeline]:
+    """Return the class of the pipelines over a flow model that have the calls of ``kind``."""
+    described = {"__module__": kind.__module__, "__doc__": kind.__doc__, "kind": kind}
+    return type(kind.__name__, (kind.call, ModelPipeline), described)
 
 
 def _listed(values: Any) -> list[Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, few, shown
-from ..families.latentflow import USUAL_STEPS
+from ..families.latentflow import USUAL_STEPS, LatentFlowModel
 from ..families.model import FlowModel, Generators, Rows, Size
 from ..flow import Solver, Velocity, integrate
 from ..flow.solvers import BY_ROW
@@ -23,6 +23,7 @@ from ..models.text import UnknownWords, unknown_words, with_guesses
 from ..utils.memory import require_memory
 from . import scheduler as border
 from .arguments import (
+    SCHEDULER,
     ClassLabels,
     ConditionArguments,
     StepCallback,
@@ -212,7 +213,8 @@ class SamplingMixin:
             velocity: of the grid, on the straight path.
             x0: noise (B, C, h, w).
             steps, sigmas: the grid, as of a call; steps None = the usual number.
-            solver: None = the scheduler where there is one, else the model's own.
+            solver: None = the scheduler where there is one, else the model's own; "scheduler": the one of the
+                pipeline, and of a pretrained model its own.
             generator: for solvers that draw noise.
             after_step: sees, and may replace, x after each step.
             strength: the part of the grid, counted from its end, that is taken: from t = 1 - strength on.
@@ -229,7 +231,12 @@ class SamplingMixin:
         def start(t: float) -> Tensor:
             return x0 if x1 is None else t * x1 + (1.0 - t) * x0
 
-        model, scheduled = self.model, self.scheduler is not None and solver is None and sampler is None
+        model = self.model
+        if solver == SCHEDULER and isinstance(model, LatentFlowModel):
+            if self.scheduler is None:
+                raise UserError("this checkpoint has no scheduler", "Set pipe.scheduler, or use our solvers.")
+            solver = None  # the default where there is one
+        scheduled = self.scheduler is not None and solver is None and sampler is None
         made_for_few = bool(model.few_steps) and not scheduled and solver is None and sampler is None
         if steps is None:
             steps = model.usual_steps if made_for_few or not model.few_steps else USUAL_STEPS
@@ -246,6 +253,17 @@ class SamplingMixin:
                     self.scheduler, velocity(None), x, callback=stepped, **options
                 )
             height, width = (side * self.vae_scale_factor for side in x0.shape[-2:])
+            if solver == SCHEDULER:
+                if sigmas is not None or strength != 1.0 or sampler is not None:
+                    raise UserError(
+                        "solver='scheduler' with sigmas, a strength below 1 or a method that steers the flow",
+                        "The model's own scheduler draws images from noise: leave the others out.",
+                    )
+                own = border.own_scheduler(self.scheduler, model, steps, height, width)
+                self._num_timesteps = len(own.timesteps)
+                pretrained: Any = model
+                bound = velocity(pretrained.scheduler_grid(own))
+                return border.sample_with_scheduler(model, own, bound, x0, callback=stepped, **options)
             times = (
                 model.time_grid(steps, height, width) if sigmas is None else border.times_from_sigmas(sigmas)
             )

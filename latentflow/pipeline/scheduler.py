@@ -170,6 +170,55 @@ def _overwrite_grid(scheduler: Any, grid: np.ndarray[Any, Any], device: torch.de
     scheduler.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)
 
 
+def own_scheduler(chosen: Any, model: Any, steps: int, height: int, width: int) -> Any:
+    """Return a copy of a pretrained model's own scheduler, or of ``chosen``, with its timesteps set.
+
+    Raises:
+        UserError: it does not take the model's noise levels.
+    """
+    scheduler = model.pipeline.scheduler if chosen is None else chosen
+    with library_reads(f"the scheduler {type(scheduler).__name__}", "Choose one that this model can use."):
+        return model.set_timesteps(scheduler, steps, height, width)
+
+
+def sample_with_scheduler(
+    model: Any,
+    scheduler: Any,
+    velocity: Velocity,
+    noise: Tensor,
+    *,
+    callback: Callable[[int, Tensor, Tensor], Tensor | None],
+    progress: Progress = iter,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:
+    """Bring noise (B, C, h, w) to data as the stock pipeline of a pretrained model does, step by step of a scheduler.
+
+    Args:
+        model: a ``PretrainedModel``; it carries states and velocities over to the scheduler's own form.
+        scheduler: with timesteps, of ``model.set_timesteps``.
+        callback: as in `integrate_with_scheduler`; x is what the scheduler steps.
+
+    Raises:
+        UserError: the velocity is not finite (the step is named).
+    """
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # 1 of flows
+    for i, timestep in enumerate(progress(scheduler.timesteps)):
+        t, state = model.on_path(scheduler, i, x)
+        value = velocity(state, t)
+        require_finite(
+            value,
+            f"the velocity at t = {float(t):g} in step {i + 1} of {len(scheduler.timesteps)}",
+            "If the network runs in float16, use bfloat16 or float32.",
+        )
+        output = model.model_output(scheduler, t, state, value)
+        x = scheduler.step(output, timestep, x, return_dict=False, **extra)[0]
+        replacement = callback(i, t, x)
+        x = x if replacement is None else replacement
+    return x
+
+
 def integrate_with_scheduler(
     scheduler: Any,
     velocity: Velocity,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, reading
 from .files import MEND, read_settings
+from .single_files import weight_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,23 @@ def weight_files(folder: Path, variant: str | None) -> list[Path] | None:
         if (folder / f"{stem}{end}.safetensors").is_file():
             return [folder / f"{stem}{end}.safetensors"]
     return None
+
+
+def check_weight_files(folder: Path) -> None:
+    """Refuse a pipeline folder in which a file of weights is missing or damaged, by the headers of all that it has.
+
+    Raises:
+        UserError: names the file.
+    """
+    for index in folder.glob("*/*.safetensors.index*.json"):
+        named = read_settings(index).get("weight_map")
+        for name in sorted({*named.values()}) if isinstance(named, dict) else ():
+            if not (index.parent / str(name)).is_file():
+                raise UserError(
+                    f"{index.parent / str(name)} is missing", "Download it: the folder is not complete."
+                )
+    for file in folder.glob("*/*.safetensors"):
+        weight_shapes(file)
 
 
 def variants(folder: Path) -> list[str]:

@@ -152,8 +152,11 @@ def lay_out_edit(tab: Tab) -> None:
             tab.add_settings()
             with gr.Accordion("Advanced settings", open=False):
                 tab.add_prompt("negative_prompt", "Negative prompt", "What the result should not show")
-                tab.add_sampling(guidance=2.0, few_steps=False)
-                strength = gr.Slider(0, 1, 0.9, step=0.05, label="Strength", info="0 keeps the image")
+                usual = tab.server.capabilities
+                tab.add_sampling(guidance=usual.edit_guidance, few_steps=False)
+                strength = gr.Slider(
+                    0, 1, usual.edit_strength, step=0.05, label="Strength", info="0 keeps the image"
+                )
                 with gr.Row():
                     tab.add_choice("method", "Method", "edit")
                     tab.add_choice("solver", "Solver", "solver")

@@ -97,8 +97,9 @@ class Tab:
             self._cancel = gr.Button("Cancel", elem_id=f"{self.name}-cancel", scale=1, min_width=90)
 
     def add_prompt(self, name: str, label: str, placeholder: str = "", elem_id: str | None = None) -> None:
-        """Add a field for a prompt, which is hidden if the checkpoint takes none."""
-        visible = self.server.capabilities.text
+        """Add a field for a prompt, which is hidden if the checkpoint takes none (of the kind)."""
+        capabilities = self.server.capabilities
+        visible = capabilities.text and (capabilities.negative or name != "negative_prompt")
         field = gr.Textbox(
             "",
             label=label,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentflow import LatentFlowEditPipeline
 from latentflow.errors import UserError
 from latentflow.families import FAMILIES
 from latentflow.flow import integrate
@@ -142,6 +143,43 @@ def test_distilled_models_are_not_guided(name: str) -> None:
         )
     assert model.usual_guidance == 1.0
     assert counted(model, network, lambda: model.velocity(rows, 5.0)(x, torch.tensor(0.5))) == 1
+    assert "step-distilled" in model.describe_guidance()
+
+
+@pytest.mark.parametrize(
+    ("name", "scales", "t"),
+    [
+        ("FluxPipeline-dev", (1.5, 5.5), 0.05),
+        ("StableDiffusion3Pipeline", (3.5, 13.5), 0.15),
+        ("ZImagePipeline", (0.0, 1.0), 0.1),
+        ("QwenImagePipeline", (1.0, 2.0), 0.1),
+    ],
+)
+def test_an_edit_uses_the_family_s_settings(
+    name: str, scales: tuple[float, float], t: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none of an inversion, which much guidance leads astray."""
+    model, seen, begun = opened(name), list[float](), list[float]()
+    edit, drawn = LatentFlowEditPipeline(model), type(model).velocity
+    edit.set_progress_bar_config(disable=True)
+
+    def velocity(self: Any, rows: Any, scale: float, *others: Any) -> Any:
+        seen.append(scale)
+        return drawn(self, rows, scale, *others)
+
+    def first(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        begun.append(1.0 - float(timestep) / 1000.0)
+        pipe._interrupt = True
+        return {}
+
+    monkeypatch.setattr(type(model), "velocity", velocity)
+    image = torch.rand(1, 3, 16, 16, generator=seeded())
+    words = {"prompt": "a hat", "source_prompt": "a tree", "image": image, "callback_on_step_end": first}
+    edit(**words)
+    assert {*seen} == {*scales} and begun == pytest.approx([t])
+    seen.clear()
+    edit(**words, method="direct")
+    assert {*seen} <= {model.unguided, model.unguided + 1.0}
 
 
 def test_sizes_that_families_were_trained_on() -> None:

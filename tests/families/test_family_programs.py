@@ -60,9 +60,12 @@ def words(name: str) -> list[str]:
     return ["red apple"] if opened(name)[1].takes_text else ["--class", "3"]
 
 
-@pytest.mark.parametrize(
+each_family = pytest.mark.parametrize(
     "name", [name if name in LAYOUTS else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
 )
+
+
+@each_family
 def test_generate(name: str, folders: Callable[[str], Path], load_program: Program, tmp_path: Path) -> None:
     if name in STAND_INS:
         pytest.skip(STAND_INS[name])
@@ -77,6 +80,27 @@ def test_the_web_page_offers_the_family_s_own_guidance(name: str, usual: float) 
     assert (capabilities.guidance, capabilities.steps) == (usual, opened(name)[1].usual_steps)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "takes"),
+    [
+        ("FluxPipeline", {}, (False, False)),
+        ("FluxPipeline-dev", {}, (True, False)),
+        ("FluxPipeline-dev", {"true_cfg_scale": 4.0}, (True, True)),
+        ("Flux2Pipeline", {}, (True, False)),
+        ("DreamLiteMobilePipeline", {}, (False, False)),
+        ("ZImagePipeline", {}, (True, True)),
+        ("StableDiffusion3Pipeline", {}, (True, True)),
+    ],
+)
+def test_the_web_page_hides_guidance_that_there_is_not(
+    name: str, options: dict[str, float], takes: tuple[bool, bool]
+) -> None:
+    """Scale and negative prompts."""
+    model = opened(name)[1]
+    capabilities = model_capabilities(type(model)(model.pipeline, **options))
+    assert (not capabilities.distilled_guidance, capabilities.negative) == takes
+
+
 def test_the_few_step_adapter_of_our_own_is_refused(
     folders: Callable[[str], Path], load_program: Program
 ) -> None:
@@ -86,7 +110,7 @@ def test_the_few_step_adapter_of_our_own_is_refused(
             load_program("generate").main(["red apple", "--fast", *lora, *flags(name, folders(name))])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@each_family
 def test_images_are_inpainted_edited_and_interpolated(
     name: str,
     folders: Callable[[str], Path],
@@ -95,6 +119,10 @@ def test_images_are_inpainted_edited_and_interpolated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if name in STAND_INS:
+        pytest.skip(STAND_INS[name])
+    if not opened(name)[1].takes_text:
+        pytest.skip("takes classes")
     side = opened(name)[2].side
     given = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     mask = np.zeros((side, side), np.uint8)
@@ -124,7 +152,7 @@ def test_images_are_inpainted_edited_and_interpolated(
     assert Path("way-1.png").exists() and Path("way-2.png").exists()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@each_family
 def test_evaluate(
     name: str,
     folders: Callable[[str], Path],
@@ -132,6 +160,8 @@ def test_evaluate(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if name in STAND_INS:
+        pytest.skip(STAND_INS[name])
     side, data = opened(name)[2].side, tmp_path / "data"
     data.mkdir()
     generator = np.random.default_rng(0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterator
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Img2ImgPipeline
@@ -75,21 +77,26 @@ def test_a_call_draws_as_the_model_does(name: str) -> None:
 
 
 @each_family
-def test_kept_pixels_are_kept(name: str) -> None:
-    """Also where a mask ends within a token of the network."""
-    image, side = random_image(name), opened(name)[2].side
+def test_kept_pixels_are_kept_and_the_seam_is_matched(name: str) -> None:
+    """Also where a mask ends within a token of the network. The tiny autoencoders shift colours by place, and a small
+    strength leaves little else at the seam."""
+    side = opened(name)[2].side
+    ramp = torch.linspace(0.15, 0.3, side)
+    image = (ramp[:, None] + ramp[None]).expand(1, 3, side, side)
     mask = torch.zeros(1, 1, side, side)
-    mask[..., 1 : side // 2 + 1, 3:] = 1.0
-    filled = over(LatentFlowInpaintPipeline, name)(
-        **condition(name),
-        image=image,
-        mask_image=mask,
-        num_inference_steps=3,
-        generator=seeded(),
-        output_type="pt",
-    ).images
-    assert torch.equal(filled[(mask == 0).expand_as(filled)], image[(mask == 0).expand_as(image)])
-    assert not torch.equal(filled, image)
+    mask[..., 1 : side // 2 + 1, 3 : side - 3] = 1.0
+    call = {**condition(name), "image": image, "mask_image": mask, "num_inference_steps": 3}
+    steps, little = [], {"strength": 0.3}
+    for options in (little, {**little, "seamless": False}, {}):
+        filled = over(LatentFlowInpaintPipeline, name)(
+            **call, **options, generator=seeded(), output_type="pt"
+        ).images
+        assert torch.equal(filled[(mask == 0).expand_as(filled)], image[(mask == 0).expand_as(image)])
+        assert not torch.equal(filled, image)
+        steps.append(
+            sum(float((filled.diff(dim=axis).abs() * mask.diff(dim=axis).abs()).sum()) for axis in (2, 3))
+        )
+    assert steps[0] < steps[1]
 
 
 @each_family
@@ -133,6 +140,83 @@ def test_inverted_noise_makes_the_image_again(name: str) -> None:
     assert edit.invert(image, num_inference_steps=1, measure=False).latents.isfinite().all()
 
 
+@each_family
+def test_the_model_s_own_scheduler_steps_on_request(name: str) -> None:
+    """Each tiny checkpoint has Euler's steps of a flow, or DDIM's: those of the default solver on the same grid."""
+    pipe, tiny = over(LatentFlowPipeline, name), opened(name)[2]
+    call: dict[str, Any] = {
+        **condition(name), "height": tiny.side, "width": tiny.side, "num_inference_steps": 4,
+        "output_type": "latent",
+    }  # fmt: skip
+    seen: list[float] = []
+
+    def after_step(pipe: Any, i: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        seen.append(float(timestep))
+        return {}
+
+    before = deepcopy(vars(pipe.model.pipeline.scheduler))
+    stepped = pipe(**call, generator=seeded(), solver="scheduler", callback_on_step_end=after_step).images
+    assert len(seen) == pipe.num_timesteps == 4 and sorted(seen, reverse=True) == seen
+    assert str(vars(pipe.model.pipeline.scheduler)) == str(before)
+    expected = pipe(**call, generator=seeded()).images
+    if tiny.scheduler.get("set_alpha_to_one") is False:  # DDIM ends with a rest of noise
+        assert (stepped - expected).abs().max() < 0.3 * expected.abs().max()
+    else:
+        torch.testing.assert_close(stepped, expected, rtol=0.0, atol=1e-4 * float(expected.abs().max()))
+
+
+SCHEDULERS = [
+    ("StableDiffusionPipeline", "PNDMScheduler", {"skip_prk_steps": True}),
+    ("StableDiffusionPipeline", "EulerDiscreteScheduler", {}),
+    ("StableDiffusionPipeline", "EulerAncestralDiscreteScheduler", {}),
+    ("StableDiffusionPipeline-v", "UniPCMultistepScheduler", {}),
+    ("StableDiffusionXLPipeline", "DPMSolverMultistepScheduler", {}),
+    ("StableDiffusionPipeline", "LCMScheduler", {}),
+    ("StableDiffusion3Pipeline", "FlowMatchHeunDiscreteScheduler", {}),
+    ("SanaPipeline", "DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0}),
+    ("FluxPipeline-dev", "FlowMatchEulerDiscreteScheduler", {"time_shift_type": "linear"}),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "settings"), SCHEDULERS)
+def test_a_scheduler_of_the_user_s_steps_as_in_the_stock_pipeline(
+    name: str, kind: str, settings: dict[str, Any]
+) -> None:
+    stock, tiny = copy(checkpoint(name)), opened(name)[2]
+    if "use_flow_sigmas" in settings:
+        settings = {**settings, "prediction_type": "flow_prediction"}
+    scheduler = getattr(diffusers, kind).from_config(stock.scheduler.config, **settings)
+    call: dict[str, Any] = {
+        "height": tiny.side, "width": tiny.side, "num_inference_steps": 5, "output_type": "pt",
+        "guidance_scale": 3.0,
+    }  # fmt: skip
+    pipe = LatentFlowPipeline(type(opened(name)[1])(stock, **tiny.call))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = scheduler
+    ours = pipe(PROMPTS[0], generator=seeded(), solver="scheduler", **call).images
+    stock.scheduler = scheduler
+    theirs = stock(PROMPTS[0], generator=seeded(), **call, **tiny.call).images
+    assert theirs.std() > 0.05
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-5)
+
+
+def test_the_own_scheduler_draws_from_noise_alone() -> None:
+    image = random_image("StableDiffusion3Pipeline")
+    again = over(LatentFlowImg2ImgPipeline, "StableDiffusion3Pipeline")
+    with pytest.raises(UserError, match="draws images from noise"):
+        again(PROMPTS[0], image=image, strength=0.5, solver="scheduler")
+    with pytest.raises(UserError, match="draws images from noise"):
+        over(LatentFlowPipeline, "StableDiffusion3Pipeline")(
+            PROMPTS[0], height=16, width=16, sigmas=[1.0, 0.5], solver="scheduler"
+        )
+    edit = over(LatentFlowEditPipeline, "StableDiffusion3Pipeline")
+    with pytest.raises(UserError, match="solver"):
+        edit(PROMPTS[0], image=image, solver="scheduler")
+    own = LatentFlowPipeline.from_pretrained(SHIPPED_CHECKPOINTS / "emoji-64")
+    with pytest.raises(UserError, match="has no scheduler"):
+        own("red apple", solver="scheduler")
+
+
 def test_from_pipe_and_back() -> None:
     stock = checkpoint("FluxPipeline")
     pipe = LatentFlowInpaintPipeline.from_pipe(stock)
@@ -142,6 +226,22 @@ def test_from_pipe_and_back() -> None:
     assert drawing.model is pipe.model
     assert pipe.transformer is stock.transformer
     assert pipe.to("cpu") is pipe
+
+
+def test_a_pipeline_over_a_model_is_one_of_ours() -> None:
+    """To isinstance, to pickle and to copy; and it leads to our other kinds, which share its model."""
+    pipe = LatentFlowPipeline.from_pipe(checkpoint("FluxPipeline"))
+    assert isinstance(pipe, LatentFlowPipeline) and not isinstance(pipe, LatentFlowInpaintPipeline)
+    assert type(pipe) is type(LatentFlowPipeline.from_pipe(pipe))
+    inpaint = LatentFlowInpaintPipeline.from_pipe(pipe)
+    assert isinstance(inpaint, LatentFlowInpaintPipeline) and inpaint.transformer is pipe.transformer
+    assert isinstance(inpaint.from_pipe(pipe), LatentFlowInpaintPipeline)
+    shallow, deep = copy(pipe), deepcopy(pipe)
+    assert shallow.model is pipe.model and deep.transformer is not pipe.transformer
+    again = pickle.loads(pickle.dumps(pipe))
+    options: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 1, "output_type": "latent"}
+    drawn = [one(PROMPTS[0], **options, generator=seeded()).images for one in (pipe, shallow, deep, again)]
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
 
 
 def test_components_that_are_set_are_those_that_compute() -> None:

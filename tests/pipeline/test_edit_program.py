@@ -46,6 +46,41 @@ def test_words_and_what_they_replace_decide_the_edit(program: Program, method: s
     assert distance(edited("green tree", "blue hat"), edited("green tree", "red apple")) > 1
 
 
+@pytest.mark.parametrize("way", ["--mask", "--box"])
+def test_an_edit_within_a_mask_keeps_every_other_pixel(program: Program, way: str) -> None:
+    """Its transparency too."""
+    image = np.asarray(Image.open("a.png").convert("RGBA")).copy()
+    image[2, 11, 3] = 100
+    Image.fromarray(image).save("see-through.png")
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[1:7, 3:9] = 255
+    Image.fromarray(mask).save("mask.png")
+    given = ("mask.png",) if way == "--mask" else (3, 1, 9, 7)
+    words = ("green tree", "--from", "red apple", "--guidance", 1)
+    for method in ("flowedit", "inversion", "direct"):
+        [path] = program("edit", "see-through.png", *words, way, *given, "--method", method, "-o", "out.png")
+        edited = np.asarray(Image.open(path))
+        assert np.array_equal(edited[mask == 0], image[mask == 0])
+        assert not np.array_equal(edited[mask > 0], image[mask > 0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--mask", "a.png", "--box", 0, 0, 2, 2), "both given"),
+        (("--mask-threshold", 0.5), "without --mask"),
+        (("--box", 3, 0, 3, 4), "no rectangle"),
+        (("--box", 0, 0, 2, 2, "--method", "image-to-image"), "does not use --box"),
+        (("--method", "direct", "-n", 2), "has no seed"),
+    ],
+)
+def test_masks_that_cannot_be_meant_are_refused(
+    program: Program, flags: tuple[object, ...], what: str
+) -> None:
+    with pytest.raises(UserError, match=what):
+        program("edit", "a.png", "green tree", *flags)
+
+
 def test_classes_are_edited_too(program: Program, class_folder: Path) -> None:
     common = ("edit", "a.png", "--checkpoint", class_folder, "--guidance", 1)
     [same] = program(*common, "--class", "hat", "--from", "hat", "-o", "same.png")
