@@ -5,6 +5,7 @@ from __future__ import annotations
 from .build import build_autoencoder as build_autoencoder
 from .decoders import check_latent_space as check_latent_space
 from .decoders import decoded_by as decoded_by
+from .decoders import open_decoder as open_decoder
 from .decoders import use_decoder as use_decoder
 from .latents import Autoencoder as Autoencoder
 from .latents import check_resolution as check_resolution

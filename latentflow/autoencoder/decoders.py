@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from .latents import DECODERS, Autoencoder, decode, downscale_factor, encode, fitting_cells, latent_channels
+from .latents import (
+    DECODERS,
+    Autoencoder,
+    decode,
+    downscale_factor,
+    encode,
+    fitting_cells,
+    latent_channels,
+    load_autoencoder,
+)
 
 # PSNR in dB above which an autoencoder knows its own latents, and below which another one does not.
 _KNOWN, _UNKNOWN = 20.0, 14.0
@@ -55,6 +64,17 @@ def use_decoder(vae: Autoencoder, decoder: Autoencoder) -> None:
             "Take the tiny autoencoder that was made for this model, such as taesd, taesdxl, taesd3, taef1 or taef2.",
         )
     DECODERS[vae] = decoder
+
+
+def open_decoder(name_or_path: str, vae: Autoencoder, device: str | torch.device) -> Autoencoder:
+    """Open an autoencoder that is to decode the latents of ``vae``, on a device.
+
+    Raises:
+        UserError: it cannot be loaded, or its latents are others; see `check_latent_space`.
+    """
+    decoder = load_autoencoder(name_or_path).to(device)
+    check_latent_space(vae, decoder)
+    return decoder
 
 
 @torch.no_grad()

@@ -135,23 +135,10 @@ def open_pipeline(
         add_adapters(pipeline, adapters, source)
     pipeline = pipeline.to(target)
     if adapters is not None and adapters.vae is not None:
-        from ..autoencoder import use_decoder
+        from ..autoencoder import open_decoder, use_decoder
 
-        use_decoder(pipeline.vae, open_decoder(pipeline, adapters.vae))
+        use_decoder(pipeline.vae, open_decoder(adapters.vae, pipeline.vae, target))
     return pipeline
-
-
-def open_decoder(pipe: Any, name_or_path: str) -> Any:
-    """Open an autoencoder that is to decode the latents of a pipeline, on its device.
-
-    Raises:
-        UserError: it cannot be loaded, or its latents are not those of the pipeline's own.
-    """
-    from ..autoencoder import check_latent_space, load_autoencoder
-
-    decoder = load_autoencoder(name_or_path).to(pipe._execution_device)
-    check_latent_space(pipe.vae, decoder)
-    return decoder
 
 
 def _resolve(checkpoint: str | None) -> str:

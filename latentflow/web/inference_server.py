@@ -359,9 +359,10 @@ class InferenceServer:
             UserError: it cannot be loaded, or its latents are not the checkpoint's.
         """
         if self.preview_vae is not None and self.preview_vae not in self._previews:
-            from ..inference.sample import open_decoder
+            from ..autoencoder import open_decoder
 
-            self._previews[self.preview_vae] = open_decoder(pipe, self.preview_vae)
+            device = pipe._execution_device
+            self._previews[self.preview_vae] = open_decoder(self.preview_vae, pipe.vae, device)
         return self._previews.get(self.preview_vae)
 
     def _sample(
