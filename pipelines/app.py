@@ -26,6 +26,8 @@ class AppConfig(AdapterChoice):
     lora_folder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Offer the adapters (LoRA) in this folder too, such as runs. Those of --lora are in use at first; those in the
     checkpoint's folder are always offered."""
+    preview_vae: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Show a preview after each step, decoded with this autoencoder (folder or hub id): a tiny one, such as TAESD."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 opens the page to everybody who can reach this machine: give --auth as well."""
     port: int = 7860
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
     serve(
-        InferenceServer(config.checkpoint, config.device, config, config.lora_folder),
+        InferenceServer(config.checkpoint, config.device, config, config.lora_folder, config.preview_vae),
         config.host,
         config.port,
         auth=auth,

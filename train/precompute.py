@@ -23,6 +23,8 @@ class Config:
     """Folder of latents to write."""
     vae: str
     """Autoencoder of diffusers (folder or hub id). The folder of latents keeps a copy."""
+    latents_as_is: bool = False
+    """Scale the latents as the model does that --vae was published with; see `latentflow train`."""
     buckets: bool = False
     """Use several aspect ratios, each image at the one nearest to its own, so that little is cropped away."""
     patch_size: int = 2
@@ -64,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{output} lies inside the data {source.root}", "Use an output folder outside of it.")
 
     # ---- autoencoder: as given, with statistics ----
-    given = fingerprint(load_autoencoder(config.vae))
-    vae = given_autoencoder(str(own_autoencoder(output, given) or config.vae), source, data)
+    given = fingerprint(load_autoencoder(config.vae)) + (" as is" if config.latents_as_is else "")
+    own = str(own_autoencoder(output, given) or config.vae)
+    vae = given_autoencoder(own, source, data, measured=not config.latents_as_is)
 
     # ---- latents ----
     unit = downscale_factor(vae) * config.patch_size

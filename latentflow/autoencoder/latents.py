@@ -3,9 +3,6 @@
 diffusers writes a checkpoint's scaling in one of two ways, both read here: ``(raw - latents_mean) * scaling_factor /
 latents_std`` per channel, or ``(raw - shift_factor) * scaling_factor``. Autoencoders trained or measured by latentflow
 have the first, with ``scaling_factor = 1``.
-
-Masked images as a network sees them are here too: the kept pixels, and the latent of the image without the masked ones.
-A mask is (B, 1, H, W): 1 = repaint, 0 = keep. No pixel under a mask has any influence on what these functions return.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 import diffusers
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +25,7 @@ from ..utils.components import about, library_reads, load_checked, load_module, 
 from ..utils.files import CONFIG, near_folder, read_settings
 from ..utils.memory import inner_phase
 from ..utils.placement import execution_device
+from ..utils.weight_files import variants, weight_files
 from .tiny import AutoencoderTinyGroupNorm, is_tiny, load_tiny
 
 log = logging.getLogger(__name__)
@@ -41,6 +38,10 @@ _OVERFLOWING: WeakSet[Any] = WeakSet()
 # What `_layout` has measured, and the side of the image that it encodes.
 _LAYOUTS: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 _SIDE = 64
+# Classes whose config says channels and factor.
+_PLAIN = (diffusers.AutoencoderKL, diffusers.AutoencoderTiny, diffusers.AutoencoderDC, diffusers.VQModel)
+#: autoencoder -> another one that decodes its latents in its place; see ``decoders``
+DECODERS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 # diffusers keeps config entries that a class does not declare (AutoencoderDC: our latent statistics), and warns of
 # them at every load although nothing is lost.
@@ -74,23 +75,53 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
     folder = local / (subfolder or "")
     shown = f"the autoencoder in '{name_or_path}'"
     fix = "Give a folder written by save_pretrained (config.json and *.safetensors) or a reachable hub id."
+    kwargs.setdefault("use_safetensors", True)
+    if local.is_file():
+        raise UserError(f"'{name_or_path}' is a file, and an autoencoder is a folder", fix)
     if not local.is_dir() and not may_be_on_the_hub(str(name_or_path)):
         raise UserError(
             f"no autoencoder at '{name_or_path}': there is no such folder", f"{near_folder(local)}{fix}"
         )
     if local.is_dir():
+        if not (folder / CONFIG).is_file() and (local / "model_index.json").is_file():
+            raise UserError(f"'{name_or_path}' is a pipeline without an autoencoder", fix)
         if not (folder / CONFIG).is_file():
             raise UserError(f"no autoencoder at '{folder}': there is no {CONFIG}", fix)
         kind = _class_of(folder, read_settings(folder / CONFIG))
+        if kwargs.get("variant") is None and weight_files(folder, None) is None:
+            there = variants(folder)
+            kwargs["variant"] = there[0] if len(there) == 1 else None  # its only weights, such as fp16
         vae: Autoencoder = load_module(kind, folder, shown, fix=fix, **kwargs)
     else:
         kind = _class_of(name_or_path, _config_of_hub(name_or_path, subfolder, kwargs))
         vae = load_checked(kind, str(name_or_path), shown, fix=fix, subfolder=subfolder, **kwargs)
     with about(shown):
         check_statistics(vae)
+    if not isinstance(vae, _PLAIN) or vae.config.get("in_channels", 3) != 3:
+        _check_takes_images(vae, shown)
     if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
         vae = vae.float()
     return vae
+
+
+@torch.no_grad()
+def _check_takes_images(vae: Autoencoder, shown: str) -> None:
+    """Refuse an autoencoder of videos, sound or other channels than RGB: try it.
+
+    Raises:
+        UserError: names its class.
+    """
+    try:
+        side = downscale_factor(vae) * 2
+        images = decode(vae, torch.zeros(1, latent_channels(vae), 2, 2))
+        fits = images.shape == (1, 3, side, side) or _normalises_itself(vae)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{shown}, of class {type(vae).__name__}, does not take RGB images",
+            "Expected AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel or another class for images.",
+        )
 
 
 def _config_of_hub(name_or_path: str | Path, subfolder: str | None, kwargs: dict[str, Any]) -> Any:
@@ -135,7 +166,7 @@ def _layout(vae: Autoencoder) -> tuple[int, int]:
     config, cells = vae.config, _cells(vae)
     channels = config.get("latent_channels")
     blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    if channels and blocks and "spatial_compression_ratio" not in config:
+    if channels and blocks and isinstance(vae, (*_PLAIN, diffusers.AutoencoderKLFlux2)):
         return int(channels) * cells**2, int(2 ** (len(blocks) - 1)) * cells
     if vae not in _LAYOUTS:
         side = config.get("image_size") or _SIDE
@@ -161,8 +192,10 @@ def check_resolution(resolution: int, factor: int) -> None:
 
 def has_statistics(vae: Autoencoder) -> bool:
     """Return True if the checkpoint carries per-channel latent statistics."""
-    return _cells(vae) > 1 or (
-        vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+    return (
+        _normalises_itself(vae)
+        or _cells(vae) > 1
+        or (vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None)
     )
 
 
@@ -263,6 +296,9 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
     require_finite(
         latents, "a latent to decode", "It comes from sampling: look at the network and its guidance."
     )
+    if vae in DECODERS:
+        latents = F.pixel_shuffle(latents.float(), fitting_cells(vae, DECODERS[vae]) or 1)
+        vae = DECODERS[vae]
 
     def images(rows: Tensor) -> tuple[Tensor, ...]:
         placed, video = _placed(vae, rows), _of_videos(vae)
@@ -386,6 +422,15 @@ def _cells(vae: Autoencoder) -> int:
     return 2 if hasattr(vae, "bn") else 1
 
 
+def fitting_cells(vae: Autoencoder, decoder: Autoencoder) -> int | None:
+    """Return how many cells of ``decoder`` along a side make one of the latents of ``vae``; None: they do not fit."""
+    channels, factor = _layout(vae)
+    for cells in {1, _cells(vae)}:
+        if _layout(decoder) == (channels // cells**2, factor // cells):
+            return cells
+    return None
+
+
 def _normalises_itself(vae: Autoencoder) -> bool:
     """Return True for a representation autoencoder (arXiv:2510.11690), which normalises in `encode` and takes images in
     [0, 1]."""
@@ -400,67 +445,3 @@ def _of_videos(vae: Autoencoder) -> bool:
 def _placed(vae: Autoencoder, value: Tensor) -> Tensor:
     """Move a tensor to the device on which the autoencoder computes, in its precision."""
     return value.to(execution_device(vae), vae.dtype)
-
-
-def mask_channels(vae: Autoencoder) -> int:
-    """Channels of `masked_condition`: one for each pixel of a latent cell, and those of the latent."""
-    return downscale_factor(vae) ** 2 + latent_channels(vae)
-
-
-def masked_condition(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
-    """Return the condition of a network trained to inpaint: the mask, and the latent of the masked image.
-
-    Args:
-        images: (B, 3, H, W) in [-1, 1].
-        masks: (B, 1, H, W) in {0, 1}; H and W are multiples of the downscale factor f.
-
-    Returns:
-        (B, f^2 + C, H / f, W / f): first the pixels of each cell that are kept (1) or not (0), at the full
-        resolution of the mask; then the latent of the image with its hole in mid-grey. A row of which nothing
-        is kept is zero, as is the condition of plain generation: so one network generates and inpaints.
-    """
-    kept = 1.0 - masks.float()
-    mask = F.pixel_unshuffle(kept, downscale_factor(vae))
-    latent = mask.new_zeros(len(mask), latent_channels(vae), *mask.shape[2:])
-    some = kept.flatten(1).any(1).nonzero()[:, 0]  # the others need no encoding
-    if len(some):
-        latent[some] = encode(vae, images[some].float() * kept[some]).to(latent)
-    return torch.cat([mask, latent], 1)
-
-
-def latent_mask(masks: Tensor, factor: int) -> Tensor:
-    """(B, 1, H, W) -> (B, 1, H / factor, W / factor): a cell is repainted if any of its pixels is."""
-    return F.max_pool2d(masks.float(), factor)
-
-
-def masked_source(noise: Tensor, known: Tensor, hole: Tensor) -> Tensor:
-    """Return the start of a flow that only fills the hole: the known latents, with noise in the hole.
-
-    The data-dependent coupling of Albergo et al. 2023 (arXiv:2310.03725), section 3.2. Training and sampling both start
-    here.
-
-    Args:
-        noise, known: (B, C, h, w).
-        hole: (B, 1, h, w), above 0 = repaint.
-    """
-    return torch.where(hole > 0, noise, known)
-
-
-def masked_latents(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
-    """Encode images whose holes are filled from the nearest kept pixel: latents (B, C, h, w).
-
-    An autoencoder looks around each cell: next to such a filling the kept cells stay close to what they would be
-    beside the true content, closer than next to a grey hole. Arguments as in `masked_condition`.
-    """
-    return encode(vae, torch.stack([_filled(image, mask) for image, mask in zip(images, masks, strict=True)]))
-
-
-def _filled(image: Tensor, mask: Tensor) -> Tensor:
-    """Return (3, H, W) with each masked pixel replaced by the kept pixel nearest to it; grey if none is kept."""
-    from scipy.ndimage import distance_transform_edt  # scipy is slow to import
-
-    hole = (mask[0] > 0).cpu().numpy()
-    if hole.all():
-        return torch.zeros_like(image)
-    rows, columns = distance_transform_edt(hole, return_distances=False, return_indices=True).astype(np.int64)
-    return image[:, torch.from_numpy(rows).to(image.device), torch.from_numpy(columns).to(image.device)]

@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import Tensor, nn
 
 from ..errors import UserError, few, reading
-from ..utils.files import MEND
+from ..utils.files import CONFIG, MEND
 
 #: files of such an autoencoder
 FILES = ("encoder.safetensors", "decoder.safetensors")
@@ -60,8 +60,8 @@ class AutoencoderTinyGroupNorm(AutoencoderTiny):  # type: ignore[misc]
 
 
 def is_tiny(folder: Path) -> bool:
-    """Return True for a folder of such an autoencoder."""
-    return all((folder / name).is_file() for name in FILES)
+    """Return True for a folder of such an autoencoder, or of a half of it."""
+    return not (folder / CONFIG).is_file() and any((folder / name).is_file() for name in FILES)
 
 
 def load_tiny(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderTiny:
@@ -72,11 +72,17 @@ def load_tiny(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderTiny
         dtype: of the weights; None: as they are stored.
 
     Raises:
-        UserError: a file cannot be read, or holds other weights.
+        UserError: a file is missing or cannot be read, or holds other weights.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    there = [name for name in FILES if (folder / name).is_file()]
+    if len(there) == 1:
+        [missing] = {*FILES} - {*there}
+        raise UserError(
+            f"{folder} has {there[0]} but no {missing}", "Download both: they are published together."
+        )
     halves = []
     for name in FILES:
         with reading(folder / name, OSError, SafetensorError, fix=MEND):
@@ -90,7 +96,11 @@ def load_tiny(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderTiny
             for name, value in decoder.items()
         }
         vae: Any = _built(encoder, decoder)
-        vae.load_state_dict(weights, strict=True, assign=True)
+        vae.load_state_dict(weights, strict=False, assign=True)
+        if differing := sorted(weights.keys() ^ vae.state_dict().keys()):
+            raise ValueError(
+                f"{few(differing, 3)} {'is' if len(differing) == 1 else 'are'} missing or unknown"
+            )
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise UserError(
             f"{folder} holds no tiny autoencoder of the TAESD family: {str(error).splitlines()[-1].strip()}",

@@ -10,7 +10,8 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterChoice:
-    """Adapters to add to the checkpoint, options of its family, and the pipeline that a single file belongs to."""
+    """Adapters to add to the checkpoint, another decoder, options of its family, and the pipeline that a single file
+    belongs to."""
 
     fast: bool = False
     """Generate in a few evaluations, with the few-step adapter that comes with the checkpoint (its folder
@@ -20,6 +21,9 @@ class AdapterChoice:
     Repeat the flag for several."""
     lora_any_base: bool = False
     """Accept adapters that were made for another base checkpoint of the same architecture."""
+    vae: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Decode with this autoencoder (folder or hub id) in place of the checkpoint's own: a tiny one, such as TAESD, is
+    many times faster, and takes little memory."""
     family_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
     """Options of a pretrained model's family: arguments of its own pipeline in diffusers, such as
     max_sequence_length=256 or true_cfg_scale=4."""

@@ -157,7 +157,11 @@ class RunConfig:
     init_from: Annotated[str | None, Essential()] = None
     """Fine-tune: start from the weights of this pipeline folder, run folder or hub id."""
     vae: Annotated[str | None, Essential()] = None
-    """Pretrained autoencoder of diffusers (folder or hub id). Default: train one on your images first."""
+    """Pretrained autoencoder of diffusers, or a pipeline that has one (folder or hub id). Default: train one on your
+    images first."""
+    latents_as_is: bool = False
+    """Scale the latents of --vae as the model does that it was published with, such as FLUX.1 or Stable Diffusion.
+    Default: measure the mean and spread of each channel on your images where its config does not have them."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights in `pipeline`; the run's checkpoints keep float32."""
     push_to_hub: str | None = None
@@ -191,6 +195,8 @@ class RunConfig:
             raise UserError(
                 "--mirror-captions without --random-flip", "Add --random-flip: nothing is mirrored."
             )
+        if self.latents_as_is and not self.vae:
+            raise UserError("--latents-as-is without --vae", "Name the autoencoder, or leave it out.")
         if not self.init_from:
             for name in ("prior_samples", "prior_prompts"):
                 if getattr(self.fine_tuning, name):

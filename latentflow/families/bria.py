@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .model import Generators, Rows, Values
 from .pretrained import PackedModel, PretrainedModel
+from .sizes import check_size
 
 
 class BriaModel(PackedModel):
@@ -142,6 +143,7 @@ class BriaFibo2Model(PretrainedModel):
 
     def noise(self, n: int, height: int, width: int, generator: Generators | None = None) -> Tensor:
         """Return the noise to start from, (n, C, h, w) float32, drawn before cells are joined."""
+        check_size(height, width, self.size_multiple)
         factor, config = self.pipeline.vae_scale_factor, self.network.config
         shape = (n, config.in_channels, height // factor, width // factor)
         drawn: Tensor = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)

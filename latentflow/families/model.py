@@ -38,6 +38,7 @@ from .few_steps import FewSteps
 from .opening import OpeningMixin
 from .rows import Rows as Rows
 from .rows import Values as Values
+from .sizes import check_size
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator]
 #: (height, width), or (top, left), in pixels
@@ -338,7 +339,11 @@ class FlowModel(OpeningMixin, ABC):
         Args:
             height, width: of the images, in pixels.
             generator: one for all, or a list with one for each row, which alone decides its noise.
+
+        Raises:
+            UserError: a side that is not a multiple of `size_multiple`.
         """
+        check_size(height, width, self.size_multiple)
         shape = (n, *self.latent_shape(height, width))
         noise: Tensor = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
         return noise

@@ -26,6 +26,7 @@ from .call_options import check_options, check_prompt_options
 from .distilled import Distilled, recognised
 from .edit_defaults import EditDefaults
 from .model import FlowModel, Generators, Rows, Size, Values
+from .sizes import check_size
 from .truncation import report_lost_words, watched_tokenizers
 
 log = logging.getLogger(__name__)
@@ -248,6 +249,7 @@ class PretrainedModel(FlowModel):
         """Return the noise to start from, (n, C, h, w) float32, as the pipeline draws it."""
         if not self.noise_channels_last:
             return super().noise(n, height, width, generator)
+        check_size(height, width, self.size_multiple)
         channels, *cells = self.latent_shape(height, width)
         shape = (n, *cells, channels)
         drawn: Tensor = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)

@@ -133,7 +133,12 @@ def open_pipeline(
             pipeline = kind.from_pretrained(source, **options)
     if adapters is not None:
         add_adapters(pipeline, adapters, source)
-    return pipeline.to(target)  # type: ignore[no-any-return]
+    pipeline = pipeline.to(target)
+    if adapters is not None and adapters.vae is not None:
+        from ..autoencoder import open_decoder, use_decoder
+
+        use_decoder(pipeline.vae, open_decoder(adapters.vae, pipeline.vae, target))
+    return pipeline
 
 
 def _resolve(checkpoint: str | None) -> str:

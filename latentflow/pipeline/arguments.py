@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError, finite, lookup, nearest, plural, shown, unknown, whole
 from ..families.model import FlowModel, Generators, Size
+from ..families.sizes import check_size
 from ..flow import SOLVERS, Solver
 from ..flow.tensors import require_finite
 from ..flow.times import MOST_STEPS, STEPS_FIX
@@ -337,11 +338,7 @@ def check_inputs(model: FlowModel, asked: ConditionArguments, height: int, width
             the checkpoint does not take; arguments that exclude one another, or numbers of prompts, classes, images
             and generators that do not fit.
     """
-    unit = model.size_multiple
-    for what, size in (("height", height), ("width", width)):
-        if size <= 0 or size % unit:
-            valid = max(1, round(size / unit)) * unit
-            raise UserError(f"{what} {size} is not a multiple of {unit}", f"The nearest is {valid}.")
+    check_size(height, width, model.size_multiple)
     given = (
         ("prompt", asked.prompt, asked.prompt_embeds, asked.prompt_attention_mask),
         (
@@ -403,11 +400,12 @@ def check_noise(
     generator: Generators | None,
     latents: Tensor | None = None,
 ) -> None:
-    """Refuse generators, or latents to start from, that do not fit ``count`` images.
+    """Refuse a size that is not the model's, and generators or latents to start from that do not fit ``count`` images.
 
     Raises:
-        UserError: as many as there are, or their shape or device.
+        UserError: the nearest sizes; how many generators there are; their shape or device.
     """
+    check_size(height, width, model.size_multiple)
     if isinstance(generator, list) and len(generator) != count:
         raise UserError(
             f"{len(generator)} generators for {count} images",

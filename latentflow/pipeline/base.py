@@ -17,7 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..autoencoder import downscale_factor
+from ..autoencoder import downscale_factor, latent_channels
 from ..autoencoder.latents import check_statistics
 from ..errors import UserError, reason
 from ..families import FAMILIES, FlowModel, family_of
@@ -414,7 +414,7 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
     Raises:
         UserError: says which two differ, and in what.
     """
-    network, autoencoder = (getattr(part, "config", {}) for part in (transformer, vae))
+    network = getattr(transformer, "config", {})
     text = getattr(getattr(text_encoder, "config", None), "hidden_size", None)
     if vae is not None:
         check_statistics(vae)
@@ -425,7 +425,7 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
             "in_channels",
             network.get("in_channels"),
             "the autoencoder's latents",
-            autoencoder.get("latent_channels"),
+            None if vae is None else latent_channels(vae),
         ),
         ("text_dim", network.get("text_dim"), "the text encoder's features", text),
     ):

@@ -166,7 +166,7 @@ def given_autoencoder(
     """Load an autoencoder, frozen. If it has no per-channel statistics, they are measured on the training images.
 
     Args:
-        measured: False: for a plan, which needs no statistics.
+        measured: False: for a plan, which needs no statistics; or to keep the scaling that its config has.
 
     Raises:
         UserError: the resolution is not divisible by its downscale factor; the nearest valid one is named.
@@ -227,14 +227,14 @@ class LatentCache:
             seed=self.seed,
         )
 
-    def missing(self, framed: Cropping, *, trained: bool) -> int:
+    def missing(self, framed: Cropping, *, scaled: bool) -> int:
         """Return how many latents of the images are not cached; each crop and each mirror image has one.
 
         Args:
-            trained: the model's autoencoder is the one that will encode; None are cached of one that is still to be
-                trained.
+            scaled: the model's autoencoder is the one that will encode. None are cached of one that is still to be
+                trained, or to be measured.
         """
-        if not (trained and has_statistics(self.model.vae)):
+        if not scaled:
             return len(framed.source) * framed.crops * (1 + self.data.random_flip)
         count = 0
         for number, size in enumerate(framed.sizes):

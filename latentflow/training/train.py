@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..autoencoder import Autoencoder, build_autoencoder
+from ..autoencoder import Autoencoder, build_autoencoder, has_statistics
 from ..config import RunConfig
 from ..pipeline.adapter_files import weights_hash
 from .data import (
@@ -120,7 +120,8 @@ def train(
     has_autoencoder = (output / "autoencoder" / "autoencoder" / "config.json").is_file()
     vae: Autoencoder | None
     if splits.autoencoder is not None:
-        vae = given_autoencoder(splits.autoencoder, training, splits.data, measured=not dry_run)
+        measured = not (dry_run or config.latents_as_is)
+        vae = given_autoencoder(splits.autoencoder, training, splits.data, measured=measured)
     elif dry_run and has_autoencoder:
         vae = given_autoencoder(str(output / "autoencoder" / "autoencoder"), training, splits.data)
     elif dry_run:
@@ -168,14 +169,13 @@ def train(
         framings = [framed, *([cache.framed(held_out_images, crops=1)] if len(held_out_images) else [])]
         saved = list_checkpoints(output / "checkpoints")
         trained = splits.autoencoder is not None or has_autoencoder
+        scaled = trained and (config.latents_as_is or has_statistics(vae))
         for line in estimate_lines(
             model,
             vae,
             source,
             config.loop,
-            encoded=0
-            if source.precomputed
-            else sum(cache.missing(part, trained=trained) for part in framings),
+            encoded=0 if source.precomputed else sum(cache.missing(part, scaled=scaled) for part in framings),
             step=step_of(saved[-1]) if saved else 0,
             besides=[
                 *["validations"] * bool(len(framings) > 1 and config.loop.validation_steps),
@@ -293,6 +293,7 @@ def _description(
         "data": splits.training.fingerprint(),
         "data_order": splits.training.order(),
         **{name: asdict(section) for name, section in optional.items() if section != type(section)()},
+        **({"latents_as_is": True} if config.latents_as_is else {}),
         "batch": model.batch,
         "seed": config.loop.seed,
     }

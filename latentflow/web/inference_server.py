@@ -51,8 +51,9 @@ BOUNDS: dict[str, tuple[float, float, type]] = {
 }
 
 IMAGE_TO_IMAGE = "image-to-image"
-#: Called with (steps done, all steps, description); an exception that it raises ends the request.
-Progress = Callable[[int, int, str], None]
+#: Called with (steps done, all steps, description), and with previews of the images where there are any; an exception
+#: that it raises ends the request.
+Progress = Callable[..., None]
 
 
 def number(name: str, value: Any) -> Any:
@@ -126,6 +127,7 @@ class InferenceServer:
         checkpoint, device: as for ``open_pipeline``.
         adapters: adapters that are in use when the page is opened.
         lora_folder: folder whose adapters are offered as well.
+        preview_vae: autoencoder with which a preview is decoded after each step; None: no previews.
 
     Attributes:
         name: the checkpoint's name.
@@ -145,9 +147,12 @@ class InferenceServer:
         device: str = "auto",
         adapters: AdapterChoice | None = None,
         lora_folder: str | None = None,
+        preview_vae: str | None = None,
     ) -> None:
         flags, folder = adapters or AdapterChoice(), local_folder(checkpoint)
         self._checkpoint, self._device, self._flags = checkpoint, device, flags
+        self.preview_vae = preview_vae
+        self._previews: dict[str | None, Any] = {}
         self._opened: OrderedDict[AdapterChoice, Any] = OrderedDict()
         self._loading = threading.Lock()
         self._sampling = threading.Lock()  # pipelines and tokenizers are not safe in several threads
@@ -347,6 +352,19 @@ class InferenceServer:
             settings["method"] = method
         return self._sample("LatentFlowEditPipeline", request, progress, **settings)
 
+    def _preview_decoder(self, pipe: Any) -> Any:
+        """Return the autoencoder that decodes previews, or None.
+
+        Raises:
+            UserError: it cannot be loaded, or its latents are not the checkpoint's.
+        """
+        if self.preview_vae is not None and self.preview_vae not in self._previews:
+            from ..autoencoder import open_decoder
+
+            device = pipe._execution_device
+            self._previews[self.preview_vae] = open_decoder(self.preview_vae, pipe.vae, device)
+        return self._previews.get(self.preview_vae)
+
     def _sample(
         self, kind: str, request: GenerationRequest, progress: Progress, **settings: Any
     ) -> list[Image]:
@@ -366,8 +384,12 @@ class InferenceServer:
         prompts = [request.prompt or ""] if self.capabilities.text and not chosen else []
         shown = conditions(pipe, prompts, [chosen] if chosen else [], request.negative_prompt or None)
 
+        decoder = self._preview_decoder(loaded)
+
         def after_step(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            progress(i + 1, pipe.num_timesteps, "Generating")
+            predicted = tensors["prediction"]
+            shown = () if decoder is None or predicted is None else (pipe.to_images(predicted, vae=decoder),)
+            progress(i + 1, pipe.num_timesteps, "Generating", *shown)
             return {}
 
         with self._sampling:
@@ -380,6 +402,7 @@ class InferenceServer:
                 guidance_scale=None if guided else request.guidance,
                 solver=request.solver,
                 callback_on_step_end=after_step,
+                callback_on_step_end_tensor_inputs=["prediction"],
                 **settings,
             )
 

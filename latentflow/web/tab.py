@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -312,27 +312,48 @@ class Tab:
         """
         listeners = self._listeners
 
-        async def handler(request: gr.Request, progress: gr.Progress = gr.Progress(), **values: Any) -> Any:  # noqa: B008
+        async def answers(request: gr.Request, progress: gr.Progress, values: Values) -> AsyncIterator[Any]:
+            """Yield the outputs: those of the newest previews again and again, then the request's own."""
+            previews: list[list[Image.Image]] = []
             names = {request.session_hash, LocalContext.event_id.get(None)}
             cancelled = threading.Event()
 
-            def show(done: int, total: int, what: str) -> None:
+            def show(done: int, total: int, what: str, *images: list[Image.Image]) -> None:
                 if cancelled.is_set() or not any(listeners[name] for name in names):
                     raise ClientLeft
                 progress((done, total), desc=what, unit="steps")
+                previews.extend(images)
 
             deadline = request.request.scope[ARRIVED] + PATIENCE  # it may have waited in the queue
             try:
                 while time.monotonic() < deadline and not any(listeners[name] for name in names):
                     await asyncio.sleep(0.05)
-                return await asyncio.to_thread(reporting_errors(self._answer), work, values, show)
+                answer = reporting_errors(self._answer)
+                task = asyncio.create_task(asyncio.to_thread(answer, work, values, show))
+                while not task.done():
+                    await asyncio.wait({task}, timeout=0.1 if self.server.preview_vae else None)
+                    if previews and not task.done():
+                        yield [(image, "preview") for image in previews[-1]], gr.skip(), gr.skip()
+                        previews.clear()
+                yield task.result()
             finally:
                 cancelled.set()  # Cancel ends this coroutine; the thread ends at its next step
+
+        async def handler(request: gr.Request, progress: gr.Progress = gr.Progress(), **values: Any) -> Any:  # noqa: B008
+            return [outputs async for outputs in answers(request, progress, values)][-1]
+
+        async def with_previews(
+            request: gr.Request,
+            progress: gr.Progress = gr.Progress(),  # noqa: B008
+            **values: Any,
+        ) -> AsyncIterator[Any]:
+            async for outputs in answers(request, progress, values):
+                yield outputs
 
         triggers = [self._go.click] + ([self.inputs["prompt"].submit] if "prompt" in self.inputs else [])
         running = gr.on(
             triggers,
-            handler,
+            with_previews if self.server.preview_vae else handler,
             None,
             [self._gallery, self.inputs["seed"], self._unknown],
             inputs_kwargs=self.inputs,

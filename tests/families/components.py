@@ -88,6 +88,20 @@ def z_image() -> dict[str, Any]:
     }
 
 
+def autoencoder_dc() -> Any:
+    """Return the autoencoder of Sana: a factor of 2, 4 channels."""
+    return diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, scaling_factor=0.5,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv", upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm", decoder_act_fns="silu",
+    )  # fmt: skip
+
+
 def sana() -> dict[str, Any]:
     return {
         "transformer": diffusers.SanaTransformer2DModel(
@@ -95,16 +109,7 @@ def sana() -> dict[str, Any]:
             attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=8,
             cross_attention_dim=16, caption_channels=16, sample_size=8,
         ),
-        "vae": diffusers.AutoencoderDC(
-            latent_channels=4, attention_head_dim=4, scaling_factor=0.5,
-            encoder_block_types=("ResBlock", "EfficientViTBlock"),
-            decoder_block_types=("ResBlock", "EfficientViTBlock"),
-            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-            encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
-            encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
-            downsample_block_type="conv", upsample_block_type="interpolate",
-            decoder_norm_types="rms_norm", decoder_act_fns="silu",
-        ),
+        "vae": autoencoder_dc(),
         "text_encoder": gemma(), "tokenizer": tokenizer(512),
     }  # fmt: skip
 

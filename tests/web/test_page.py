@@ -33,6 +33,7 @@ def checkpoint(
         card=Card(),
         adapters=dict(adapters),
         has_fast=fast,
+        preview_vae=None,
         chosen=AdapterChoice(),
         facts=["8 x 8 pixels"],
         capabilities=Capabilities(**({"text": text, "labels": classes, "masks": True} | more)),
