@@ -34,13 +34,15 @@ from ..autoencoder import decode, encode, in_float32
 from ..errors import UserError, few
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
 from ..utils.components import library_reads, reported_missing
-from ..utils.files import MEND
+from ..utils.files import FETCH_AGAIN
+from ..utils.memory import inner_phase
 from ..utils.names import as_spelled
 from .edit_defaults import EditDefaults
 from .few_steps import FewSteps
 from .index import pipeline_class
 from .rows import Rows as Rows
 from .rows import Values as Values
+from .weights import fix_of, loading_options
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator]
 #: (height, width), or (top, left), in pixels
@@ -209,7 +211,8 @@ class FlowModel(ABC):
         Args:
             name_or_path: pipeline folder or hub id.
             family_options: arguments of the stock pipeline's call in place of their defaults.
-            options: of the pipeline's own ``from_pretrained`` (``dtype``, ``revision``, ...).
+            options: of the pipeline's own ``from_pretrained`` (``dtype``, ``variant``, ``device_map``,
+                ``quantization_config``, ...); ``dtype="auto"`` keeps each component as it is stored.
 
         Raises:
             UserError: there is no such checkpoint, or its pipeline is of no family that is known.
@@ -232,17 +235,19 @@ class FlowModel(ABC):
         Raises:
             UserError: a file is missing or cannot be read; a network or text encoder lacks weights.
         """
-        with library_reads(f"the pipeline '{name_or_path}'"), reported_missing() as missing:
-            pipeline = DiffusionPipeline.from_pretrained(
-                str(name_or_path), **{"use_safetensors": True, **options}
-            )
+        options = loading_options(name_or_path, {"use_safetensors": True, **options})
+        with (
+            library_reads(f"the pipeline '{name_or_path}'", fix=fix_of(options)),
+            reported_missing() as missing,
+        ):
+            pipeline = DiffusionPipeline.from_pretrained(str(name_or_path), **options)
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module) and type(part).__name__ in missing:
                 computed = {name for name, _ in part.named_buffers()}
                 if lacking := sorted(set(missing[type(part).__name__]) - computed):
                     raise UserError(
                         f"the pipeline '{name_or_path}' cannot be read: {name} lacks weights: {few(lacking, 3)}",
-                        MEND,
+                        FETCH_AGAIN,
                     )
         return pipeline
 
@@ -377,7 +382,7 @@ class FlowModel(ABC):
                 "Load it; to draw without one, use output_type='latent'.",
             )
         widen = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))
-        with in_float32(vae) if widen else nullcontext():
+        with inner_phase("encode images"), in_float32(vae) if widen else nullcontext():  # decoding has its own
             yield vae
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, few, reading, shown
@@ -395,6 +396,7 @@ def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
 
     Raises:
         UserError: in place of their exception.
+        OutOfMemory: memory ran out; it names the component, if diffusers was loading one.
     """
     from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
     from safetensors import SafetensorError
@@ -411,6 +413,24 @@ def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
                 f"{shown} needs code that it brings along, which latentflow does not execute",
                 "Use a model of a kind that the installed libraries know.",
             ) from error
+        except (RuntimeError, MemoryError) as error:
+            from .memory import is_out_of_memory, out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            part = _component_that_loads(error)
+            raise out_of_memory("load", error, f"the {part} of {shown}" if part else str(shown)) from error
+
+
+def _component_that_loads(error: BaseException) -> str:
+    """Return the name of the component that diffusers was loading when an exception was raised, or "".
+
+    Its pipelines load one after the other, and do not say which.
+    """
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "load_sub_model":
+            return str(frame.f_locals.get("name", ""))
+    return ""
 
 
 @contextmanager

@@ -87,11 +87,13 @@ def check_variant(folder: Path, parts: Iterable[str], variant: Any) -> None:
 
 
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
-    """Return the type of most numbers in ``folder``'s weights; float32 where it is none that networks compute in."""
+    """Return the type of most of the floating-point numbers in ``folder``'s weights, of those that networks compute
+    in: quantised weights do not count. float32 where there are none."""
     import torch
 
     counts: Counter[str] = Counter()
+    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
     for kind, count in (stored_weights(folder, variant) or {}).values():
-        counts[kind] += count
-    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-    return types.get(max(counts, key=counts.__getitem__, default=""), torch.float32)
+        if kind in types:
+            counts[kind] += count
+    return types[max(counts, key=counts.__getitem__, default="F32")]
