@@ -382,7 +382,10 @@ class FlowModel(ABC):
                 "Load it; to draw without one, use output_type='latent'.",
             )
         widen = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))
-        with inner_phase("encode images"), in_float32(vae) if widen else nullcontext():  # decoding has its own
+        with (
+            inner_phase("encode images"),
+            in_float32(vae) if widen else nullcontext(),
+        ):  # decoding has its own
             yield vae
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:

@@ -49,7 +49,11 @@ def loading_options(name_or_path: str | os.PathLike[str], options: Mapping[str, 
 def fix_of(options: Mapping[str, Any]) -> str:
     """Return advice for a pipeline that cannot be read with these options."""
     placing = [name for name in ("device_map", "quantization_config") if options.get(name) is not None]
-    return f"If the files are whole, change {' and '.join(placing)}, or leave it out." if placing else FETCH_AGAIN
+    return (
+        f"If the files are whole, change {' and '.join(placing)}, or leave it out."
+        if placing
+        else FETCH_AGAIN
+    )
 
 
 def _parts(folder: Path, options: Mapping[str, Any]) -> list[str]:

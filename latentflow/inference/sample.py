@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import AdapterChoice, SamplingConfig
 from ..errors import UserError, finite, printable, reason, whole
-from ..utils.components import library_reads, quiet_libraries
+from ..utils.components import quiet_libraries
 from ..utils.files import (
     SHIPPED_CHECKPOINTS,
     check_types,
@@ -229,14 +229,10 @@ def _load_adapters(pipe: Any, texts: Sequence[str]) -> None:
     Raises:
         UserError: it has none, or an adapter cannot be loaded.
     """
-    if not hasattr(pipe.model.pipeline, "load_lora_weights"):
-        kind = type(pipe.model.pipeline).__name__
-        raise UserError(f"--lora: diffusers' {kind} loads no adapters", "Leave --lora out.")
     weights = {}
     for number, text in enumerate(texts):
         source, weight = split_adapter(text)
-        with library_reads(f"--lora {source}", fix="Give a LoRA that was trained for this model."):
-            pipe.load_lora_weights(source, adapter_name=f"adapter-{number}")
+        pipe.load_lora_weights(source, adapter_name=f"adapter-{number}")
         weights[f"adapter-{number}"] = weight
     pipe.set_adapters(list(weights), list(weights.values()))
 

@@ -22,6 +22,7 @@ from ..families import FlowModel, Rows
 from ..families.model import Size
 from .arguments import ConditionArguments
 from .calls import CallMixin
+from .stock_adapters import load_adapter
 
 
 class ModelPipeline(CallMixin):
@@ -79,6 +80,14 @@ class ModelPipeline(CallMixin):
         """Move or cast the stock pipeline's components; see ``DiffusionPipeline.to``."""
         self.model.pipeline.to(*args, **kwargs)
         return self
+
+    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> None:
+        """Load an adapter by the stock pipeline's loader; see `load_adapter`.
+
+        Raises:
+            UserError: it cannot be read, or has nothing for this model.
+        """
+        load_adapter(self.model.pipeline, source, adapter_name, **options)
 
     def unknown_words(self, prompts: str | list[str]) -> list[str]:
         """Return no words: the vocabularies of pretrained text encoders spell everything."""

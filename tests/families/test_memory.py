@@ -168,9 +168,7 @@ def test_weights_that_are_kept_in_eight_bits(name: str, folders: Callable[..., P
     """Layerwise casting: inputs are of the precision that computes, not of the one that is stored."""
     model = load(folders(name), name)
     expected = draw(model, 16)
-    model.network.enable_layerwise_casting(
-        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
-    )
+    model.network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     stored = {weight.dtype for weight in model.network.parameters()}
     assert torch.float8_e4m3fn in stored and model.network.dtype == torch.float32
     for way, images in draw(model, 16).items():
@@ -343,7 +341,10 @@ def test_the_part_that_has_no_memory_is_named(
 
     vars(component)[method] = fails
     setattr(model.pipeline, part, component)
-    with pytest.raises(OutOfMemory, match=rf"phase: {phase}\) after a peak(.|\n)*{flag}"), memory_phase("draw"):
+    with (
+        pytest.raises(OutOfMemory, match=rf"phase: {phase}\) after a peak(.|\n)*{flag}"),
+        memory_phase("draw"),
+    ):
         draw(model, 16)
 
 
@@ -357,7 +358,9 @@ def test_memory_that_runs_out_while_loading(
 
     name = "FluxPipeline"
     monkeypatch.setattr(type(checkpoint(name).transformer), "from_pretrained", fails)
-    with pytest.raises(OutOfMemory, match=r"phase: load the transformer of the pipeline(.|\n)*--quantize nf4"):
+    with pytest.raises(
+        OutOfMemory, match=r"phase: load the transformer of the pipeline(.|\n)*--quantize nf4"
+    ):
         load(folders(name), name)
 
 
