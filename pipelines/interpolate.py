@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from latentflow import LatentFlowEditPipeline
 
-    pipe = open_pipeline(LatentFlowEditPipeline, config.checkpoint, config.device, config)
+    pipe = open_pipeline(LatentFlowEditPipeline, config.checkpoint, config.device, config, config.memory)
     rows: list[Condition] = [{}]
     if config.prompt or config.class_labels:
         rows = conditions(pipe, config.prompt, config.class_labels)

@@ -180,8 +180,8 @@ class PretrainedModel(FlowModel):
                     require_finite(
                         value,
                         "what the text encoder makes of the prompts",
-                        "In float16 it may overflow: load the checkpoint in bfloat16 or float32 (--dtype bfloat16). Else "
-                        "its weights are damaged.",
+                        "In float16 it may overflow: load the checkpoint in bfloat16 (--dtype bfloat16) or float32. "
+                        "Else its weights are damaged.",
                     )
         return rows
 

@@ -1,4 +1,4 @@
-"""Weights of a pretrained pipeline before they are read: which variant there is, and in which precision it is stored."""
+"""Weights of a pretrained pipeline, before they are read: the variants that there are, and their precision."""
 
 from __future__ import annotations
 

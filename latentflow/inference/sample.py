@@ -7,11 +7,11 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..config import AdapterChoice, SamplingConfig
+from ..config import AdapterChoice, MemoryConfig, SamplingConfig
 from ..errors import UserError, finite, printable, reason, whole
 from ..utils.components import quiet_libraries
 from ..utils.files import (
@@ -23,6 +23,7 @@ from ..utils.files import (
     unfinished_run,
 )
 from .images import check_format, check_writable
+from .memory import check_memory_flags, loading_options, place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,7 +81,11 @@ def local_folder(checkpoint: str | None) -> Path | None:
 
 
 def open_pipeline(
-    kind: type[P], checkpoint: str | None = None, device: str = "auto", adapters: AdapterChoice | None = None
+    kind: type[P],
+    checkpoint: str | None = None,
+    device: str = "auto",
+    adapters: AdapterChoice | None = None,
+    memory: MemoryConfig | None = None,
 ) -> P:
     """Load a pipeline onto its device.
 
@@ -90,16 +95,26 @@ def open_pipeline(
             opened at its newest checkpoint, and a line on stderr says so.
         device: "auto" (a GPU if there is one) or torch's name of one.
         adapters: adapters to merge into its weights.
+        memory: precision of its weights, and where they wait.
 
     Raises:
         UserError: there is no such checkpoint, or the shipped one is missing; an adapter does not fit; torch knows no
-            such device, or this machine has none.
+            such device, or this machine has none; see `check_memory_flags`.
+        OutOfMemory: it does not fit into the memory of the device.
     """
-    source = _resolve(checkpoint)
+    source, memory = _resolve(checkpoint), memory or MemoryConfig()
     target = fastest_device() if device == "auto" else check_device(device)
+    check_memory_flags(memory, target)
     quiet_libraries()
+    from ..utils.memory import memory_phase
+
     pipeline: P
     if unfinished_run(source):
+        if memory != replace(memory, dtype="auto", quantize=None, variant=None):
+            raise UserError(
+                f"{source} is a run that is not finished, whose weights are read in float32",
+                "Leave --dtype, --quantize and --variant out.",
+            )
         from ..training.unfinished import unfinished_pipeline
 
         as_trained, line = unfinished_pipeline(Path(source))
@@ -107,10 +122,12 @@ def open_pipeline(
         pipeline = kind.from_pipe(as_trained)
     else:
         options = parse_options(adapters.family_options) if adapters else {}
-        pipeline = kind.from_pretrained(source, **({"family_options": options} if options else {}))
+        given = {"family_options": options} if options else {}
+        pipeline = kind.from_pretrained(source, **given, **loading_options(memory, source, target))
     if adapters is not None:
         add_adapters(pipeline, adapters, source)
-    return pipeline.to(target)  # type: ignore[no-any-return]
+    with memory_phase("load"):
+        return place(pipeline, target, memory)  # type: ignore[no-any-return]
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:

@@ -392,7 +392,8 @@ def check_embeds(
     if text is not None and embeds is not None:
         raise UserError(f"both {name} and {name}_embeds are given", "Pass one of them.")
     if isinstance(embeds, Rows):
-        return check_rows(model, name, embeds, mask)
+        check_rows(model, name, embeds, mask)
+        return
     shape = None if embeds is None else tuple(embeds.shape)
     if mask is not None and (shape is None or tuple(mask.shape) != shape[:2]):
         raise UserError(

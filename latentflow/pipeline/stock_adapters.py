@@ -40,8 +40,9 @@ def load_adapter(
         options: of the pipeline's own ``load_lora_weights``.
 
     Raises:
-        UserError: peft is missing; the pipeline has no loader; the adapter cannot be read, has no layer of this
-            model, or not most of its layers, or is not finite; the model that it was made for is named where its names tell it.
+        UserError: peft is missing; the pipeline has no loader; the adapter cannot be read, is not finite,
+            or half of its layers or more have no place in this model; the model that it was made for is named where
+            its names tell it.
     """
     if not USE_PEFT_BACKEND:
         raise missing("adapters need", "peft")

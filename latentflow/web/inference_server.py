@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import AdapterChoice
+from ..config import AdapterChoice, MemoryConfig
 from ..errors import UserError, finite, unknown, whole
 from ..inference.images import read_image
 from ..inference.sample import (
@@ -126,6 +126,7 @@ class InferenceServer:
         checkpoint, device: as for ``open_pipeline``.
         adapters: adapters that are in use when the page is opened.
         lora_folder: folder whose adapters are offered as well.
+        memory: as for ``open_pipeline``.
 
     Attributes:
         name: the checkpoint's name.
@@ -145,9 +146,10 @@ class InferenceServer:
         device: str = "auto",
         adapters: AdapterChoice | None = None,
         lora_folder: str | None = None,
+        memory: MemoryConfig | None = None,
     ) -> None:
         flags, folder = adapters or AdapterChoice(), local_folder(checkpoint)
-        self._checkpoint, self._device, self._flags = checkpoint, device, flags
+        self._checkpoint, self._device, self._flags, self._memory = checkpoint, device, flags, memory
         self._opened: OrderedDict[AdapterChoice, Any] = OrderedDict()
         self._loading = threading.Lock()
         self._sampling = threading.Lock()  # pipelines and tokenizers are not safe in several threads
@@ -196,7 +198,9 @@ class InferenceServer:
                 if len(self._opened) == MOST_OPEN:
                     self._opened.popitem(last=False)
                 try:
-                    pipe = open_pipeline(LatentFlowPipeline, self._checkpoint, self._device, choice)
+                    pipe = open_pipeline(
+                        LatentFlowPipeline, self._checkpoint, self._device, choice, self._memory
+                    )
                 except UserError as error:
                     raise self._without_folders(error) from error
                 self._opened[choice] = pipe

@@ -1,4 +1,4 @@
-"""Adapters of pretrained models: made by peft, saved by the stock classes, loaded by the programs and by our pipelines."""
+"""Adapters of pretrained models: made by peft, saved by the stock classes, loaded by programs and pipelines."""
 
 from __future__ import annotations
 

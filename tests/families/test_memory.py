@@ -1,18 +1,19 @@
-"""Memory of pretrained models: precision, variants, quantisation, offloading, dropped text encoders, memory that runs out."""
+"""Memory of pretrained models: precision, quantisation, offloading, dropped text encoders, memory that runs out."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import PipelineQuantizationConfig
+from PIL import Image
 from torch import Tensor, nn
 
 from latentflow import FlowModel, LatentFlowEditPipeline, LatentFlowInpaintPipeline, LatentFlowPipeline
@@ -384,3 +385,127 @@ def test_nothing_is_black_in_silence(part: str, said: str) -> None:
     setattr(model.pipeline, part, component)
     with pytest.raises(UserError, match=said):
         draw(model, 16)
+
+
+# ---------------------------------------------------------------- the flags of the programs
+
+
+Program = Callable[[str], Any]
+
+
+def command(name: str, folder: Path, output: Path, *more: str) -> list[str]:
+    line = ["red apple", "--checkpoint", str(folder), "-o", str(output), "--height", "16", "--width", "16"]
+    options = [f"{key}={value}" for key, value in TINY[name].call.items()]
+    return [*line, "--steps", "2", *(["--family-options", *options] if options else []), *more]
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collect the pipelines that programs open."""
+    from latentflow.inference import sample
+
+    opened_pipes: list[Any] = []
+    original = sample.place
+
+    def place(pipe: Any, device: str, memory: Any) -> Any:
+        opened_pipes.append(original(pipe, device, memory))
+        return opened_pipes[-1]
+
+    monkeypatch.setattr(sample, "place", place)
+    return opened_pipes
+
+
+def test_flags_of_precision(
+    folders: Callable[..., Path], load_program: Program, tmp_path: Path, spied: list[Any]
+) -> None:
+    name = "FluxPipeline"
+    half = folders(name, torch.bfloat16, "fp16")
+    load_program("generate").main(
+        command(name, half, tmp_path / "a.png", "--variant", "fp16", "--dtype", "bfloat16", "--vae-tiling")
+    )
+    model = spied[0].model
+    assert set(precisions(model).values()) == {torch.bfloat16}
+    assert model.vae.use_tiling and (tmp_path / "a.png").exists()
+    with pytest.raises(UserError, match="--variant fp16"):
+        load_program("generate").main(command(name, half, tmp_path / "a.png"))
+
+
+def test_a_pretrained_model_is_as_stored_on_a_gpu(folders: Callable[..., Path]) -> None:
+    from latentflow.config import MemoryConfig
+    from latentflow.inference.memory import loading_options
+    from latentflow.utils.files import SHIPPED_CHECKPOINTS
+
+    folder = str(folders("FluxPipeline"))
+    assert loading_options(MemoryConfig(), folder, "cuda") == {"dtype": "auto"}
+    assert loading_options(MemoryConfig(), folder, "cpu") == {}
+    assert loading_options(MemoryConfig(), str(SHIPPED_CHECKPOINTS / "emoji-64"), "cuda") == {}
+
+
+@pytest.mark.parametrize("how", ["model", "sequential", "group"])
+def test_flags_of_offloading(
+    how: str,
+    folders: Callable[..., Path],
+    load_program: Program,
+    tmp_path: Path,
+    spied: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The CPU stands for a GPU: what waits, and where, is the libraries' own; the images are the same."""
+    from latentflow.inference import sample
+
+    name = "FluxPipeline"
+    load_program("generate").main(command(name, folders(name), tmp_path / "plain.png"))
+    with pytest.raises(UserError, match=f"--offload {how} needs a GPU"):
+        load_program("generate").main(command(name, folders(name), tmp_path / "a.png", "--offload", how))
+    monkeypatch.setattr(sample, "check_memory_flags", lambda memory, device: None)
+    monkeypatch.setattr(
+        accelerate, "cpu_offload", lambda model, device, **options: cpu_offload(model, CPU, **options)
+    )
+    load_program("generate").main(command(name, folders(name), tmp_path / "b.png", "--offload", how))
+    transformer = spied[-1].model.pipeline.transformer
+    hooked = hasattr(transformer, "_hf_hook") or hasattr(transformer, "_diffusers_hook")
+    assert hooked
+    first, second = (np.array(Image.open(tmp_path / f"{file}.png")).astype(int) for file in ("plain", "b"))
+    assert np.abs(first - second).max() <= 1
+
+
+def test_quantised_from_the_command_line(
+    folders: Callable[..., Path], load_program: Program, tmp_path: Path, spied: list[Any]
+) -> None:
+    """The network and the language model, and neither CLIP nor the autoencoder."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    name = "FluxPipeline"
+    load_program("generate").main(command(name, folders(name), tmp_path / "a.png", "--quantize", "int8"))
+    quantised = {
+        part
+        for part, module in spied[0].model.pipeline.components.items()
+        if isinstance(module, nn.Module)
+        and any(type(weight.data).__name__ == "Int8Tensor" for weight in module.parameters())
+    }
+    assert quantised == {"transformer", "text_encoder_2"} and (tmp_path / "a.png").exists()
+
+
+def test_a_library_that_quantises_is_missing(
+    folders: Callable[..., Path], load_program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib.util import find_spec
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "torchao" in name else find_spec(name))
+    line = command("FluxPipeline", folders("FluxPipeline"), tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"--quantize int8 needs torchao.*not installed\npip install \"torchao"):
+        load_program("generate").main([*line, "--quantize", "int8"])
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--quantize nf4 needs a GPU"):
+            load_program("generate").main([*line, "--quantize", "nf4"])
+
+
+def test_out_of_memory_on_the_way_to_the_device(
+    folders: Callable[..., Path], load_program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError(CUDA_WORDS)
+
+    monkeypatch.setattr(type(checkpoint("FluxPipeline")), "to", fails)
+    line = command("FluxPipeline", folders("FluxPipeline"), tmp_path / "a.png")
+    with pytest.raises(OutOfMemory, match=r"phase: load\)(.|\n)*--offload model"):
+        load_program("generate").main(line)
