@@ -23,8 +23,8 @@ GROUND = [
     {"errors"},
     {"utils.names"},
     {"utils", "utils.files", "utils.flags", "utils.libraries", "utils.progress", "utils.words"},
-    {"utils.weight_files"},
-    {"utils.components", "utils.html_page", "utils.memory", "utils.placement", "cli"},
+    {"utils.memory", "utils.weight_files"},
+    {"utils.components", "utils.html_page", "utils.placement", "cli"},
     {"__main__"},
 ]
 LEAVES = set().union(*GROUND)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def quantization(kind: str, source: str) -> PipelineQuantizationConfig:
             return library.BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
-        import torchao.quantization as torchao
+        torchao = importlib.import_module("torchao.quantization")
 
         names = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}
         return library.TorchAoConfig(getattr(torchao, names[kind])())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, finite, shown
-from ..flow.tensors import require_finite
+from ..flow.tensors import NOT_FINITE, require_finite
 from ..utils.components import library_reads
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -243,8 +243,7 @@ def integrate_with_scheduler(
     for i, timestep in enumerate(progress(scheduler.timesteps[begin:])):
         t = 1.0 - scheduler.sigmas[begin + i].to(torch.float64)
         value, where = velocity(x, t), f"in step {i + 1} of {len(scheduler.timesteps) - begin}"
-        fix = "If the network runs in float16, use bfloat16 or float32; otherwise look at its training log."
-        require_finite(value, f"the velocity at t = {float(t):g} {where}", fix)
+        require_finite(value, f"the velocity at t = {float(t):g} {where}", NOT_FINITE)
         x = scheduler.step(-value, timestep, x, return_dict=False, **extra)[0]
         require_finite(
             x, f"x {where} of the scheduler {type(scheduler).__name__}", "Use another grid or scheduler."

@@ -49,9 +49,10 @@ def load_adapter(
     kind = type(pipeline).__name__
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"diffusers' {kind} loads no adapters", "Leave the adapter out.")
-    given = isinstance(source, Mapping)
-    shown = "the adapter" if given else f"the adapter {source}"
-    fix = f"Give a LoRA that was trained for this model, a {kind}.{'' if given else _made_for(Path(str(source)))}"
+    shown, hint = "the adapter", ""
+    if not isinstance(source, Mapping):
+        shown, hint = f"the adapter {source}", _made_for(Path(source))
+    fix = f"Give a LoRA that was trained for this model, a {kind}.{hint}"
     names = {name for part in pipeline.get_list_adapters().values() for name in part}
     with library_reads(shown, fix=fix):
         pipeline.load_lora_weights(source, adapter_name=name, **options)
@@ -60,7 +61,7 @@ def load_adapter(
     if not loaded:
         raise UserError(f"{shown} has no layer of this model", fix)
     with without_reports():
-        state = pipeline.lora_state_dict(dict(source) if given else source, **options)
+        state = pipeline.lora_state_dict({**source} if isinstance(source, Mapping) else source, **options)
     state = state[0] if isinstance(state, tuple) else state
     asked = sum(_FIRST_FACTOR.search(key) is not None for key in state)
     left_out = plural(asked - len(loaded), "layer")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from copy import copy, deepcopy
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from latentflow import FlowModel, LatentFlowEditPipeline, LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.errors import UserError
 from latentflow.families import FAMILIES
+from latentflow.utils.files import SHIPPED_CHECKPOINTS
 from latentflow.utils.memory import OutOfMemory, memory_phase
 
 from .test_pretrained import PROMPTS, opened, seeded
@@ -271,6 +274,26 @@ def test_rows_are_enough(name: str) -> None:
             pipe(PROMPTS, **few)
 
 
+@pytest.mark.parametrize("how", ["model", "sequential", "leaves"])
+def test_encoders_that_are_offloaded_are_dropped(
+    how: str, folders: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "StableDiffusionXLPipeline"
+    pipe = pipe_of(LatentFlowPipeline, load(folders(name), name))
+    few: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "pt"}
+    expected = pipe(PROMPTS[0], generator=seeded(), **few).images
+    OFFLOADING[how](pipe, monkeypatch)
+    with torch.no_grad():
+        rows = pipe.model.encode_prompt(PROMPTS[:1])
+    encoder = weakref.ref(pipe.text_encoder_2)
+    pipe.model.drop_text_encoders()
+    gc.collect()
+    assert encoder() is None  # no hook keeps it
+    for _ in range(2):
+        drawn = pipe(prompt_embeds=rows, generator=seeded(), **few).images
+        torch.testing.assert_close(drawn, expected, rtol=0.0, atol=1e-4)
+
+
 def test_all_calls_take_rows() -> None:
     name, image = "StableDiffusion3Pipeline", torch.rand(1, 3, 16, 16, generator=seeded(1))
     model = own_model(name)
@@ -298,8 +321,24 @@ def test_all_calls_take_rows() -> None:
         {"source_prompt_embeds": second},
         {"prompt_embeds": first.cat([first, second])},
     )
+    still = edit.interpolate(
+        frames=2, height=16, width=16, generator=seeded(), prompt_embeds=first, **few
+    ).images  # one row for all frames
+    torch.testing.assert_close(still[0], still[1], rtol=0.0, atol=1e-5)
     for image_by_text, image_by_rows in zip(by_text, by_rows, strict=True):
         torch.testing.assert_close(image_by_text, image_by_rows, rtol=0.0, atol=1e-5)
+
+
+def test_our_own_checkpoints_take_rows_too() -> None:
+    pipe = LatentFlowPipeline.from_pretrained(SHIPPED_CHECKPOINTS / "emoji-64")
+    pipe.set_progress_bar_config(disable=True)
+    few: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
+    expected = pipe(PROMPTS, generator=[seeded(0), seeded(1)], **few).images
+    with torch.no_grad():
+        rows = pipe.model.encode_prompt(PROMPTS)
+    pipe.text_encoder = None
+    drawn = pipe(prompt_embeds=rows, generator=[seeded(0), seeded(1)], **few).images
+    torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_another_model_are_refused() -> None:
@@ -433,7 +472,6 @@ def test_flags_of_precision(
 def test_a_pretrained_model_is_as_stored_on_a_gpu(folders: Callable[..., Path]) -> None:
     from latentflow.config import MemoryConfig
     from latentflow.inference.memory import loading_options
-    from latentflow.utils.files import SHIPPED_CHECKPOINTS
 
     folder = str(folders("FluxPipeline"))
     assert loading_options(MemoryConfig(), folder, "cuda") == {"dtype": "auto"}
@@ -490,9 +528,13 @@ def test_a_library_that_quantises_is_missing(
 ) -> None:
     from importlib.util import find_spec
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "torchao" in name else find_spec(name))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if "torchao" in name else find_spec(name)
+    )
     line = command("FluxPipeline", folders("FluxPipeline"), tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"--quantize int8 needs torchao.*not installed\npip install \"torchao"):
+    with pytest.raises(
+        UserError, match=r"--quantize int8 needs torchao.*not installed\npip install \"torchao"
+    ):
         load_program("generate").main([*line, "--quantize", "int8"])
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--quantize nf4 needs a GPU"):
