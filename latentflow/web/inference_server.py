@@ -36,7 +36,7 @@ LONGEST_PROMPT = 1000
 LARGEST_IMAGE = 4  # times the side that the checkpoint was trained at
 CANVAS = 512  # pixels of the longer side of an uploaded image on the page
 LARGEST_SEED = 2**32 - 1
-MOST_OPEN = 2  # pipelines that are kept, each with other adapters merged into its weights
+MOST_OPEN = 2  # pipelines of our own that are kept, each with other adapters merged into its weights
 
 #: Smallest and largest value, and type, of every number in a request.
 BOUNDS: dict[str, tuple[float, float, type]] = {
@@ -195,7 +195,8 @@ class InferenceServer:
             if choice not in self._opened:
                 from ..pipeline import LatentFlowPipeline
 
-                if len(self._opened) == MOST_OPEN:
+                large = not all(hasattr(pipe, "merge_lora_weights") for pipe in self._opened.values())
+                if len(self._opened) == (1 if large else MOST_OPEN):  # pretrained models are large
                     self._opened.popitem(last=False)
                 try:
                     pipe = open_pipeline(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentflow import LatentFlowPipeline
+from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
+from latentflow.web.inference_server import InferenceServer
 
 from .test_family_programs import flags, size
 from .test_pretrained import opened, seeded
@@ -209,3 +213,15 @@ def test_an_adapter_that_is_damaged(adapters: Callable[..., Path], tmp_path: Pat
     with pytest.raises(UserError, match=r"nan\.safetensors is not finite in transformer\."):
         pipe.load_lora_weights(tmp_path / "nan.safetensors")
     assert not any(pipe.get_list_adapters().values())
+
+
+def test_the_page_holds_one_pretrained_model(
+    adapters: Callable[..., Path], folders: Callable[[str], Path]
+) -> None:
+    """With other adapters it is opened anew, and the one before is let go of: two may not fit into memory."""
+    name = "StableDiffusion3Pipeline"
+    server = InferenceServer(str(folders(name)), "cpu", AdapterChoice())
+    first = weakref.ref(server.open(AdapterChoice()))
+    server.open(AdapterChoice(lora=(f"{adapters(name)}=0.5",)))
+    gc.collect()
+    assert first() is None
