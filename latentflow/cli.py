@@ -176,6 +176,11 @@ def _peek(args: Sequence[str], flag: str) -> str | None:
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        raise UserError(
+            f"--config {path} is a folder, not a YAML file with values for flags",
+            "The pipeline folder of a checkpoint in one file is given as --checkpoint-config FOLDER.",
+        )
     if not path.is_file():
         raise UserError(
             f"config file not found: {path}", f"{near_path(str(path))}Give --config the path of a YAML file."

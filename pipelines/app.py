@@ -22,7 +22,7 @@ class AppConfig(AdapterChoice):
     """Open a web page to generate, inpaint and edit images."""
 
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Pipeline folder, run folder or hub id; default: the shipped checkpoint."""
+    """Pipeline folder, run folder, hub id, or a pretrained model in one file; default: the shipped checkpoint."""
     lora_folder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Offer the adapters (LoRA) in this folder too, such as runs. Those of --lora are in use at first; those in the
     checkpoint's folder are always offered."""

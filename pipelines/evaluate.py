@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from latentflow.inference.sample import check_checkpoint, open_pipeline
 
-    check_checkpoint(config.checkpoint)
+    check_checkpoint(config.checkpoint, config.checkpoint_config)
 
     import torch
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     if not config.adapter:
-        check_checkpoint(config.source)
+        check_checkpoint(config.source, config.checkpoint_config)
 
     from latentflow.training.loop.run_folder import write_folder
 

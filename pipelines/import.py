@@ -44,43 +44,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"-o {output} exists", "Choose another folder: nothing is overwritten.")
 
-    from latentflow import LatentFlowPipeline, load_autoencoder
-    from latentflow.families.original import ORIGINALS, import_network, kind_of, read_weights
+    from latentflow.families.original import import_pipeline, kind_of, read_weights
     from latentflow.training.loop.run_folder import write_folder
 
     weights = read_weights(Path(config.source))
     kind = kind_of(weights, Path(config.source).name) if config.kind == "auto" else config.kind
-    network = import_network(weights, kind)
-    classes = network.config["num_classes"]
-    names = _class_names(config.class_names, classes)
-    pipe = LatentFlowPipeline(
-        load_autoencoder(config.vae), network, id2label=names, **ORIGINALS[kind].settings
-    )
+    pipe = import_pipeline(weights, kind, config.vae, _class_names(config.class_names))
     write_folder(output, pipe.save_pretrained)
-    shown = "" if names is None else f', for example --class "{names[min(207, classes - 1)]}"'
+    network, names = pipe.transformer, pipe.config.id2label
+    classes = network.config["num_classes"]
+    shown = "" if names is None else f', for example --class "{names[str(min(207, classes - 1))]}"'
     print(f"{output}: {kind} of {network.num_parameters() / 1e6:,.0f} M parameters, {classes} classes")
     print(f"latentflow generate --checkpoint {output}{shown}")
 
 
-def _class_names(file: str | None, count: int) -> dict[int, str] | None:
-    """Return class id -> name, or None where there are none.
-
-    Raises:
-        UserError: the file does not name as many classes.
-    """
-    if file is not None:
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--class-names {file} cannot be read: {error}") from error
-        if len(lines) != count:
-            raise UserError(f"--class-names {file} has {len(lines)} lines, for {count} classes")
-        return dict(enumerate(lines))
-    if count != 1000:
+def _class_names(file: str | None) -> list[str] | None:
+    """Return the lines of a file, the names of the classes in the order of their ids; None where none is given."""
+    if file is None:
         return None
-    from torchvision.models import ResNet18_Weights
-
-    return dict(enumerate(ResNet18_Weights.IMAGENET1K_V1.meta["categories"]))
+    try:
+        return Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class-names {file} cannot be read: {error}") from error
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ GROUND = [
     {"errors"},
     {"utils.names"},
     {"utils", "utils.files", "utils.flags", "utils.libraries", "utils.progress", "utils.words"},
-    {"utils.memory", "utils.weight_files"},
+    {"utils.memory", "utils.single_files"},
+    {"utils.weight_files"},
     {"utils.components", "utils.html_page", "utils.placement", "cli"},
     {"__main__"},
 ]

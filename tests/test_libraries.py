@@ -24,6 +24,7 @@ from latentflow.training.report.folder import Run
 from latentflow.training.report.page import add_curves
 from latentflow.utils import libraries
 from latentflow.utils.html_page import Page
+from latentflow.utils.single_files import _gguf_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -73,6 +74,7 @@ USES: dict[str, tuple[str, Callable[[Path], Any]]] = {
         lambda folder: EfficientNetLite0(),
     ),
     "torch-fidelity": ("torch_fidelity", lambda folder: open_fid()),
+    "gguf": ("gguf", lambda folder: _gguf_shapes(folder / "model.gguf")),
     "gradio": ("gradio", lambda folder: None),  # by the program, below
 }
 

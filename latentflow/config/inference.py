@@ -10,7 +10,7 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterChoice:
-    """Adapters to add to the checkpoint, and options of its family."""
+    """Adapters to add to the checkpoint, options of its family, and the pipeline that a single file belongs to."""
 
     fast: bool = False
     """Generate in a few evaluations, with the few-step adapter that comes with the checkpoint (its folder
@@ -23,6 +23,9 @@ class AdapterChoice:
     family_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
     """Options of a pretrained model's family: arguments of its own pipeline in diffusers, such as
     max_sequence_length=256 or true_cfg_scale=4."""
+    checkpoint_config: Annotated[str | None, tyro.conf.arg(metavar="FOLDER_OR_HUB_ID")] = None
+    """Pipeline that a checkpoint in one file belongs to, which has what the file lacks. Default: the hub repository by
+    which diffusers recognises the file, whose files are downloaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,8 @@ class SamplingConfig(AdapterChoice):
     """Image file to write; several images become FILE-1, FILE-2, ... Existing files are kept and the next free
     number is used, unless --overwrite is given."""
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Pipeline folder, run folder or hub id. Default: the checkpoint that comes with latentflow."""
+    """Pipeline folder, run folder, hub id, or a pretrained model in one .safetensors or .gguf file. Default: the
+    checkpoint that comes with latentflow."""
     class_labels: Annotated[tuple[str, ...], tyro.conf.arg(name="class", metavar="NAME ...")] = ()
     """Classes to generate, by name or number, for checkpoints that were trained on classes."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1

@@ -24,13 +24,18 @@ def pipeline_class(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
     Raises:
         UserError: there is no such folder, and no hub repository of this name can be read.
     """
+    return read_index(name_or_path, **options).get("_class_name")
+
+
+def read_index(name_or_path: str | os.PathLike[str], **options: Any) -> Mapping[str, Any]:
+    """Return a pipeline's index, see `pipeline_class`: its class, and [module, class] of each component."""
     folder = pipeline_folder(name_or_path)
     if folder is not None:
-        return read_settings(folder / DiffusionPipeline.config_name).get("_class_name")
+        return read_settings(folder / DiffusionPipeline.config_name)
     what = f"no folder '{name_or_path}', and the hub repository of that name"
     with library_reads(what, fix="Check the spelling and the network; offline, pass a local folder."):
-        index = DiffusionPipeline.load_config(str(name_or_path), **hub_options(options))
-    return index.get("_class_name")
+        index: Mapping[str, Any] = DiffusionPipeline.load_config(str(name_or_path), **hub_options(options))
+    return index
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,32 +17,27 @@ layout); the rest is overridden where the family differs. Everything here may be
 from __future__ import annotations
 
 import itertools
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, Self, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import flow
 from ..autoencoder import decode, encode, in_float32
-from ..errors import UserError, few
+from ..errors import UserError
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
-from ..utils.components import library_reads, reported_missing
-from ..utils.files import FETCH_AGAIN
 from ..utils.memory import inner_phase
 from ..utils.names import as_spelled
 from .edit_defaults import EditDefaults
 from .few_steps import FewSteps
-from .index import pipeline_class
+from .opening import OpeningMixin
 from .rows import Rows as Rows
 from .rows import Values as Values
-from .weights import fix_of, loading_options
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator]
 #: (height, width), or (top, left), in pixels
@@ -51,7 +46,7 @@ Size: TypeAlias = tuple[int, int]
 _NUMBERS = itertools.count()
 
 
-class FlowModel(ABC):
+class FlowModel(OpeningMixin, ABC):
     """A velocity network with its conditioning, latents, path and prediction, guidance, time grid and saving.
 
     It holds no state beside its pipeline's: where adapters, devices or precisions of that change, it follows.
@@ -196,64 +191,6 @@ class FlowModel(ABC):
     def usual_solver(self) -> str | flow.Solver:
         """The solver that suits `time_grid`, as ``latentflow.flow.integrate`` takes it."""
         return "heun"
-
-    # ---------------------------------------------------------------- opening and saving
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        family_options: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> FlowModel:
-        """Open a checkpoint of any family in `FAMILIES`, or of one that another package registers.
-
-        Args:
-            name_or_path: pipeline folder or hub id.
-            family_options: arguments of the stock pipeline's call in place of their defaults.
-            options: of the pipeline's own ``from_pretrained`` (``dtype``, ``variant``, ``device_map``,
-                ``quantization_config``, ...); ``dtype="auto"`` keeps each component as it is stored.
-
-        Raises:
-            UserError: there is no such checkpoint, or its pipeline is of no family that is known.
-        """
-        from . import FAMILIES, family_of
-        from .left_out import LEFT_OUT, what_to_do
-
-        kind = pipeline_class(name_or_path, **options)
-        family = family_of(str(kind))
-        if family is None:
-            unknown = f", which is none of the {len(FAMILIES)} pipelines that open"
-            more = "" if str(kind) in LEFT_OUT else unknown
-            raise UserError(f"{name_or_path} is a {kind}{more}", what_to_do(str(kind)))
-        return family(family.open_pipeline(name_or_path, **options), **(family_options or {}))
-
-    @staticmethod
-    def open_pipeline(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
-        """Open the diffusers pipeline of a folder or hub id; safetensors only.
-
-        Raises:
-            UserError: a file is missing or cannot be read; a network or text encoder lacks weights.
-        """
-        options = loading_options(name_or_path, {"use_safetensors": True, **options})
-        with (
-            library_reads(f"the pipeline '{name_or_path}'", fix=fix_of(options)),
-            reported_missing() as missing,
-        ):
-            pipeline = DiffusionPipeline.from_pretrained(str(name_or_path), **options)
-        for name, part in pipeline.components.items():
-            if isinstance(part, torch.nn.Module) and type(part).__name__ in missing:
-                computed = {name for name, _ in part.named_buffers()}
-                if lacking := sorted(set(missing[type(part).__name__]) - computed):
-                    raise UserError(
-                        f"the pipeline '{name_or_path}' cannot be read: {name} lacks weights: {few(lacking, 3)}",
-                        FETCH_AGAIN,
-                    )
-        return pipeline
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the pipeline folder, as its own pipeline class does."""
-        self.pipeline.save_pretrained(folder)
 
     # ---------------------------------------------------------------- components
 

@@ -12,9 +12,10 @@ What differs from our ``DiT`` in how the network is written down is folded into 
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autoencoder import load_autoencoder
 from ..errors import UserError, few, lookup, reading
 from ..models import DIT_PRESETS, DiT
 from ..utils.files import MEND
+from ..utils.single_files import ORIGINAL_WEIGHT
 
 #: entries of training checkpoints in which the weights may be, the averaged ones first
 _ENTRIES = ("ema", "model_ema", "ema_state_dict", "model", "state_dict", "module")
@@ -113,8 +116,14 @@ def kind_of(weights: Mapping[str, Tensor], file_name: str) -> str:
     """Return the key of `ORIGINALS` that the weights are of.
 
     Raises:
-        UserError: it cannot be seen: SiT's and DiT's have the same names and shapes.
+        UserError: it cannot be seen: SiT's and DiT's have the same names and shapes; or the weights are of none.
     """
+    if ORIGINAL_WEIGHT not in weights:
+        raise UserError(
+            f"{file_name} holds weights of another network",
+            f"Weights of these kinds can be imported: {', '.join(ORIGINALS)}. A pretrained model of diffusers in one "
+            ".safetensors file is given as --checkpoint.",
+        )
     if any(name.startswith("projectors.") for name in weights):
         return "repa"
     if any("mlp.w12." in name or "feat_rope." in name or ".norm1.weight" in name for name in weights):
@@ -126,6 +135,34 @@ def kind_of(weights: Mapping[str, Tensor], file_name: str) -> str:
     raise UserError(
         f"{file_name} may be of SiT or of DiT: their weights have the same names and shapes",
         f"Say which: --kind {' | '.join(ORIGINALS)}.",
+    )
+
+
+def import_pipeline(
+    weights: Mapping[str, Tensor], kind: str, vae: str, class_names: Sequence[str] | None = None
+) -> Any:
+    """Return the ``LatentFlowPipeline`` of original weights.
+
+    Args:
+        weights, kind: as for `import_network`.
+        vae: folder or hub id of the autoencoder that the network was trained with.
+        class_names: one for each class; default: ImageNet's, for 1000 classes.
+
+    Raises:
+        UserError: the weights are not of such a network; the number of names is not that of its classes.
+    """
+    network = import_network(weights, kind)
+    count = network.config["num_classes"]
+    if class_names is None and count == 1000:
+        from torchvision.models import ResNet18_Weights
+
+        class_names = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    if class_names is not None and len(class_names) != count:
+        raise UserError(f"{len(class_names)} class names are given for {count} classes")
+    names = None if class_names is None else dict(enumerate(class_names))
+    module = importlib.import_module("latentflow.pipeline.generate")  # which lies above this package
+    return module.LatentFlowPipeline(
+        load_autoencoder(vae), network, id2label=names, **ORIGINALS[kind].settings
     )
 
 

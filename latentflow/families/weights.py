@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from ..errors import UserError
 from ..utils.components import library_reads
 from ..utils.files import FETCH_AGAIN, pipeline_folder, read_settings
-from ..utils.weight_files import check_variant, stored_dtype, variants, weight_files
+from ..utils.weight_files import check_variant, dtype_of, stored_dtype, variants, weight_files, weights_in
 
 #: value of ``dtype`` that keeps each component in the precision of its file
 AS_STORED = "auto"
@@ -44,6 +44,16 @@ def loading_options(name_or_path: str | os.PathLike[str], options: Mapping[str, 
     if as_stored:
         return {**options, "dtype": _stored(folder, parts, variant)}
     return {**options}
+
+
+def single_file_options(file: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of ``from_single_file`` with the stored precision in the place of ``dtype="auto"``; that of a GGUF
+    file is left to its reader."""
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    if not (isinstance(dtype, str) and dtype == AS_STORED):
+        return {**options}
+    plain = {name: value for name, value in options.items() if name not in ("dtype", "torch_dtype")}
+    return plain if file.suffix.lower() == ".gguf" else {**plain, "dtype": dtype_of(weights_in([file]))}
 
 
 def fix_of(options: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from ..config import MemoryConfig
 from ..errors import UserError
 from ..utils.files import pipeline_folder, read_settings
 from ..utils.libraries import missing
+from ..utils.single_files import is_single_file
 
 if TYPE_CHECKING:
     from diffusers import PipelineQuantizationConfig
@@ -46,19 +47,27 @@ def loading_options(memory: MemoryConfig, source: str, device: str) -> dict[str,
 
     Args:
         memory: the flags.
-        source: pipeline folder or hub id.
+        source: pipeline folder, hub id or single file.
         device: torch's name of the device that computes.
 
     Raises:
-        UserError: the index of the pipeline cannot be read.
+        UserError: the index of the pipeline cannot be read; a single file has no variants, and is not quantised here.
     """
     import torch
 
     from ..families.index import pipeline_class
 
     options: dict[str, Any] = {}
+    single = is_single_file(source)
+    if single and (memory.variant or memory.quantize):
+        raise UserError(
+            f"--{'variant' if memory.variant else 'quantize'} is given, but {source} is a single file",
+            "Leave it out, or give the pipeline's folder. GGUF files hold weights that are quantised.",
+        )
     if memory.dtype != "auto":
         options["dtype"] = getattr(torch, memory.dtype)
+    elif single:
+        options |= {} if device == "cpu" else {"dtype": "auto"}
     elif device != "cpu" and not str(pipeline_class(source)).startswith("LatentFlow"):
         options["dtype"] = "auto"
     if memory.variant is not None:
@@ -112,8 +121,11 @@ def place(pipe: Any, device: str, memory: MemoryConfig) -> Any:
 
     Raises:
         UserError: its autoencoder cannot work in tiles.
+        OutOfMemory: its weights do not fit into the memory of the device.
     """
     import torch
+
+    from ..utils.memory import memory_phase
 
     if memory.vae_tiling:
         try:
@@ -122,13 +134,14 @@ def place(pipe: Any, device: str, memory: MemoryConfig) -> Any:
             raise UserError(
                 f"--vae-tiling: the autoencoder, a {type(pipe.vae).__name__}, has no tiles", "Leave it out."
             ) from error
-    if memory.offload is None:
-        return pipe.to(device)
-    if memory.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif memory.offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        stream = torch.device(device).type == "cuda"  # the next layers are fetched while these compute
-        pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=stream)
+    with memory_phase("load"):
+        if memory.offload is None:
+            pipe.to(device)
+        elif memory.offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        elif memory.offload == "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        else:
+            stream = torch.device(device).type == "cuda"  # the next layers are fetched while these compute
+            pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=stream)
     return pipe

@@ -22,6 +22,8 @@ from ..utils.files import (
     result_of,
     unfinished_run,
 )
+from ..utils.flags import parse_options
+from ..utils.single_files import check_single_file, is_single_file
 from .images import check_format, check_writable
 from .memory import check_memory_flags, loading_options, place
 
@@ -48,7 +50,7 @@ def check_sampling(config: SamplingConfig) -> None:
         UserError: a number below 1, out of range or not finite; a file name without an image format, or where nothing
             can be written; no checkpoint there.
     """
-    check_checkpoint(config.checkpoint)
+    check_checkpoint(config.checkpoint, config.checkpoint_config)
     for flag, value in (("-n", config.n), ("--steps", config.steps), ("--scale", config.scale)):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, not {value}")
@@ -62,22 +64,38 @@ def check_sampling(config: SamplingConfig) -> None:
 # ---------------------------------------------------------------- opening
 
 
-def check_checkpoint(checkpoint: str | None) -> None:
+def check_checkpoint(checkpoint: str | None, config: str | None = None) -> None:
     """Refuse a path that holds no checkpoint, without importing what opens one (but for a run that is not finished).
 
+    Args:
+        config: pipeline that a checkpoint in one file belongs to.
+
     Raises:
-        UserError: see `pipeline_folder`; the shipped checkpoint is missing; a run has saved nothing yet.
+        UserError: see `pipeline_folder` and `check_single_file`; the shipped checkpoint is missing; a run has saved
+            nothing yet; ``config`` is no pipeline, or is given beside a folder.
     """
-    _settings_folder(_resolve(checkpoint))
+    source = _resolve(checkpoint)
+    if is_single_file(source):
+        check_single_file(Path(source), config)
+        if config is not None:
+            pipeline_folder(config)
+        return
+    if config is not None:
+        raise UserError(
+            "--checkpoint-config is given, but --checkpoint is no file",
+            "Leave it out: a folder has its own configuration.",
+        )
+    _settings_folder(source)
 
 
 def local_folder(checkpoint: str | None) -> Path | None:
-    """Return the pipeline folder that a checkpoint is opened from, or None for a hub id.
+    """Return the pipeline folder that a checkpoint is opened from, or None for a hub id or a single file.
 
     Raises:
         UserError: see `check_checkpoint`.
     """
-    return pipeline_folder(_resolve(checkpoint))
+    source = _resolve(checkpoint)
+    return None if is_single_file(source) else pipeline_folder(source)
 
 
 def open_pipeline(
@@ -91,8 +109,8 @@ def open_pipeline(
 
     Args:
         kind: its class.
-        checkpoint: pipeline folder, run folder or hub id; None: the shipped checkpoint. A run that is not finished is
-            opened at its newest checkpoint, and a line on stderr says so.
+        checkpoint: pipeline folder, run folder, hub id or single file; None: the shipped checkpoint. A run that is
+            not finished is opened at its newest checkpoint, and a line on stderr says so.
         device: "auto" (a GPU if there is one) or torch's name of one.
         adapters: adapters to merge into its weights.
         memory: precision of its weights, and where they wait.
@@ -106,8 +124,6 @@ def open_pipeline(
     target = fastest_device() if device == "auto" else check_device(device)
     check_memory_flags(memory, target)
     quiet_libraries()
-    from ..utils.memory import memory_phase
-
     pipeline: P
     if unfinished_run(source):
         if memory != replace(memory, dtype="auto", quantize=None, variant=None):
@@ -121,33 +137,17 @@ def open_pipeline(
         print(line, file=sys.stderr)
         pipeline = kind.from_pipe(as_trained)
     else:
-        options = parse_options(adapters.family_options) if adapters else {}
-        given = {"family_options": options} if options else {}
-        pipeline = kind.from_pretrained(source, **given, **loading_options(memory, source, target))
+        given = parse_options(adapters.family_options) if adapters else {}
+        options = {"family_options": given} if given else {}
+        options |= loading_options(memory, source, target)
+        if is_single_file(source):
+            config = adapters.checkpoint_config if adapters else None
+            pipeline = kind.from_single_file(source, config, **options)
+        else:
+            pipeline = kind.from_pretrained(source, **options)
     if adapters is not None:
         add_adapters(pipeline, adapters, source)
-    with memory_phase("load"):
-        return place(pipeline, target, memory)  # type: ignore[no-any-return]
-
-
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Return ``--family-options`` as values by name: numbers, lists, true, false and null as in YAML.
-
-    Raises:
-        UserError: one is not of the form NAME=VALUE.
-    """
-    import yaml
-
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            raise UserError(f"--family-options {text}", "Give NAME=VALUE, such as max_sequence_length=256.")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--family-options {text}: {reason(error)}") from error
-    return found
+    return place(pipeline, target, memory)  # type: ignore[no-any-return]
 
 
 def _resolve(checkpoint: str | None) -> str:

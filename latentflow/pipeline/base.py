@@ -246,6 +246,20 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         return pipe
 
     @classmethod
+    def from_single_file(
+        cls, file: str | os.PathLike[str], config: str | os.PathLike[str] | None = None, **options: Any
+    ) -> Any:
+        """Open a pretrained model in one file; see ``FlowModel.from_single_file``.
+
+        Raises:
+            UserError: as that does.
+        """
+        model = FlowModel.from_single_file(file, config, **options)
+        if isinstance(model, LatentFlowModel):  # of original weights of SiT and the like
+            return cls.from_pipe(model.pipeline)
+        return over_model(cls, model)
+
+    @classmethod
     def _is_foreign(cls, name_or_path: str | os.PathLike[str], **options: Any) -> bool:
         """Return whether a folder or hub repository holds a pipeline of another class than ours."""
         try:

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, few, reading, shown
@@ -414,23 +413,12 @@ def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
                 "Use a model of a kind that the installed libraries know.",
             ) from error
         except (RuntimeError, MemoryError) as error:
-            from .memory import is_out_of_memory, out_of_memory
+            from .memory import component_that_loads, is_out_of_memory, out_of_memory
 
             if not is_out_of_memory(error):
                 raise
-            part = _component_that_loads(error)
+            part = component_that_loads(error)
             raise out_of_memory("load", error, f"the {part} of {shown}" if part else str(shown)) from error
-
-
-def _component_that_loads(error: BaseException) -> str:
-    """Return the name of the component that diffusers was loading when an exception was raised, or "".
-
-    Its pipelines load one after the other, and do not say which.
-    """
-    for frame, _ in walk_tb(error.__traceback__):
-        if frame.f_code.co_name == "load_sub_model":
-            return str(frame.f_locals.get("name", ""))
-    return ""
 
 
 @contextmanager

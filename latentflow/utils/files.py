@@ -307,6 +307,11 @@ def pipeline_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
         elif found:
             fix = f"Give one of the folders in it: {few([str(one) for one in found])}."
         raise UserError(f"'{folder}' is not a pipeline folder: it holds no {index}", fix)
+    if folder.is_file():
+        raise UserError(
+            f"'{folder}' is a file, not a pipeline folder",
+            "A model in one file is opened by from_single_file.",
+        )
     if not folder.is_dir() and (len(folder.parts) != 2 or folder.is_absolute()):
         fix = f"{near_folder(folder)}Check the path; a hub id has the form 'owner/name'."
         raise UserError(f"no folder '{folder}'", fix)

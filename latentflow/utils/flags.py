@@ -10,14 +10,14 @@ import dataclasses
 import inspect
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from ..errors import lookup
+from ..errors import UserError, lookup, reason
 
 _FEW = 45  # flags: the short help of a command with so few shows all
 _MARGIN = 26  # columns in front of a flag's help
@@ -245,3 +245,23 @@ def _texts_below_fields(config_class: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
                 texts[ast.unparse(field.target)] = " ".join(str(ast.literal_eval(below.value)).split())
     return texts
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Return ``--family-options`` as values by name: numbers, lists, true, false and null as in YAML.
+
+    Raises:
+        UserError: one is not of the form NAME=VALUE.
+    """
+    import yaml
+
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise UserError(f"--family-options {text}", "Give NAME=VALUE, such as max_sequence_length=256.")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--family-options {text}: {reason(error)}") from error
+    return found

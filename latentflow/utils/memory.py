@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 
 import psutil
 import torch
@@ -77,6 +78,17 @@ def out_of_memory(phase: str, error: BaseException, part: str = "") -> OutOfMemo
         f"out of memory (phase: {phase}{part and f' {part}'}) after a peak of {peak_gib():.2f} GiB: {words[0][:200]}",
         ADVICE[phase],
     )
+
+
+def component_that_loads(error: BaseException) -> str:
+    """Return the name of the component that diffusers was loading when an exception was raised, or "".
+
+    Its pipelines load one after the other, and do not say which.
+    """
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "load_sub_model":
+            return str(frame.f_locals.get("name", ""))
+    return ""
 
 
 @contextmanager

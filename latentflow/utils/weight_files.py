@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, reading
 from .files import MEND, read_settings
+from .single_files import weight_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +31,15 @@ def stored_weights(folder: Path, variant: str | None = None) -> dict[str, tuple[
         UserError: a file or its index is damaged.
     """
     files = weight_files(folder, variant)
-    if files is None:
-        return None
+    return None if files is None else weights_in(files)
+
+
+def weights_in(files: Iterable[Path]) -> dict[str, tuple[str, int]]:
+    """Return name -> (type, count of numbers) of the weights in safetensors files, by their headers.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, tuple[str, int]] = {}
@@ -67,6 +75,23 @@ def weight_files(folder: Path, variant: str | None) -> list[Path] | None:
     return None
 
 
+def check_weight_files(folder: Path) -> None:
+    """Refuse a pipeline folder in which a file of weights is missing or damaged, by the headers of all that it has.
+
+    Raises:
+        UserError: names the file.
+    """
+    for index in folder.glob("*/*.safetensors.index*.json"):
+        named = read_settings(index).get("weight_map")
+        for name in sorted({*named.values()}) if isinstance(named, dict) else ():
+            if not (index.parent / str(name)).is_file():
+                raise UserError(
+                    f"{index.parent / str(name)} is missing", "Download it: the folder is not complete."
+                )
+    for file in folder.glob("*/*.safetensors"):
+        weight_shapes(file)
+
+
 def variants(folder: Path) -> list[str]:
     """Return the variants of the weights in ``folder``, such as "fp16" of ``model.fp16.safetensors`` or its shards."""
     return sorted({file.name.split(".")[1].partition("-")[0] for file in folder.glob("*.*.safetensors")})
@@ -87,13 +112,22 @@ def check_variant(folder: Path, parts: Iterable[str], variant: Any) -> None:
 
 
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
-    """Return the type of most of the floating-point numbers in ``folder``'s weights, of those that networks compute
-    in: quantised weights do not count. float32 where there are none."""
+    """Return the type of most numbers in ``folder``'s weights; see `dtype_of`."""
+    return dtype_of(stored_weights(folder, variant) or {})
+
+
+def dtype_of(weights: Mapping[str, tuple[str, int]]) -> torch.dtype:
+    """Return the type of most floating-point numbers in weights, of those in which networks compute: quantised weights
+    do not count. float32 where there are none.
+
+    Args:
+        weights: see `stored_weights`.
+    """
     import torch
 
-    counts: Counter[str] = Counter()
     types = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-    for kind, count in (stored_weights(folder, variant) or {}).values():
+    counts: Counter[str] = Counter()
+    for kind, count in weights.values():
         if kind in types:
             counts[kind] += count
     return types[max(counts, key=counts.__getitem__, default="F32")]

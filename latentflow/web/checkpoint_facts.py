@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import UserError, printable
 from ..inference.sample import split_adapter
 from ..utils.files import parse_yaml
+from ..utils.single_files import is_single_file
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors")  # diffusers' name and peft's
@@ -25,7 +26,9 @@ MOST_PROMPTS = 8
 
 
 def checkpoint_name(source: str) -> str:
-    """Return the name of a checkpoint: that of its folder (of the run, for RUN/pipeline), or the hub id."""
+    """Return the name of a checkpoint: that of its folder (of the run, for RUN/pipeline) or file, or the hub id."""
+    if is_single_file(source):
+        return Path(source).stem
     if not Path(source).is_dir():
         return source
     folder = Path(source).resolve()

@@ -15,6 +15,7 @@ from torch import Tensor
 from latentflow.errors import UserError
 from latentflow.families.original import ORIGINALS, import_network, kind_of, read_weights
 from latentflow.models import DIT_PRESETS, Condition
+from latentflow.utils.single_files import ORIGINAL_WEIGHT
 
 SIZES = {name: preset for name, preset in DIT_PRESETS.items() if "num_classes" in preset}
 
@@ -230,13 +231,13 @@ def test_other_weights_are_refused() -> None:
     ],
 )
 def test_a_file_name_says_the_kind(file: str, kind: str) -> None:
-    assert kind_of({"pos_embed": torch.zeros(1)}, file) == kind
+    assert kind_of({ORIGINAL_WEIGHT: torch.zeros(1)}, file) == kind
 
 
 @pytest.mark.parametrize("file", ["transit.pt", "edit.pt", "sit-or-dit.pt", "last.pt"])
 def test_parts_of_words_say_no_kind(file: str) -> None:
     with pytest.raises(UserError, match="--kind"):
-        kind_of({"pos_embed": torch.zeros(1)}, file)
+        kind_of({ORIGINAL_WEIGHT: torch.zeros(1)}, file)
 
 
 def test_files_of_an_older_torch_are_read(tmp_path: Path) -> None:
