@@ -6,13 +6,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.config import AdapterChoice
+from latentflow.config import AdapterChoice, MemoryConfig
 from latentflow.errors import UserError
 from latentflow.utils.libraries import missing
 
@@ -39,6 +39,7 @@ class AppConfig(AdapterChoice):
     """Names besides localhost under which the page is served, such as that of a reverse proxy."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
     serve(
-        InferenceServer(config.checkpoint, config.device, config, config.lora_folder, config.preview_vae),
+        InferenceServer(
+            config.checkpoint, config.device, config, config.lora_folder, config.preview_vae, config.memory
+        ),
         config.host,
         config.port,
         auth=auth,

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline
 
     kind = LatentFlowImg2ImgPipeline if img2img else LatentFlowEditPipeline
-    pipe = open_pipeline(kind, config.checkpoint, config.device, config)
+    pipe = open_pipeline(kind, config.checkpoint, config.device, config, config.memory)
     rows = conditions(pipe, config.prompt, config.class_labels, config.negative, optional=img2img)
     check_memory(len(rows) * config.n, (image.height, image.width), config.scale)
     note_unquoted(config.prompt)

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.config import AdapterChoice
+from latentflow.config import AdapterChoice, MemoryConfig
 from latentflow.errors import UserError, finite, lookup, printable, whole
 
 MOST = 1_000_000  # images; they are held in memory
@@ -61,6 +61,7 @@ class EvaluateConfig(AdapterChoice):
     """Images that are generated or encoded at once."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     validation: float | None = None
     """Share of DATA that the run held out. This and the next eight settings are read from the run's config.yaml if
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
 
     # ---------------------------------------------------------------- the checkpoint and the images
-    pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config)
+    pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config, config.memory)
     model = pipe.model
     pipe.set_progress_bar_config(disable=True)
     solver = config.solver or (None if model.few_steps else "heun")

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from latentflow.pipeline import LatentFlowPipeline
 
-    pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config)
+    pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config, config.memory)
     rows = conditions(pipe, config.prompt, config.class_labels, config.negative)
     check_memory(len(rows) * config.n, pipe.image_size(config.height, config.width), config.scale)
     note_unquoted(config.prompt)

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from latentflow import LatentFlowInpaintPipeline
 
-    pipe = open_pipeline(LatentFlowInpaintPipeline, config.checkpoint, config.device, config)
+    pipe = open_pipeline(LatentFlowInpaintPipeline, config.checkpoint, config.device, config, config.memory)
     rows = conditions(pipe, prompts, config.class_labels, config.negative, optional=True)
     check_memory(len(rows) * config.n, (image.height, image.width), config.scale)
     note_unquoted(prompts)

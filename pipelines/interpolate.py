@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = [read_opaque(path) for path in config.images] if any(config.images) else None
 
     from latentflow import LatentFlowEditPipeline
+    from latentflow.utils.memory import memory_phase
 
-    pipe = open_pipeline(LatentFlowEditPipeline, config.checkpoint, config.device, config)
+    pipe = open_pipeline(LatentFlowEditPipeline, config.checkpoint, config.device, config, config.memory)
     rows: list[Condition] = [{}]
     if config.prompt or config.class_labels:
         rows = conditions(pipe, config.prompt, config.class_labels)
@@ -70,16 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     warn_unknown_words(pipe, *config.prompt, config.negative)
 
     # Sample from one noise for all, or between the noises of the first and of the last image
-    frames = pipe.interpolate(
-        **{name: [first[name], last[name]] for name in first},
-        image=images,
-        frames=config.n,
-        **({} if config.steps is None else {"num_inference_steps": config.steps}),
-        guidance_scale=config.guidance,
-        negative_prompt=config.negative,
-        generator=None if images else generators(config.seed, count=2 if first == last else 1),
-        solver=config.solver,
-    ).images
+    with memory_phase("draw"):
+        frames = pipe.interpolate(
+            **{name: [first[name], last[name]] for name in first},
+            image=images,
+            frames=config.n,
+            **({} if config.steps is None else {"num_inference_steps": config.steps}),
+            guidance_scale=config.guidance,
+            negative_prompt=config.negative,
+            generator=None if images else generators(config.seed, count=2 if first == last else 1),
+            solver=config.solver,
+        ).images
 
     # Write
     if config.grid:

@@ -23,9 +23,9 @@ GROUND = [
     {"errors"},
     {"utils.names"},
     {"utils", "utils.files", "utils.flags", "utils.libraries", "utils.progress", "utils.words"},
-    {"utils.single_files"},
+    {"utils.memory", "utils.single_files"},
     {"utils.weight_files"},
-    {"utils.components", "utils.html_page", "utils.memory", "utils.placement", "cli"},
+    {"utils.components", "utils.html_page", "utils.placement", "cli"},
     {"__main__"},
 ]
 LEAVES = set().union(*GROUND)

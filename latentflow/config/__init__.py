@@ -7,6 +7,7 @@ run, and run only for values that differ from the defaults.
 from __future__ import annotations
 
 from .inference import AdapterChoice as AdapterChoice
+from .inference import MemoryConfig as MemoryConfig
 from .inference import SamplingConfig as SamplingConfig
 from .loop import LoopConfig as LoopConfig
 from .model import AlignmentConfig as AlignmentConfig

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import tyro
 
@@ -30,6 +30,25 @@ class AdapterChoice:
     checkpoint_config: Annotated[str | None, tyro.conf.arg(metavar="FOLDER_OR_HUB_ID")] = None
     """Pipeline that a checkpoint in one file belongs to, which has what the file lacks. Default: the hub repository by
     which diffusers recognises the file, whose files are downloaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Less memory for large checkpoints (docs/guide/pretrained.md)."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights. auto: as they are stored, for a pretrained model on a GPU; else float32 (on a CPU a
+    pretrained model's text encoders stay as they are stored)."""
+    quantize: Literal["nf4", "int8", "float8"] | None = None
+    """Keep the weights of networks and language models in 4 bits (nf4: needs a GPU and bitsandbytes) or 8 bits (int8,
+    float8: need torchao)."""
+    offload: Literal["model", "group", "sequential"] | None = None
+    """Let weights wait in main memory, and bring them to the GPU when they are needed: a whole component (model), a
+    layer while the one before computes (group), or one layer after the other (sequential, slow; it needs least)."""
+    vae_tiling: bool = False
+    """Encode and decode large images in tiles, which blend into one another."""
+    variant: str | None = None
+    """Variant of the files of weights, such as fp16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +86,4 @@ class SamplingConfig(AdapterChoice):
     """Replace existing files."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)

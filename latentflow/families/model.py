@@ -31,6 +31,7 @@ from .. import flow
 from ..autoencoder import decode, encode, in_float32
 from ..errors import UserError
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
+from ..utils.memory import inner_phase
 from ..utils.names import as_spelled
 from .distilled import Distilled
 from .edit_defaults import EditDefaults
@@ -325,7 +326,10 @@ class FlowModel(OpeningMixin, ABC):
                 "Load it; to draw without one, use output_type='latent'.",
             )
         widen = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))
-        with in_float32(vae) if widen else nullcontext():
+        with (
+            inner_phase("encode images"),
+            in_float32(vae) if widen else nullcontext(),
+        ):  # decoding has its own
             yield vae
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:

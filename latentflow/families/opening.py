@@ -12,11 +12,12 @@ from torch import nn
 
 from ..errors import UserError, few
 from ..utils.components import library_reads, reported_missing
-from ..utils.files import MEND
+from ..utils.files import FETCH_AGAIN
 from ..utils.weight_files import check_weight_files
 from . import FAMILIES, family_of
 from .index import pipeline_class
 from .left_out import LEFT_OUT, what_to_do
+from .weights import fix_of, loading_options
 
 if TYPE_CHECKING:
     from .model import FlowModel
@@ -39,7 +40,8 @@ class OpeningMixin:
         Args:
             name_or_path: pipeline folder or hub id.
             family_options: arguments of the stock pipeline's call in place of their defaults.
-            options: of the pipeline's own ``from_pretrained`` (``dtype``, ``revision``, ...).
+            options: of the pipeline's own ``from_pretrained`` (``dtype``, ``variant``, ``device_map``,
+                ``quantization_config``, ...); ``dtype="auto"`` keeps each component as it is stored.
 
         Raises:
             UserError: there is no such checkpoint, or its pipeline is of no family that is known.
@@ -70,7 +72,8 @@ class OpeningMixin:
                 diffusers recognises the weights by.
             family_options: as for `from_pretrained`.
             options: of the pipeline's own ``from_single_file`` (``dtype``, ``cache_dir``, ...). Without ``dtype``, a
-                network is float32; one in a GGUF file stays quantised, and computes in bfloat16.
+                network is float32, with "auto" as it is stored; one in a GGUF file stays quantised, and computes in
+                bfloat16.
 
         Raises:
             UserError: there is no such file; it cannot be read, or holds something else than a model; it does not fit
@@ -87,11 +90,11 @@ class OpeningMixin:
         Raises:
             UserError: a file is missing or cannot be read; a network or text encoder lacks weights.
         """
+        options = loading_options(name_or_path, {"use_safetensors": True, **options})
+        what, fix = f"the pipeline '{name_or_path}'", fix_of(options)
         try:
-            with library_reads(f"the pipeline '{name_or_path}'"), reported_missing() as missing:
-                pipeline = DiffusionPipeline.from_pretrained(
-                    str(name_or_path), **{"use_safetensors": True, **options}
-                )
+            with library_reads(what, fix=fix), reported_missing() as missing:
+                pipeline = DiffusionPipeline.from_pretrained(str(name_or_path), **options)
         except UserError:
             check_weight_files(Path(name_or_path))  # which names the file, where one is damaged
             raise
@@ -100,8 +103,7 @@ class OpeningMixin:
                 computed = {name for name, _ in part.named_buffers()}
                 if lacking := sorted(set(missing[type(part).__name__]) - computed):
                     raise UserError(
-                        f"the pipeline '{name_or_path}' cannot be read: {name} lacks weights: {few(lacking, 3)}",
-                        MEND,
+                        f"{what} cannot be read: {name} lacks weights: {few(lacking, 3)}", FETCH_AGAIN
                     )
         return pipeline
 

@@ -21,6 +21,8 @@ from .. import flow
 from ..autoencoder import downscale_factor, latent_channels
 from ..errors import UserError
 from ..flow import Velocity
+from ..flow.tensors import require_finite
+from ..utils.memory import inner_phase, release_memory
 from . import SIBLINGS
 from .call_options import check_options, check_prompt_options
 from .distilled import Distilled, recognised
@@ -30,6 +32,9 @@ from .sizes import check_size
 from .truncation import report_lost_words, watched_tokenizers
 
 log = logging.getLogger(__name__)
+
+#: beginnings of the names of components that only encode prompts
+TEXT_ENCODERS = ("text_encoder", "vision_language_encoder")
 
 
 def text_to_image(pipeline: Any) -> Any:
@@ -184,27 +189,49 @@ class PretrainedModel(FlowModel):
         # lists of their own, since some pipelines change them
         parts = [[text] for text in texts] if self.one_by_one else [[*texts]]
         try:
-            with watched_tokenizers(self.pipeline) as seen:
+            with inner_phase("encode prompts"), watched_tokenizers(self.pipeline) as seen:
                 rows = Rows.cat([Rows(self, embed(part, **options)) for part in parts])
-        except (AttributeError, TypeError) as error:  # as the stock pipelines call what is None
+        except (AttributeError, TypeError, ValueError) as error:  # as the stock pipelines call what is None
             absent = [
                 name
                 for name, part in self.pipeline.components.items()
-                if part is None and name.startswith(("text_encoder", "tokenizer"))
+                if part is None and name.startswith((*TEXT_ENCODERS, "tokenizer"))
             ]
             if not absent:
                 raise
             raise UserError(
                 f"prompts are to be encoded, but the pipeline has no {' and no '.join(absent)}",
-                "Load what is missing; an encoder can be dropped once the prompts are rows: "
-                "rows = model.encode_prompt([...]), model.velocity(rows).",
+                "Load what is missing. Prompts that were encoded before are passed as rows: "
+                "rows = model.encode_prompt([...]), pipe(prompt_embeds=rows).",
             ) from error
         report_lost_words(self.pipeline, texts, seen, self.kept_tokens(options))
+        for values in rows.values.values():
+            for value in values if isinstance(values, list) else [values]:
+                if value.is_floating_point():
+                    require_finite(
+                        value,
+                        "what the text encoder makes of the prompts",
+                        "In float16 it may overflow: load the checkpoint in bfloat16 (--dtype bfloat16) or float32. "
+                        "Else its weights are damaged.",
+                    )
         return rows
 
     def kept_tokens(self, options: dict[str, Any]) -> dict[str, int]:
         """Return name of a tokenizer -> tokens of a text, template included, that are kept after it has made them."""
         return {}
+
+    def drop_text_encoders(self) -> None:
+        """Take the text encoders out of the pipeline, so that their memory is free: rows that are encoded are enough.
+
+        What guidance leads away from by default is encoded once more before, and kept.
+        """
+        null = self.null(1)
+        vars(self)["null"] = null.repeat  # in the place of the method, which would need an encoder
+        for name in self.pipeline.components:
+            if name.startswith(TEXT_ENCODERS):
+                setattr(self.pipeline, name, None)
+        self.pipeline.maybe_free_model_hooks()  # which forgets those that moved them
+        release_memory()
 
     @abstractmethod
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
@@ -217,6 +244,15 @@ class PretrainedModel(FlowModel):
     def null(self, n: int) -> Rows:
         """Return ``n`` rows of the empty negative prompt."""
         return self.encode_negative([""]).repeat(n)
+
+    def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> flow.Velocity:
+        velocity = super()._bound(rows, times, scale)
+
+        def evaluated(x: Tensor, t: Tensor) -> Tensor:
+            with inner_phase("run the network"):
+                return velocity(x, t)
+
+        return evaluated
 
     def prepare(self, rows: Rows) -> dict[str, Any]:
         """Return the values by their names, on the network's device and in its precision."""

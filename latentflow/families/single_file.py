@@ -30,6 +30,7 @@ from .index import hub_options, pipeline_class, read_index
 from .left_out import what_to_do
 from .model import FlowModel
 from .original import import_pipeline, kind_of, read_weights
+from .weights import single_file_options
 
 _CONFIG = "Give its pipeline's folder or hub id: --checkpoint-config FOLDER; in Python, config=FOLDER."
 _FOLDER = "Give its pipeline folder, as diffusers saves it: --checkpoint FOLDER."
@@ -46,6 +47,7 @@ def open_single_file(
     if options.get("vae") is not None and is_original(path):
         return FAMILIES["LatentFlowPipeline"](_original(path, **options), **(family_options or {}))
     shapes = check_single_file(path, config)
+    options = single_file_options(path, options)
     source = recognised(path, shapes) if config is None else str(config)
     kind = str(pipeline_class(source, **options))
     family = family_of(kind)

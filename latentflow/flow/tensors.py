@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
+#: advice where a network's output is not finite
+NOT_FINITE = (
+    "If the network computes in float16, use bfloat16 (--dtype bfloat16) or float32. Else its weights are damaged, or "
+    "its training failed: look at the log."
+)
 #: dx/dt at (x, t): x is (B, ...), t a scalar tensor or (B,), the result is shaped like x.
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 

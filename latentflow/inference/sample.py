@@ -7,13 +7,13 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..config import AdapterChoice, SamplingConfig
+from ..config import AdapterChoice, MemoryConfig, SamplingConfig
 from ..errors import UserError, finite, printable, reason, whole
-from ..utils.components import library_reads, quiet_libraries
+from ..utils.components import quiet_libraries
 from ..utils.files import (
     SHIPPED_CHECKPOINTS,
     check_types,
@@ -25,6 +25,7 @@ from ..utils.files import (
 from ..utils.flags import parse_options
 from ..utils.single_files import check_single_file, is_single_file
 from .images import check_format, check_writable
+from .memory import check_memory_flags, loading_options, place, tile
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +99,11 @@ def local_folder(checkpoint: str | None) -> Path | None:
 
 
 def open_pipeline(
-    kind: type[P], checkpoint: str | None = None, device: str = "auto", adapters: AdapterChoice | None = None
+    kind: type[P],
+    checkpoint: str | None = None,
+    device: str = "auto",
+    adapters: AdapterChoice | None = None,
+    memory: MemoryConfig | None = None,
 ) -> P:
     """Load a pipeline onto its device.
 
@@ -108,16 +113,24 @@ def open_pipeline(
             not finished is opened at its newest checkpoint, and a line on stderr says so.
         device: "auto" (a GPU if there is one) or torch's name of one.
         adapters: adapters to merge into its weights.
+        memory: precision of its weights, and where they wait.
 
     Raises:
         UserError: there is no such checkpoint, or the shipped one is missing; an adapter does not fit; torch knows no
-            such device, or this machine has none.
+            such device, or this machine has none; see `check_memory_flags`.
+        OutOfMemory: it does not fit into the memory of the device.
     """
-    source = _resolve(checkpoint)
+    source, memory = _resolve(checkpoint), memory or MemoryConfig()
     target = fastest_device() if device == "auto" else check_device(device)
+    check_memory_flags(memory, target)
     quiet_libraries()
     pipeline: P
     if unfinished_run(source):
+        if memory != replace(memory, dtype="auto", quantize=None, variant=None):
+            raise UserError(
+                f"{source} is a run that is not finished, whose weights are read in float32",
+                "Leave --dtype, --quantize and --variant out.",
+            )
         from ..training.unfinished import unfinished_pipeline
 
         as_trained, line = unfinished_pipeline(Path(source))
@@ -126,6 +139,7 @@ def open_pipeline(
     else:
         given = parse_options(adapters.family_options) if adapters else {}
         options = {"family_options": given} if given else {}
+        options |= loading_options(memory, source, target)
         if is_single_file(source):
             config = adapters.checkpoint_config if adapters else None
             pipeline = kind.from_single_file(source, config, **options)
@@ -133,11 +147,14 @@ def open_pipeline(
             pipeline = kind.from_pretrained(source, **options)
     if adapters is not None:
         add_adapters(pipeline, adapters, source)
-    pipeline = pipeline.to(target)
+    pipeline = place(pipeline, target, memory)
     if adapters is not None and adapters.vae is not None:
         from ..autoencoder import open_decoder, use_decoder
 
-        use_decoder(pipeline.vae, open_decoder(adapters.vae, pipeline.vae, target))
+        decoder = open_decoder(adapters.vae, pipeline.vae, target)
+        if memory.vae_tiling:
+            tile(decoder)
+        use_decoder(pipeline.vae, decoder)
     return pipeline
 
 
@@ -237,14 +254,10 @@ def _load_adapters(pipe: Any, texts: Sequence[str]) -> None:
     Raises:
         UserError: it has none, or an adapter cannot be loaded.
     """
-    if not hasattr(pipe.model.pipeline, "load_lora_weights"):
-        kind = type(pipe.model.pipeline).__name__
-        raise UserError(f"--lora: diffusers' {kind} loads no adapters", "Leave --lora out.")
     weights = {}
     for number, text in enumerate(texts):
         source, weight = split_adapter(text)
-        with library_reads(f"--lora {source}", fix="Give a LoRA that was trained for this model."):
-            pipe.load_lora_weights(source, adapter_name=f"adapter-{number}")
+        pipe.load_lora_weights(source, adapter_name=f"adapter-{number}")
         weights[f"adapter-{number}"] = weight
     pipe.set_adapters(list(weights), list(weights.values()))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, finite, lookup, nearest, plural, shown, unknown, whole
-from ..families.model import FlowModel, Generators, Size
+from ..families.model import FlowModel, Generators, Rows, Size
 from ..families.sizes import check_size
 from ..flow import SOLVERS, Solver
 from ..flow.tensors import require_finite
@@ -238,7 +238,11 @@ def _interval(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
-_SIZE, _EMBEDS, _MASK = _pair(1, "height and width"), _tensor("(B, L, D)"), _tensor("(B, L)", floating=False)
+def _embeds(name: str, value: Any) -> Tensor | Rows:
+    return value if isinstance(value, Rows) else _tensor("(B, L, D)")(name, value)
+
+
+_SIZE, _MASK = _pair(1, "height and width"), _tensor("(B, L)", floating=False)
 _NOISE, _FLAG = _tensor("(B, C, h, w)"), _instance(bool, "Pass True or False.")
 
 #: argument of a pipeline's method -> its check. Images are checked as they are read.
@@ -260,9 +264,9 @@ CHECKS: dict[str, Check] = {
     "generator": _generators,
     "latents": _NOISE,
     "masked_image_latents": _NOISE,
-    "prompt_embeds": _EMBEDS,
-    "negative_prompt_embeds": _EMBEDS,
-    "source_prompt_embeds": _EMBEDS,
+    "prompt_embeds": _embeds,
+    "negative_prompt_embeds": _embeds,
+    "source_prompt_embeds": _embeds,
     "prompt_attention_mask": _MASK,
     "negative_prompt_attention_mask": _MASK,
     "source_prompt_attention_mask": _MASK,
@@ -303,8 +307,8 @@ class ConditionArguments:
     prompt: str | list[str] | None = None
     negative_prompt: str | list[str] | None = None
     num_images_per_prompt: int = 1
-    prompt_embeds: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
+    prompt_embeds: Tensor | Rows | None = None
+    negative_prompt_embeds: Tensor | Rows | None = None
     prompt_attention_mask: Tensor | None = None
     negative_prompt_attention_mask: Tensor | None = None
     max_sequence_length: int | None = None
@@ -374,7 +378,9 @@ def _class_list(given: ClassLabels) -> list[int | str]:
     return found if isinstance(found, list) else [found]
 
 
-def check_embeds(model: FlowModel, name: str, text: Any, embeds: Tensor | None, mask: Tensor | None) -> None:
+def check_embeds(
+    model: FlowModel, name: str, text: Any, embeds: Tensor | Rows | None, mask: Tensor | None
+) -> None:
     """Refuse embeddings ``name``_embeds beside a text or that the network does not take, or a mask of others.
 
     Raises:
@@ -382,6 +388,9 @@ def check_embeds(model: FlowModel, name: str, text: Any, embeds: Tensor | None, 
     """
     if text is not None and embeds is not None:
         raise UserError(f"both {name} and {name}_embeds are given", "Pass one of them.")
+    if isinstance(embeds, Rows):
+        check_rows(model, name, embeds, mask)
+        return
     shape = None if embeds is None else tuple(embeds.shape)
     if mask is not None and (shape is None or tuple(mask.shape) != shape[:2]):
         raise UserError(
@@ -390,6 +399,21 @@ def check_embeds(model: FlowModel, name: str, text: Any, embeds: Tensor | None, 
         )
     if shape is not None and model.text_width not in (None, shape[-1]):
         raise UserError(f"{name}_embeds has shape {shape}", f"The network takes (B, L, {model.text_width}).")
+
+
+def check_rows(model: FlowModel, name: str, rows: Rows, mask: Tensor | None) -> None:
+    """Refuse rows ``name``_embeds that another kind of model has made, or a mask beside them.
+
+    Raises:
+        UserError: says which.
+    """
+    if type(rows.model) is not type(model):
+        raise UserError(
+            f"{name}_embeds are rows of a {type(rows.model).__name__}, but the model is a {type(model).__name__}",
+            "Encode the prompts with this model: pipe.model.encode_prompt([...]).",
+        )
+    if mask is not None:
+        raise UserError(f"{name}_attention_mask is given beside rows", "Leave it out: rows have their own.")
 
 
 def check_noise(
@@ -423,7 +447,7 @@ def check_noise(
             )
 
 
-def _number(prompts: str | list[str] | Tensor | None) -> int | None:
+def _number(prompts: str | list[str] | Tensor | Rows | None) -> int | None:
     """Return the number of prompts, or of their embeddings; None = none."""
     return None if prompts is None else 1 if isinstance(prompts, str) else len(prompts)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, lookup, plural
-from ..families.model import Generators, Size
+from ..families.model import Generators, Rows, Size
 from ..flow import EDITING, Solver, Velocity, integrate, slerp
 from ..flow.editing import deterministic
 from .adapter_scale import AdapterScale
@@ -76,11 +76,11 @@ class EditCalls(CallMixin):
         padding_mask_crop: int | None = None,
         feather: float = 0,
         seamless: bool = False,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | Rows | None = None,
+        negative_prompt_embeds: Tensor | Rows | None = None,
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
-        source_prompt_embeds: Tensor | None = None,
+        source_prompt_embeds: Tensor | Rows | None = None,
         source_prompt_attention_mask: Tensor | None = None,
         **adapters: Unpack[AdapterScale],
     ) -> Any:
@@ -222,8 +222,8 @@ class EditCalls(CallMixin):
         width: int | None = None,
         sigmas: list[float] | None = None,
         latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | Rows | None = None,
+        negative_prompt_embeds: Tensor | Rows | None = None,
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
         **adapters: Unpack[AdapterScale],
@@ -290,8 +290,8 @@ class EditCalls(CallMixin):
         width: int | None = None,
         sigmas: list[float] | None = None,
         latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | Rows | None = None,
+        negative_prompt_embeds: Tensor | Rows | None = None,
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
         **adapters: Unpack[AdapterScale],
@@ -443,7 +443,7 @@ class LatentFlowEditPipeline(EditCalls, FlowPipeline):
     call = EditCalls
 
 
-def _both(rows: Tensor | None) -> Tensor | None:
+def _both(rows: Tensor | Rows | None) -> Any:
     """Return the rows of the first and of the last frame; a single one is both.
 
     Raises:
@@ -451,7 +451,7 @@ def _both(rows: Tensor | None) -> Tensor | None:
     """
     if rows is not None and len(rows) > 2:
         raise UserError(f"prompt_embeds of {len(rows)} prompts", "Pass one for all frames, or [first, last].")
-    return rows if rows is None or len(rows) == 2 else rows.repeat_interleave(2, 0)
+    return rows if rows is None or len(rows) == 2 else rows[[0, 0]]
 
 
 def _same(values: Any) -> bool:

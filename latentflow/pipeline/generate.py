@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from ..families.model import Generators, Size
+from ..families.model import Generators, Rows, Size
 from .adapter_scale import AdapterScale
 from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
@@ -29,8 +29,8 @@ class GenerateCall(CallMixin):
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
         latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | Rows | None = None,
+        negative_prompt_embeds: Tensor | Rows | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -63,7 +63,8 @@ class GenerateCall(CallMixin):
                 rounding: in a batch of another size it may differ by one level of 255.
             latents: noise (B, C, h, w) to start from.
             prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask:
-                what ``encode_prompt`` returns, instead of text; without a mask every token counts.
+                instead of text, rows of ``pipe.model.encode_prompt``, which no mask goes with; or, of our own
+                checkpoints, what ``pipe.encode_prompt`` returns (without a mask every token counts).
             output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1]; "latent", normalised.
             return_dict: False returns the tuple (images,).
             callback_on_step_end: called as (pipe, i, timestep, tensors) after step i, which began at

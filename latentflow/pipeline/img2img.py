@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from ..families.model import Generators
+from ..families.model import Generators, Rows
 from .adapter_scale import AdapterScale
 from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
@@ -30,8 +30,8 @@ class ImageToImageCall(CallMixin):
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
         latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | Rows | None = None,
+        negative_prompt_embeds: Tensor | Rows | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..autoencoder import latent_mask, masked_latents, masked_source
 from ..errors import UserError, unknown
-from ..families.model import Generators
+from ..families.model import Generators, Rows
 from ..flow import Velocity
 from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 from .adapter_scale import AdapterScale
@@ -50,8 +50,8 @@ class InpaintCall(CallMixin):
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
         latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | Rows | None = None,
+        negative_prompt_embeds: Tensor | Rows | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, ClassVar, Self
 
 from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
 
 from ..autoencoder import downscale_factor
 from ..errors import UserError
@@ -21,6 +22,7 @@ from ..families import FlowModel, Rows
 from ..families.model import Size
 from .arguments import ConditionArguments
 from .calls import CallMixin
+from .stock_adapters import load_adapter
 
 
 class ModelPipeline(CallMixin):
@@ -79,6 +81,14 @@ class ModelPipeline(CallMixin):
         self.model.pipeline.to(*args, **kwargs)
         return self
 
+    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> None:
+        """Load an adapter by the stock pipeline's loader; see `load_adapter`.
+
+        Raises:
+            UserError: it cannot be read, or has nothing for this model.
+        """
+        load_adapter(self.model.pipeline, source, adapter_name, **options)
+
     def unknown_words(self, prompts: str | list[str]) -> list[str]:
         """Return no words: the vocabularies of pretrained text encoders spell everything."""
         return []
@@ -87,13 +97,15 @@ class ModelPipeline(CallMixin):
         """Return the conditions of a call; see `SamplingMixin.encode_rows`.
 
         Raises:
-            UserError: a negative prompt where nothing leads away from it; embeddings, or sizes as a condition.
+            UserError: a negative prompt where nothing leads away from it; embeddings that are no rows, or sizes as a
+                condition.
         """
-        model = self.model
-        if asked.prompt_embeds is not None or asked.negative_prompt_embeds is not None:
+        model, embeds, negative_embeds = self.model, asked.prompt_embeds, asked.negative_prompt_embeds
+        if isinstance(embeds, Tensor) or isinstance(negative_embeds, Tensor):
             raise UserError(
-                f"embeddings of prompts are given to a {type(model).__name__}",
-                "Pass the prompts. Encoded once, they are rows: model.encode_prompt([...]), model.velocity(rows).",
+                f"embeddings of prompts are given to a {type(model).__name__} as a tensor",
+                "A pretrained model takes rows: prompt_embeds=pipe.model.encode_prompt([...]), "
+                "negative_prompt_embeds=pipe.model.encode_negative([...]).",
             )
         if asked.original_size or asked.target_size or asked.crops_coords_top_left != (0, 0):
             raise UserError(
@@ -106,16 +118,18 @@ class ModelPipeline(CallMixin):
         if asked.class_labels is not None:
             rows = model.encode_class(_listed(asked.class_labels))
         else:
-            rows = model.encode_prompt(_listed(asked.prompt), **limit)
+            rows = model.encode_prompt(_listed(asked.prompt), **limit) if embeds is None else embeds
         negative = None
-        if asked.negative_prompt is not None:
+        if asked.negative_prompt is not None or negative_embeds is not None:
             if model.true_guidance(self.guidance_scale) == 1.0:
                 raise UserError(
                     "a negative prompt is given, but nothing leads away from it at guidance scale "
                     f"{self.guidance_scale:g}",
                     model.describe_guidance(),
                 )
-            negative = model.encode_negative(_listed(asked.negative_prompt), **limit)
+            negative = negative_embeds
+            if negative is None:
+                negative = model.encode_negative(_listed(asked.negative_prompt), **limit)
             negative = negative.repeat(len(rows) // len(negative))
         places = [row for row in range(len(rows)) for _ in range(asked.num_images_per_prompt)]
         places *= count // len(places)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,8 @@ class PromptMixin(CallMixin):
         do_classifier_free_guidance: bool = True,
         num_images_per_prompt: int = 1,
         device: torch.device | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | Rows | None = None,
+        negative_prompt_embeds: Tensor | Rows | None = None,
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
         max_sequence_length: int | None = None,
@@ -85,7 +87,7 @@ class PromptMixin(CallMixin):
         self,
         name: str,
         text: str | list[str] | None,
-        embeds: Tensor | None,
+        embeds: Tensor | Rows | None,
         mask: Tensor | None,
         count: int,
         max_sequence_length: int | None,
@@ -104,6 +106,12 @@ class PromptMixin(CallMixin):
                 return self.model.embed_text(prompts, max_sequence_length)
         if embeds is None:
             return None, None
+        if isinstance(embeds, Rows):
+            if "text" not in embeds.values:
+                raise UserError(
+                    f"{name}_embeds are rows without a prompt", "Encode prompts: model.encode_prompt."
+                )
+            return cast(Tensor, embeds.values["text"]), cast(Tensor, embeds.values["text_mask"])
         return embeds, torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
 
     def encode_rows(self, asked: ConditionArguments, count: int, drawn: Size) -> tuple[Rows, Rows | None]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, finite, shown
-from ..flow.tensors import require_finite
+from ..flow.tensors import NOT_FINITE, require_finite
 from ..utils.components import library_reads
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -247,8 +247,7 @@ def _stepped(
     for i, timestep in enumerate(progress(timesteps)):
         t, value, output = evaluate(i, x)
         where = f"in step {i + 1} of {len(timesteps)}"
-        fix = "If the network runs in float16, use bfloat16 or float32; otherwise look at its training log."
-        require_finite(value, f"the velocity at t = {float(t):g} {where}", fix)
+        require_finite(value, f"the velocity at t = {float(t):g} {where}", NOT_FINITE)
         x = scheduler.step(output, timestep, x, return_dict=False, **extra)[0]
         require_finite(
             x, f"x {where} of the scheduler {type(scheduler).__name__}", "Use another grid or scheduler."

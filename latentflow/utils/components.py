@@ -395,6 +395,7 @@ def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
 
     Raises:
         UserError: in place of their exception.
+        OutOfMemory: memory ran out; it names the component, if diffusers was loading one.
     """
     from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
     from safetensors import SafetensorError
@@ -411,6 +412,13 @@ def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
                 f"{shown} needs code that it brings along, which latentflow does not execute",
                 "Use a model of a kind that the installed libraries know.",
             ) from error
+        except (RuntimeError, MemoryError) as error:
+            from .memory import component_that_loads, is_out_of_memory, out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            part = component_that_loads(error)
+            raise out_of_memory("load", error, f"the {part} of {shown}" if part else str(shown)) from error
 
 
 @contextmanager

@@ -207,6 +207,8 @@ def _invalid(where: str, kind: str, error: BaseException, fix: str) -> UserError
 
 
 MEND = "Restore the file from where it came from, or train the checkpoint again."
+#: the same for checkpoints that others have trained
+FETCH_AGAIN = "Copy or download the checkpoint again."
 CONFIG = "config.json"
 #: largest accepted value of sizes that the file of weights does not bound, or too late
 LARGEST = {

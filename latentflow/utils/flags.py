@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 from ..errors import UserError, lookup, reason
 
-_FEW = 30  # flags: the short help of a command with so few shows all
+_FEW = 45  # flags: the short help of a command with so few shows all
 _MARGIN = 26  # columns in front of a flag's help
 _WORDS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", bool: "{True,False}"}
 

@@ -7,12 +7,18 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 
 import psutil
 import torch
 
 from ..errors import RunError, UserError
 
+# Less memory for a large checkpoint.
+_LESS = (
+    "A large checkpoint needs less with --dtype bfloat16, --quantize nf4 (or int8), and on a GPU with --offload model "
+    "or, least of all, --offload sequential (docs/guide/pretrained.md)."
+)
 # Advice for less memory in each phase of a program.
 ADVICE = {
     "encode": "Lower --resolution, or free memory that other programs use.",
@@ -26,8 +32,13 @@ ADVICE = {
     "draw prior samples": "Free memory that other programs use, or leave them out: --prior-samples 0.",
     "draw pairs": "Free memory that other programs use.",
     "draw": "Ask for smaller images, or free memory that other programs use.",
-    "decode": "Ask for smaller images, or free memory that other programs use; from Python: "
-    "pipe.vae.enable_tiling().",
+    "decode": "Ask for smaller images, or free memory that other programs use; or decode in tiles: --vae-tiling, from "
+    "Python pipe.vae.enable_tiling().",
+    "encode images": "Ask for smaller images, or free memory that other programs use; or encode in tiles: "
+    "--vae-tiling, from Python pipe.vae.enable_tiling().",
+    "load": f"Free memory that other programs use. {_LESS}",
+    "encode prompts": f"Free memory that other programs use. {_LESS}",
+    "run the network": f"Ask for smaller images. {_LESS}",
 }
 
 
@@ -51,16 +62,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
 
 
-def out_of_memory(phase: str, error: BaseException) -> OutOfMemory:
-    """Return the error for users; ``phase`` is a key of `ADVICE`, ``error`` the exception that was raised."""
+def out_of_memory(phase: str, error: BaseException, part: str = "") -> OutOfMemory:
+    """Return the error for users.
+
+    Args:
+        phase: a key of `ADVICE`.
+        error: the exception that was raised.
+        part: the part of a checkpoint that there was no memory for.
+    """
     if isinstance(error, OutOfMemory):
         return error
     phase = next((note for note in getattr(error, "__notes__", ()) if note in ADVICE), phase)
     words = str(error).strip().splitlines() or ["MemoryError"]
     return OutOfMemory(
-        f"out of memory (phase: {phase}) after a peak of {peak_gib():.2f} GiB: {words[0][:200]}",
+        f"out of memory (phase: {phase}{part and f' {part}'}) after a peak of {peak_gib():.2f} GiB: {words[0][:200]}",
         ADVICE[phase],
     )
+
+
+def component_that_loads(error: BaseException) -> str:
+    """Return the name of the component that diffusers was loading when an exception was raised, or "".
+
+    Its pipelines load one after the other, and do not say which.
+    """
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "load_sub_model":
+            return str(frame.f_locals.get("name", ""))
+    return ""
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,15 @@ def stored_weights(folder: Path, variant: str | None = None) -> dict[str, tuple[
         UserError: a file or its index is damaged.
     """
     files = weight_files(folder, variant)
-    if files is None:
-        return None
+    return None if files is None else weights_in(files)
+
+
+def weights_in(files: Iterable[Path]) -> dict[str, tuple[str, int]]:
+    """Return name -> (type, count of numbers) of the weights in safetensors files, by their headers.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, tuple[str, int]] = {}
@@ -105,11 +112,22 @@ def check_variant(folder: Path, parts: Iterable[str], variant: Any) -> None:
 
 
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
-    """Return the type of most numbers in ``folder``'s weights; float32 where it is none that networks compute in."""
+    """Return the type of most numbers in ``folder``'s weights; see `dtype_of`."""
+    return dtype_of(stored_weights(folder, variant) or {})
+
+
+def dtype_of(weights: Mapping[str, tuple[str, int]]) -> torch.dtype:
+    """Return the type of most floating-point numbers in weights, of those in which networks compute: quantised weights
+    do not count. float32 where there are none.
+
+    Args:
+        weights: see `stored_weights`.
+    """
     import torch
 
+    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
     counts: Counter[str] = Counter()
-    for kind, count in (stored_weights(folder, variant) or {}).values():
-        counts[kind] += count
-    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-    return types.get(max(counts, key=counts.__getitem__, default=""), torch.float32)
+    for kind, count in weights.values():
+        if kind in types:
+            counts[kind] += count
+    return types[max(counts, key=counts.__getitem__, default="F32")]

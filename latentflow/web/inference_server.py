@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import AdapterChoice
+from ..config import AdapterChoice, MemoryConfig
 from ..errors import UserError, finite, unknown, whole
 from ..inference.images import read_image
 from ..inference.sample import (
@@ -36,7 +36,7 @@ LONGEST_PROMPT = 1000
 LARGEST_IMAGE = 4  # times the side that the checkpoint was trained at
 CANVAS = 512  # pixels of the longer side of an uploaded image on the page
 LARGEST_SEED = 2**32 - 1
-MOST_OPEN = 2  # pipelines that are kept, each with other adapters merged into its weights
+MOST_OPEN = 2  # pipelines of our own that are kept, each with other adapters merged into its weights
 
 #: Smallest and largest value, and type, of every number in a request.
 BOUNDS: dict[str, tuple[float, float, type]] = {
@@ -128,6 +128,7 @@ class InferenceServer:
         adapters: adapters that are in use when the page is opened.
         lora_folder: folder whose adapters are offered as well.
         preview_vae: autoencoder with which a preview is decoded after each step; None: no previews.
+        memory: as for ``open_pipeline``.
 
     Attributes:
         name: the checkpoint's name.
@@ -148,9 +149,10 @@ class InferenceServer:
         adapters: AdapterChoice | None = None,
         lora_folder: str | None = None,
         preview_vae: str | None = None,
+        memory: MemoryConfig | None = None,
     ) -> None:
         flags, folder = adapters or AdapterChoice(), local_folder(checkpoint)
-        self._checkpoint, self._device, self._flags = checkpoint, device, flags
+        self._checkpoint, self._device, self._flags, self._memory = checkpoint, device, flags, memory
         self.preview_vae = preview_vae
         self._previews: dict[str | None, Any] = {}
         self._opened: OrderedDict[AdapterChoice, Any] = OrderedDict()
@@ -198,10 +200,13 @@ class InferenceServer:
             if choice not in self._opened:
                 from ..pipeline import LatentFlowPipeline
 
-                if len(self._opened) == MOST_OPEN:
+                large = not all(hasattr(pipe, "merge_lora_weights") for pipe in self._opened.values())
+                if len(self._opened) == (1 if large else MOST_OPEN):  # pretrained models are large
                     self._opened.popitem(last=False)
                 try:
-                    pipe = open_pipeline(LatentFlowPipeline, self._checkpoint, self._device, choice)
+                    pipe = open_pipeline(
+                        LatentFlowPipeline, self._checkpoint, self._device, choice, self._memory
+                    )
                 except UserError as error:
                     raise self._without_folders(error) from error
                 self._opened[choice] = pipe

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import UserError, lookup
 from ..paths import CondOT, Path
-from ..tensors import Generators, Velocity, compute_dtype, require_finite, with_time_rows
+from ..tensors import NOT_FINITE, Generators, Velocity, compute_dtype, require_finite, with_time_rows
 from ..times import checked_times
 from .base import Counted, Field, Solver, SolverOptions
 from .table import SOLVERS
@@ -118,7 +118,7 @@ def _checked_field(velocity: Velocity, dtype: torch.dtype, where: str) -> Field:
         require_finite(
             value,
             f"the velocity at t = {_times_text(t)} {where}",
-            "If the network runs in float16, use bfloat16 or float32; otherwise look at its training log.",
+            NOT_FINITE,
         )
         return value.to(x.dtype)
 

@@ -1,0 +1,101 @@
+"""Adapters (LoRA) of pretrained models: loaded by diffusers' own loader of the family, and checked afterwards.
+
+That loader passes over a file that has nothing for the model, and only logs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import USE_PEFT_BACKEND
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import UserError, few, plural
+from ..utils.components import is_finite, library_reads, without_reports
+from ..utils.libraries import missing
+from .adapter_layouts import model_of
+
+log = logging.getLogger(__name__)
+
+# The first factor of a layer, as diffusers names it in the files of its families.
+_FIRST_FACTOR = re.compile(r"[._](lora_A|lora_down|lora\.down|lora_linear_layer\.down)(\.|$)")
+
+
+def load_adapter(
+    pipeline: Any, source: str | os.PathLike[str] | Mapping[str, Tensor], name: str | None, **options: Any
+) -> None:
+    """Load an adapter into a stock pipeline.
+
+    Args:
+        pipeline: a pipeline of diffusers.
+        source: file, folder, hub id, or tensors by name.
+        name: what to call it; default: as diffusers does.
+        options: of the pipeline's own ``load_lora_weights``.
+
+    Raises:
+        UserError: peft is missing; the pipeline has no loader; the adapter cannot be read, is not finite,
+            or half of its layers or more have no place in this model; the model that it was made for is named where
+            its names tell it.
+    """
+    if not USE_PEFT_BACKEND:
+        raise missing("adapters need", "peft")
+    kind = type(pipeline).__name__
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(f"diffusers' {kind} loads no adapters", "Leave the adapter out.")
+    shown, hint = "the adapter", ""
+    if not isinstance(source, Mapping):
+        shown, hint = f"the adapter {source}", _made_for(Path(source))
+    fix = f"Give a LoRA that was trained for this model, a {kind}.{hint}"
+    names = {name for part in pipeline.get_list_adapters().values() for name in part}
+    with library_reads(shown, fix=fix):
+        pipeline.load_lora_weights(source, adapter_name=name, **options)
+    new = {name for part in pipeline.get_list_adapters().values() for name in part} - names
+    loaded = [(where, layer) for where, layer in _layers(pipeline) if new & {*layer.lora_A}]
+    if not loaded:
+        raise UserError(f"{shown} has no layer of this model", fix)
+    with without_reports():
+        state = pipeline.lora_state_dict({**source} if isinstance(source, Mapping) else source, **options)
+    state = state[0] if isinstance(state, tuple) else state
+    asked = sum(_FIRST_FACTOR.search(key) is not None for key in state)
+    left_out = plural(asked - len(loaded), "layer")
+    if len(loaded) <= asked / 2:  # families name some layers alike
+        pipeline.delete_adapters([*new])
+        raise UserError(f"{left_out} of {shown} have no place in this model, {len(loaded)} have", fix)
+    damaged = [
+        where
+        for where, layer in loaded
+        for factors in (layer.lora_A, layer.lora_B)
+        for adapter in new & {*factors}
+        if not is_finite(factors[adapter].weight)
+    ]
+    if damaged:
+        pipeline.delete_adapters([*new])
+        raise UserError(f"{shown} is not finite in {few(damaged, 3)}", "Copy or download it again.")
+    if len(loaded) < asked:
+        log.warning("left out for lack of a place in this %s: %s of %s", kind, left_out, shown)
+
+
+def _layers(pipeline: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names and modules of all layers that have factors."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            for where, layer in part.named_modules():
+                if hasattr(layer, "lora_A") and hasattr(layer, "lora_B"):
+                    yield f"{name}.{where}", layer
+
+
+def _made_for(source: Path) -> str:
+    """Return a sentence that names the model of which a local file's layers are, or ""."""
+    file = next(iter(sorted(source.glob("*.safetensors"))), source) if source.is_dir() else source
+    try:
+        model = model_of(load_file(file), None)
+    except (OSError, SafetensorError):
+        return ""
+    return f" This one looks like one for {model}." if model else ""
