@@ -93,6 +93,11 @@ class FlowModel(ABC):
         return False
 
     @property
+    def image_input(self) -> Literal["none", "reference", "control", "mask"]:
+        """Images without which the network draws nothing ("reference": from which it can draw)."""
+        return "none"
+
+    @property
     def takes_sizes(self) -> bool:
         """True for a network that is conditioned on sizes and crops."""
         return False
@@ -338,6 +343,10 @@ class FlowModel(ABC):
             known: latents (P, C, h, w) of the images with their holes hidden; default: made from them.
         """
         raise UserError("this checkpoint was not trained with masks", "Steer it: latentflow.flow.INPAINTING.")
+
+    def with_control(self, rows: Rows, images: Tensor) -> Rows:
+        """See `Rows.with_control`."""
+        raise UserError("this checkpoint takes no control image", self.describe_condition())
 
     def known_latents(self, rows: Rows) -> Tensor:
         """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""

@@ -317,12 +317,31 @@ class ConditionArguments:
     target_size: Size | None = None
     generator: Generators | None = None
     latents: Tensor | None = None
+    control_image: Any = None
+    mask_image: Any = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
         """Pick them from the local variables of a call."""
         names = [entry.name for entry in fields(cls)]
         return cls(**{name: arguments[name] for name in names if name in arguments})
+
+
+def check_image_input(model: FlowModel, control: Any = None, mask: Any = None) -> None:
+    """Refuse a call without the image that the model needs, or with a control image that it does not take.
+
+    Args:
+        control, mask: the control image and the mask of the call; None = not given.
+
+    Raises:
+        UserError: says what the checkpoint takes.
+    """
+    if model.image_input == "mask" and mask is None:
+        raise UserError("this checkpoint fills the hole of an image, and does nothing else", model.describe_condition())
+    if model.image_input == "control" and control is None:
+        raise UserError("this checkpoint draws under a control image, and none is given", model.describe_condition())
+    if model.image_input != "control" and control is not None:
+        raise UserError("this checkpoint takes no control image", model.describe_condition())
 
 
 def check_inputs(model: FlowModel, asked: ConditionArguments, height: int, width: int, images: int) -> int:

@@ -27,10 +27,12 @@ from .arguments import (
     ClassLabels,
     ConditionArguments,
     StepCallback,
+    check_image_input,
     check_inputs,
     checked,
     labels,
 )
+from .images import read_images
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +162,9 @@ class SamplingMixin:
             UserError: before anything is computed: see `check_inputs`, or more images than the machine has memory for.
         """
         model, drawn = self.model, (height, width)
-        count = check_inputs(model, asked, height, width, images)
+        check_image_input(model, asked.control_image, asked.mask_image)
+        control = None if asked.control_image is None else read_images(asked.control_image, height, width)
+        count = check_inputs(model, asked, height, width, images if control is None else len(control))
         self.require_room(count, height, width)
 
         self._guidance_scale, self._interrupt = model.guidance(asked.guidance_scale), False
@@ -173,6 +177,8 @@ class SamplingMixin:
             )
             log.warning("guidance_scale %g is ignored by the checkpoint: %s", asked.guidance_scale, why)
         rows, negative = self.encode_rows(asked, count, drawn)
+        if control is not None:
+            rows = model.with_control(rows, 2.0 * control.to(self._execution_device) - 1.0)
         callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
         call = RunningCall(self, rows, negative, *callback, asked.guidance_interval)
         call.usual_scale = self._guidance_scale if asked.guidance_scale is None else None
