@@ -24,7 +24,6 @@ from latentflow.inference.sample import (
     warn_unknown_words,
 )
 
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 

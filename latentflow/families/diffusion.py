@@ -166,7 +166,7 @@ class InpaintableModel(MaskedModel, DiffusionModel):
 class StableDiffusionModel(InpaintableModel):
     """Flow model of Stable Diffusion 1 and 2. Its rows have embeds (B, L, D)."""
 
-    prompt_options = ("clip_skip",)
+    prompt_options: tuple[str, ...] = ("clip_skip",)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline.encode_prompt(prompts, self.device, 1, False, **options)[0]}
@@ -187,7 +187,7 @@ class StableDiffusionXLModel(InpaintableModel):
         UserError: the pipeline is SDXL's refiner.
     """
 
-    prompt_options = ("clip_skip",)
+    prompt_options: tuple[str, ...] = ("clip_skip",)
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         if pipeline.config.get("requires_aesthetics_score"):

@@ -24,7 +24,10 @@ class ControlModel(PretrainedModel):
 
     def describe_condition(self) -> str:
         """Return what the checkpoint takes, as the second half of an error."""
-        return "It takes a prompt and a control image: control_image of LatentFlowPipeline, or latentflow generate --control FILE."
+        return (
+            "It takes a prompt and a control image: latentflow generate --control FILE, in Python "
+            "LatentFlowPipeline with control_image."
+        )
 
     def with_control(self, rows: Rows, images: Tensor) -> Rows:
         """See `Rows.with_control`.
@@ -60,7 +63,7 @@ class MaskedModel(PretrainedModel):
         """Return what the checkpoint takes, as the second half of an error."""
         if not self.takes_masks:
             return super().describe_condition()
-        return "It takes a prompt, an image and its mask: LatentFlowInpaintPipeline, or latentflow inpaint."
+        return "It takes a prompt, an image and its mask: latentflow inpaint, in Python LatentFlowInpaintPipeline."
 
     def with_known(self, rows: Rows, images: Tensor, masks: Tensor, known: Tensor | None = None) -> Rows:
         """See `Rows.with_known`.

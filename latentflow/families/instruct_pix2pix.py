@@ -21,7 +21,7 @@ class TwoScalesModel(ControlModel, DiffusionModel):
     The option ``image_guidance_scale`` is the scale of the image, at which 1 adds nothing.
     """
 
-    prompt_options = ()
+    prompt_options: tuple[str, ...] = ()
 
     def control_latents(self, images: Tensor) -> Tensor:
         """Images (P, 3, H, W) in [-1, 1] -> their latents as the autoencoder makes them (P, C, h, w)."""

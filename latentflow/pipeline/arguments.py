@@ -337,9 +337,13 @@ def check_image_input(model: FlowModel, control: Any = None, mask: Any = None) -
         UserError: says what the checkpoint takes.
     """
     if model.image_input == "mask" and mask is None:
-        raise UserError("this checkpoint fills the hole of an image, and does nothing else", model.describe_condition())
+        raise UserError(
+            "this checkpoint fills the hole of an image, and does nothing else", model.describe_condition()
+        )
     if model.image_input == "control" and control is None:
-        raise UserError("this checkpoint draws under a control image, and none is given", model.describe_condition())
+        raise UserError(
+            "this checkpoint draws under a control image, and none is given", model.describe_condition()
+        )
     if model.image_input != "control" and control is not None:
         raise UserError("this checkpoint takes no control image", model.describe_condition())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor
 
@@ -11,7 +11,9 @@ from .adapter_scale import AdapterScale
 from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
 from .calls import CallMixin
-from .images import Images
+
+if TYPE_CHECKING:
+    from .images import Images
 
 
 class GenerateCall(CallMixin):

@@ -32,7 +32,6 @@ from .arguments import (
     checked,
     labels,
 )
-from .images import read_images
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +162,13 @@ class SamplingMixin:
         """
         model, drawn = self.model, (height, width)
         check_image_input(model, asked.control_image, asked.mask_image)
-        control = None if asked.control_image is None else read_images(asked.control_image, height, width)
-        count = check_inputs(model, asked, height, width, images if control is None else len(control))
+        control = None
+        if asked.control_image is not None:
+            from .images import read_images  # which imports the readers of data
+
+            control = read_images(asked.control_image, height, width)
+            images = len(control)
+        count = check_inputs(model, asked, height, width, images)
         self.require_room(count, height, width)
 
         self._guidance_scale, self._interrupt = model.guidance(asked.guidance_scale), False

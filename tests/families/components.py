@@ -28,9 +28,9 @@ def sd3() -> dict[str, Any]:
 def flux(guidance_embeds: bool = False, in_channels: int = 16) -> dict[str, Any]:
     return {
         "transformer": diffusers.FluxTransformer2DModel(
-            patch_size=1, in_channels=in_channels, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
-            guidance_embeds=guidance_embeds,
+            patch_size=1, in_channels=in_channels, out_channels=16, num_layers=1, num_single_layers=1,
+            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16,
+            axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
         ),
         "vae": kl(), "text_encoder": clip(), "text_encoder_2": t5(),
         "tokenizer": tokenizer(), "tokenizer_2": tokenizer(),
@@ -199,8 +199,8 @@ def krea2() -> dict[str, Any]:
 
 def stable_diffusion(in_channels: int = 4) -> dict[str, Any]:
     return {
-        "unet": unet(in_channels, cross_attention_dim=16), "vae": kl(shift=None), "text_encoder": clip(), "tokenizer": tokenizer(),
-        "safety_checker": None, "feature_extractor": None,
+        "unet": unet(in_channels, cross_attention_dim=16), "vae": kl(shift=None), "text_encoder": clip(),
+        "tokenizer": tokenizer(), "safety_checker": None, "feature_extractor": None,
     }  # fmt: skip
 
 

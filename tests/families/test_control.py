@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,18 @@ def test_a_row_is_what_it_is_alone(name: str) -> None:
 
 
 @each
+def test_it_computes_in_half_precision(name: str) -> None:
+    exact = opened(name)
+    model = type(exact)(deepcopy(checkpoint(name)).to(dtype=torch.bfloat16), **WITH_IMAGES[name].call)
+    rows, given = model.encode_prompt(PROMPTS), 2.0 * images() - 1.0
+    rows = rows.with_known(given, masks()) if name in MASKED else rows.with_control(given)
+    x, t = model.noise(2, SIDE, SIDE, seeded()), torch.tensor(0.5)
+    v, expected = model.velocity(rows)(x, t), exact.velocity(rows_of(name))(x, t)
+    assert v.dtype == torch.float32
+    assert float((v - expected).norm() / expected.norm()) < 0.3
+
+
+@each
 def test_rows_share_an_image(name: str) -> None:
     """Row b is of image b * P // B."""
     rows, given = opened(name).encode_prompt([*PROMPTS, *PROMPTS]), 2.0 * images() - 1.0
@@ -170,13 +183,17 @@ def test_two_guidance_scales(name: str) -> None:
     model = family(checkpoint(name), image_guidance_scale=2.5)
     rows, null = rows_of(name), model.null(2)
     x, t = model.noise(2, SIDE, SIDE, seeded()), torch.tensor([0.3, 0.6])
-    prompted, image = (model.velocity(part.with_control(2.0 * images() - 1.0), 1.0)(x, t) for part in (rows, null))
+    prompted, image = (
+        model.velocity(part.with_control(2.0 * images() - 1.0), 1.0)(x, t) for part in (rows, null)
+    )
     blind = {"control": torch.zeros_like(rows.kept["control"])}
     none = model.velocity(type(rows)(model, null.values, blind), 1.0)(x, t)
     expected = none + 7.0 * (prompted - image) + 2.5 * (image - none)
     torch.testing.assert_close(model.velocity(rows, 7.0)(x, t), expected, rtol=1e-4, atol=1e-4)
     still = model.velocity(rows, 7.0)(x, torch.tensor(0.4))  # one time for all
-    torch.testing.assert_close(still, model.velocity(rows, 7.0)(x, torch.full((2,), 0.4)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        still, model.velocity(rows, 7.0)(x, torch.full((2,), 0.4)), rtol=1e-4, atol=1e-4
+    )
     outside = model.velocity(rows, 7.0, interval=(0.5, 0.55))(x, t)
     torch.testing.assert_close(outside, prompted, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="3 negative rows for 2 rows"):
@@ -209,7 +226,12 @@ def test_a_call_fills_as_the_model_does(name: str) -> None:
     pipe, model = over(LatentFlowInpaintPipeline, name), opened(name)
     noise = [seeded(row) for row in range(2)]
     latents = pipe(
-        PROMPTS, image=images(), mask_image=masks(), num_inference_steps=STEPS, generator=noise, output_type="latent"
+        PROMPTS,
+        image=images(),
+        mask_image=masks(),
+        num_inference_steps=STEPS,
+        generator=noise,
+        output_type="latent",
     ).images
     times = model.time_grid(STEPS, SIDE, SIDE)
     x0 = model.begin(model.noise(2, SIDE, SIDE, [seeded(row) for row in range(2)]), times)
@@ -224,7 +246,9 @@ def test_a_call_draws_under_a_control_image(name: str) -> None:
 
     def drawn(prompt: Any, control: Any, count: int = 1) -> Tensor:
         noise = [seeded(row) for row in range(2)]
-        found: Tensor = pipe(prompt, control_image=control, generator=noise, num_images_per_prompt=count, **asked).images
+        found: Tensor = pipe(
+            prompt, control_image=control, generator=noise, num_images_per_prompt=count, **asked
+        ).images
         return found
 
     times = model.time_grid(2, SIDE, SIDE)
@@ -256,7 +280,10 @@ def test_the_network_s_channels_choose(name: str) -> None:
 
 def test_saved_weights_of_inpainting_open(tmp_path: Path) -> None:
     opened("StableDiffusionInpaintPipeline").save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
+    assert (
+        json.loads((tmp_path / "model_index.json").read_text())["_class_name"]
+        == "StableDiffusionInpaintPipeline"
+    )
     model = FlowModel.from_pretrained(tmp_path)
     assert type(model) is StableDiffusionModel and model.takes_masks
     assert model.network_alone().takes_masks
@@ -264,7 +291,12 @@ def test_saved_weights_of_inpainting_open(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MASKED)
 def test_negative_prompts(name: str) -> None:
-    call = {"image": images()[:1], "mask_image": masks()[:1], "num_inference_steps": 1, "negative_prompt": "a hat"}
+    call = {
+        "image": images()[:1],
+        "mask_image": masks()[:1],
+        "num_inference_steps": 1,
+        "negative_prompt": "a hat",
+    }
     pipe = over(LatentFlowInpaintPipeline, name)
     if not opened(name).embeds_guidance:
         assert pipe(PROMPTS[0], **call).images

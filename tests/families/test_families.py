@@ -65,7 +65,9 @@ def index(folder: Path, kind: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["WanPipeline", "StableDiffusionDepth2ImgPipeline", "StableDiffusionXLControlNetPipeline"])
+@pytest.mark.parametrize(
+    "kind", ["WanPipeline", "StableDiffusionDepth2ImgPipeline", "StableDiffusionXLControlNetPipeline"]
+)
 def test_what_is_left_out_says_why(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         FlowModel.from_pretrained(index(tmp_path, kind))
