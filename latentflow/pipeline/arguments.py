@@ -318,7 +318,6 @@ class ConditionArguments:
     generator: Generators | None = None
     latents: Tensor | None = None
     control_image: Any = None
-    mask_image: Any = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -327,16 +326,17 @@ class ConditionArguments:
         return cls(**{name: arguments[name] for name in names if name in arguments})
 
 
-def check_image_input(model: FlowModel, control: Any = None, mask: Any = None) -> None:
+def check_image_input(model: FlowModel, control: Any = None, fills: bool = False) -> None:
     """Refuse a call without the image that the model needs, or with a control image that it does not take.
 
     Args:
-        control, mask: the control image and the mask of the call; None = not given.
+        control: the control image of the call; None = not given.
+        fills: the call fills the hole of an image.
 
     Raises:
         UserError: says what the checkpoint takes.
     """
-    if model.image_input == "mask" and mask is None:
+    if model.image_input == "mask" and not fills:
         raise UserError(
             "this checkpoint fills the hole of an image, and does nothing else", model.describe_condition()
         )
@@ -345,7 +345,9 @@ def check_image_input(model: FlowModel, control: Any = None, mask: Any = None) -
             "this checkpoint draws under a control image, and none is given", model.describe_condition()
         )
     if model.image_input != "control" and control is not None:
-        raise UserError("this checkpoint takes no control image", model.describe_condition())
+        raise UserError(
+            "control_image is given, but this checkpoint takes no control image", model.describe_condition()
+        )
 
 
 def check_inputs(model: FlowModel, asked: ConditionArguments, height: int, width: int, images: int) -> int:

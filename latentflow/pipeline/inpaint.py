@@ -118,7 +118,8 @@ class InpaintCall(CallMixin):
                 f"For these inputs it is {shape}.",
             )
         # 2. The condition, one row per image
-        call = self.start_call(ConditionArguments.of(locals()), *batch.canvas, images=len(batch.images))
+        asked = ConditionArguments.of(locals())
+        call = self.start_call(asked, *batch.canvas, images=len(batch.images), fills=True)
         # 3. The noise, what is known, and how to go from one to the other
         noise = self.prepare_noise(len(call.rows), *batch.canvas, generator, latents)
         device = self._execution_device

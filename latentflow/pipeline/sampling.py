@@ -147,7 +147,9 @@ class SamplingMixin:
         if words := self.unknown_words([text for row in rows for text in row]):
             warnings.warn(UnknownWords(unknown_words_text(self.tokenizer, words)), stacklevel=stacklevel + 1)
 
-    def start_call(self, asked: ConditionArguments, height: int, width: int, images: int = 1) -> RunningCall:
+    def start_call(
+        self, asked: ConditionArguments, height: int, width: int, images: int = 1, *, fills: bool = False
+    ) -> RunningCall:
         """Check how the arguments fit one another and encode the condition, one row per image.
 
         Row i * num_images_per_prompt + j is of prompt i and image i. Without sizes as a condition a network that takes
@@ -156,12 +158,13 @@ class SamplingMixin:
         Args:
             height, width: in pixels, of what is drawn.
             images: how many images the call brings; one prompt serves them all, and one image all prompts.
+            fills: the call fills the hole of an image.
 
         Raises:
-            UserError: before anything is computed: see `check_inputs`, or more images than the machine has memory for.
+            UserError: before anything is computed: see `check_image_input` and `check_inputs`, or more images than the machine has memory for.
         """
         model, drawn = self.model, (height, width)
-        check_image_input(model, asked.control_image, asked.mask_image)
+        check_image_input(model, asked.control_image, fills)
         control = None
         if asked.control_image is not None:
             from .images import read_images  # which imports the readers of data

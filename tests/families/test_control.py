@@ -319,6 +319,8 @@ def test_calls_that_cannot_use_such_a_model_say_so() -> None:
             with pytest.raises(UserError, match="this checkpoint"):
                 pipe(**words, image=images()[:1], method=method)
         with pytest.raises(UserError, match="this checkpoint"):
+            pipe(**words, image=images()[:1], mask_image=masks()[:1])
+        with pytest.raises(UserError, match="this checkpoint"):
             pipe.interpolate(prompt=PROMPTS, height=SIDE, width=SIDE)
         with pytest.raises(UserError, match="this checkpoint"):
             check_image_input(opened(name))
