@@ -161,7 +161,8 @@ class SamplingMixin:
             fills: the call fills the hole of an image.
 
         Raises:
-            UserError: before anything is computed: see `check_image_input` and `check_inputs`, or more images than the machine has memory for.
+            UserError: before anything is computed: see `check_image_input` and `check_inputs`, or more
+                images than the machine has memory for.
         """
         model, drawn = self.model, (height, width)
         check_image_input(model, asked.control_image, fills)
