@@ -78,4 +78,7 @@ class CogView4Model(PretrainedModel):
 
 
 class CogView4ControlModel(ControlModel, CogView4Model):
-    """Flow model of CogView4-Control. Its rows also keep control (B, C, h, w)."""
+    """Flow model of CogView4-Control, which draws under a control image.
+
+    Its rows have embeds, a list of B tensors (L, D); they keep control (B, C, h, w).
+    """

@@ -164,7 +164,7 @@ class InpaintableModel(MaskedModel, DiffusionModel):
 
 
 class StableDiffusionModel(InpaintableModel):
-    """Flow model of Stable Diffusion 1 and 2. Its rows have embeds (B, L, D)."""
+    """Flow model of Stable Diffusion 1 and 2, inpainting weights too. Its rows have embeds (B, L, D)."""
 
     prompt_options: tuple[str, ...] = ("clip_skip",)
 
@@ -179,7 +179,7 @@ class StableDiffusionModel(InpaintableModel):
 
 
 class StableDiffusionXLModel(InpaintableModel):
-    """Flow model of SDXL. Its rows have embeds (B, L, D) and pooled (B, D').
+    """Flow model of SDXL, inpainting weights too. Its rows have embeds (B, L, D) and pooled (B, D').
 
     Where the pipeline says so, the empty negative prompt is zeros.
 

@@ -16,11 +16,7 @@ class ControlModel(PretrainedModel):
     """Family whose network draws under an image of the same size: edges, depth, poses. Its rows keep its latents."""
 
     extra = ("control",)
-
-    @property
-    def image_input(self) -> Literal["control"]:
-        """A control image."""
-        return "control"
+    image_input = "control"
 
     def describe_condition(self) -> str:
         """Return what the checkpoint takes, as the second half of an error."""
@@ -55,9 +51,9 @@ class MaskedModel(PretrainedModel):
         return "mask" in self.extra
 
     @property
-    def image_input(self) -> Literal["none", "reference", "control", "mask"]:
+    def image_input(self) -> Literal["none", "mask"]:  # type: ignore[override]
         """An image with its mask, for a network that was trained to inpaint."""
-        return "mask" if self.takes_masks else super().image_input
+        return "mask" if self.takes_masks else "none"
 
     def describe_condition(self) -> str:
         """Return what the checkpoint takes, as the second half of an error."""

@@ -68,11 +68,18 @@ class TwoScalesModel(ControlModel, DiffusionModel):
 
 
 class InstructPix2PixModel(TwoScalesModel, StableDiffusionModel):
-    """Flow model of InstructPix2Pix. Its rows have embeds (B, L, D)."""
+    """Flow model of InstructPix2Pix, whose control image is the one to edit, and whose prompt says how.
+
+    Its rows have embeds (B, L, D); they keep control (B, C, h, w). The option ``image_guidance_scale`` is a second
+    guidance scale, towards the image.
+    """
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline._encode_prompt(prompts, self.device, 1, False)}
 
 
 class InstructPix2PixXLModel(TwoScalesModel, StableDiffusionXLModel):
-    """Flow model of InstructPix2Pix with SDXL. Its rows have embeds (B, L, D) and pooled (B, D')."""
+    """Flow model of InstructPix2Pix of SDXL, which is used like the other.
+
+    Its rows have embeds (B, L, D) and pooled (B, D'); they keep control (B, C, h, w).
+    """

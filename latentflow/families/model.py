@@ -68,6 +68,9 @@ class FlowModel(ABC):
     embeds_guidance: bool = False
     #: the guidance scale that is none
     unguided: float = 1.0
+    #: images beside the noise that the network draws from: those that a prompt speaks of, one that guides it, or one
+    #: whose hole it fills
+    image_input: Literal["none", "reference", "control", "mask"] = "none"
 
     def __init__(self, pipeline: Any, **family_options: Any) -> None:
         if family_options:
@@ -91,11 +94,6 @@ class FlowModel(ABC):
     def takes_masks(self) -> bool:
         """True for a network that was trained to inpaint."""
         return False
-
-    @property
-    def image_input(self) -> Literal["none", "reference", "control", "mask"]:
-        """Images without which the network draws nothing ("reference": from which it can draw)."""
-        return "none"
 
     @property
     def takes_sizes(self) -> bool:
