@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -45,15 +45,15 @@ class MaskedModel(PretrainedModel):
     A network of the family that takes neither has no ``extra``.
     """
 
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        super().__init__(pipeline, **options)
+        if self.takes_masks:
+            self.image_input = "mask"
+
     @property
     def takes_masks(self) -> bool:
         """True for a network that was trained to inpaint."""
         return "mask" in self.extra
-
-    @property
-    def image_input(self) -> Literal["none", "mask"]:  # type: ignore[override]
-        """An image with its mask, for a network that was trained to inpaint."""
-        return "mask" if self.takes_masks else "none"
 
     def describe_condition(self) -> str:
         """Return what the checkpoint takes, as the second half of an error."""

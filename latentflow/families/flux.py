@@ -73,7 +73,7 @@ class FluxExtraModel(FluxModel):
 
 
 class FluxFillModel(MaskedModel, FluxExtraModel):
-    """Flow model of FLUX.1 Fill, which fills the hole of an image. Its guidance scale is the network's input.
+    """Flow model of FLUX.1 Fill, which fills the hole of an image. Its guidance scale is an input.
 
     Its rows have embeds (B, L, D) and pooled (B, D'); they keep known (B, C, h, w) and mask (B, f^2, h, w), where the
     autoencoder's factor is f.
@@ -91,7 +91,7 @@ class FluxFillModel(MaskedModel, FluxExtraModel):
 
 
 class FluxControlModel(ControlModel, FluxExtraModel):
-    """Flow model of FLUX.1 Canny and Depth, which draw under a control image. Their guidance scale is the network's input.
+    """Flow model of FLUX.1 Canny and Depth, which draw under a control image. Their guidance scale is an input.
 
     Its rows have embeds (B, L, D) and pooled (B, D'); they keep control (B, C, h, w).
     """
