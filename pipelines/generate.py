@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from latentflow.cli import parse, run
 from latentflow.config import SamplingConfig
-from latentflow.inference.images import enlarge, image_grid, save_images
+from latentflow.errors import UserError, plural
+from latentflow.inference.images import enlarge, image_grid, read_opaque, save_images
 from latentflow.inference.sample import (
+    Condition,
     check_memory,
     check_sampling,
     conditions,
@@ -21,6 +23,9 @@ from latentflow.inference.sample import (
     sample_images,
     warn_unknown_words,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,9 @@ class GenerateConfig(SamplingConfig):
     """Pixels; default: as trained."""
     height: int | None = None
     """Pixels; default: as trained."""
+    control: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+    """Control image (edges, depth, the image to edit), for checkpoints that draw under one: a file for all prompts, or
+    one for each."""
     grid: bool = False
     """Write one image with all of them in a grid."""
 
@@ -41,11 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Generate the images, and write them."""
     config = parse(GenerateConfig, argv, prog="latentflow generate")
     check_sampling(config)
+    controls = [read_opaque(path) for path in config.control]
 
     from latentflow.pipeline import LatentFlowPipeline
+    from latentflow.pipeline.arguments import check_image_input
 
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config, config.memory)
-    rows = conditions(pipe, config.prompt, config.class_labels, config.negative)
+    rows = with_control(conditions(pipe, config.prompt, config.class_labels, config.negative), controls)
+    check_image_input(pipe.model, controls or None)
     check_memory(len(rows) * config.n, pipe.image_size(config.height, config.width), config.scale)
     note_unquoted(config.prompt)
     warn_unknown_words(pipe, *config.prompt, config.negative)
@@ -68,6 +79,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         several = len(rows) > 1 < config.n  # a row for each prompt
         images = [image_grid(images, config.n if several else math.ceil(math.sqrt(len(images))))]
     save_images(images, config.output, config.overwrite)
+
+
+def with_control(rows: list[Condition], controls: Sequence[Image]) -> list[Condition]:
+    """Return the conditions with their control images, one for all of them or one for each.
+
+    Raises:
+        UserError: there are more or fewer.
+    """
+    if not controls:
+        return rows
+    if len(controls) not in (1, len(rows)):
+        raise UserError(
+            f"--control: {plural(len(controls), 'file')} for {plural(len(rows), 'prompt')}",
+            "Give one for all prompts, or one for each.",
+        )
+    each = [*controls] * (len(rows) // len(controls))
+    return [{**row, "control_image": image} for row, image in zip(rows, each, strict=True)]
 
 
 if __name__ == "__main__":

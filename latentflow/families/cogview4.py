@@ -10,6 +10,7 @@ import torch
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from torch import Tensor
 
+from .extra_channels import ControlModel
 from .model import Values
 from .pretrained import PretrainedModel
 
@@ -59,11 +60,12 @@ class CogView4Model(PretrainedModel):
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
         timestep, size = self.timestep(x, t), self.size(x)
+        states = self.with_extra(x, condition)
 
         def evaluated(rows: list[int], embeds: Tensor) -> Tensor:
             sizes = size.expand(len(rows), 2)
             output: Tensor = self.evaluate(
-                hidden_states=x[rows],
+                hidden_states=states[rows],
                 encoder_hidden_states=embeds,
                 timestep=timestep[rows],
                 original_size=sizes,
@@ -73,3 +75,10 @@ class CogView4Model(PretrainedModel):
             return output
 
         return -self.apart(x, condition["embeds"], evaluated)
+
+
+class CogView4ControlModel(ControlModel, CogView4Model):
+    """Flow model of CogView4-Control, which draws under a control image.
+
+    Its rows have embeds, a list of B tensors (L, D); they keep control (B, C, h, w).
+    """

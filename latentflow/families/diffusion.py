@@ -21,25 +21,27 @@ from .. import flow
 from ..autoencoder import downscale_factor
 from ..errors import UserError, lookup
 from ..flow.tensors import expand_t
+from .extra_channels import MaskedModel
 from .model import Rows, Size, Values
-from .pretrained import PretrainedModel
+from .pretrained import PretrainedModel, extra_channels
 
 
 class DiffusionModel(PretrainedModel):
     """Flow model in a pipeline whose network predicts noise, data or diffusion's "v", on a table of timesteps.
 
     Raises:
-        UserError: the network takes more than the latent, such as a mask for inpainting.
+        UserError: the network takes channels beside its latent that its pipeline does not make.
     """
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         super().__init__(pipeline, **options)
-        taken, drawn = (self.network.config.get(name) for name in ("in_channels", "out_channels"))
-        if drawn is not None and taken > drawn:
+        if extra_channels(self.pipeline) > 0 and not self.extra:
+            taken, drawn = (self.network.config[name] for name in ("in_channels", "out_channels"))
             raise UserError(
-                f"the network takes {taken} channels, {drawn} of them the latent's",
-                "It needs a mask or an image beside its latent: use it with diffusers itself, or inpaint with the "
-                "base model, which needs no such channels.",
+                f"the network takes {taken} channels, {drawn} of them the latent's, which a "
+                f"{type(self.pipeline).__name__} does not make",
+                "Name its own pipeline class in model_index.json: a network of 9 channels inpaints, one of 8 is of "
+                "InstructPix2Pix.",
             )
         if self.network.config.get("time_cond_proj_dim") is not None:
             raise UserError(
@@ -146,21 +148,43 @@ class DiffusionModel(PretrainedModel):
         raise NotImplementedError
 
 
-class StableDiffusionModel(DiffusionModel):
-    """Flow model of Stable Diffusion 1 and 2. Its rows have embeds (B, L, D)."""
+class InpaintableModel(MaskedModel, DiffusionModel):
+    """Family whose inpainting pipeline has networks of two kinds: that of the base model, and one of 9 channels.
 
-    prompt_options = ("clip_skip",)
+    Rows of the latter also keep mask (B, 1, h, w) and known (B, 4, h, w).
+    """
+
+    @property
+    def extra(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The mask and the known latents, for a network that was trained to inpaint."""
+        trained = self.network.config.in_channels == 9 and hasattr(self.pipeline, "prepare_mask_latents")
+        return ("mask", "known") if trained else ()
+
+    def mask_channels(self, masks: Tensor, known: Tensor) -> Tensor:
+        """Return the mask at the size of the latent."""
+        mask: Tensor = self.pipeline.prepare_mask_latents(
+            masks, known, len(masks), *masks.shape[2:], masks.dtype, masks.device, None, False
+        )[0]
+        return mask
+
+
+class StableDiffusionModel(InpaintableModel):
+    """Flow model of Stable Diffusion 1 and 2, inpainting weights too. Its rows have embeds (B, L, D)."""
+
+    prompt_options: tuple[str, ...] = ("clip_skip",)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline.encode_prompt(prompts, self.device, 1, False, **options)[0]}
 
     def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
-        predicted: Tensor = self.evaluate(x, timestep, encoder_hidden_states=condition["embeds"])
+        predicted: Tensor = self.evaluate(
+            self.with_extra(x, condition), timestep, encoder_hidden_states=condition["embeds"]
+        )
         return predicted
 
 
-class StableDiffusionXLModel(DiffusionModel):
-    """Flow model of SDXL. Its rows have embeds (B, L, D) and pooled (B, D').
+class StableDiffusionXLModel(InpaintableModel):
+    """Flow model of SDXL, inpainting weights too. Its rows have embeds (B, L, D) and pooled (B, D').
 
     Where the pipeline says so, the empty negative prompt is zeros.
 
@@ -168,7 +192,7 @@ class StableDiffusionXLModel(DiffusionModel):
         UserError: the pipeline is SDXL's refiner.
     """
 
-    prompt_options = ("clip_skip",)
+    prompt_options: tuple[str, ...] = ("clip_skip",)
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         if pipeline.config.get("requires_aesthetics_score"):
@@ -195,10 +219,18 @@ class StableDiffusionXLModel(DiffusionModel):
         pooled = condition["pooled"]
         encoder = self.pipeline.text_encoder_2
         width = pooled.shape[-1] if encoder is None else encoder.config.projection_dim
-        sizes = self.pipeline._get_add_time_ids(size, (0, 0), size, pooled.dtype, width)
+        given = [size, (0, 0), size]
+        if self.takes_masks:  # its pipeline also serves the refiner, by scores
+            scores = [self.option(name) for name in ("aesthetic_score", "negative_aesthetic_score")]
+            sizes, _ = self.pipeline._get_add_time_ids(*given, *scores, *given, pooled.dtype, width)
+        else:
+            sizes = self.pipeline._get_add_time_ids(*given, pooled.dtype, width)
         added = {"text_embeds": pooled, "time_ids": sizes.to(x.device).repeat(len(x), 1)}
         predicted: Tensor = self.evaluate(
-            x, timestep, encoder_hidden_states=condition["embeds"], added_cond_kwargs=added
+            self.with_extra(x, condition),
+            timestep,
+            encoder_hidden_states=condition["embeds"],
+            added_cond_kwargs=added,
         )
         return predicted
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .extra_channels import ControlModel, MaskedModel
 from .model import Values
 from .pretrained import PackedModel, PretrainedModel
 
@@ -45,15 +46,15 @@ class FluxModel(PackedModel):
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
-        embeds = condition["embeds"]
         named = {"pooled_projections": condition["pooled"]}
         if self.embeds_guidance:
             named["guidance"] = torch.full_like(t, guidance_scale)
-        return self._predicted(x, t, embeds, **named)
+        return self._predicted(x, t, condition, **named)
 
-    def _predicted(self, x: Tensor, t: Tensor, embeds: Tensor, **named: Any) -> Tensor:
+    def _predicted(self, x: Tensor, t: Tensor, condition: dict[str, Any], **named: Any) -> Tensor:
+        embeds = condition["embeds"]
         output = self.evaluate(
-            hidden_states=self.pack(x),
+            hidden_states=self.pack(self.with_extra(x, condition)),
             timestep=1.0 - t,
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
@@ -63,6 +64,45 @@ class FluxModel(PackedModel):
             **named,
         )
         return -self.unpack(output, x)
+
+
+class FluxExtraModel(FluxModel):
+    """Flow model of FLUX.1 whose network takes an image: its guidance is the network's input alone."""
+
+    sampling_options = ()
+
+    def true_guidance(self, scale: float) -> float:
+        """Return 1."""
+        return 1.0
+
+    def describe_guidance(self) -> str:
+        """Return how a negative prompt takes effect, as the second half of an error."""
+        return super(FluxModel, self).describe_guidance()
+
+
+class FluxFillModel(MaskedModel, FluxExtraModel):
+    """Flow model of FLUX.1 Fill, which fills the hole of an image. Its guidance scale is an input.
+
+    Its rows have embeds (B, L, D) and pooled (B, D'); they keep known (B, C, h, w) and mask (B, f^2, h, w), where the
+    autoencoder's factor is f.
+    """
+
+    extra = ("known", "mask")
+
+    def mask_channels(self, masks: Tensor, known: Tensor) -> Tensor:
+        """Return the pixels of each cell of the latent as channels."""
+        count, channels, rows, columns = known.shape
+        packed, _ = self.pipeline.prepare_mask_latents(
+            masks, known, count, channels, 1, *masks.shape[2:], masks.dtype, masks.device, None
+        )
+        return self.unpack(packed, masks.new_empty(count, self.pipeline.vae_scale_factor**2, rows, columns))
+
+
+class FluxControlModel(ControlModel, FluxExtraModel):
+    """Flow model of FLUX.1 Canny and Depth, which draw under a control image. Their guidance scale is an input.
+
+    Its rows have embeds (B, L, D) and pooled (B, D'); they keep control (B, C, h, w).
+    """
 
 
 class ChromaModel(FluxModel):
@@ -91,4 +131,4 @@ class ChromaModel(FluxModel):
         """Evaluate the network; see `FlowModel.predict`."""
         tokens = x.shape[2] // 2 * (x.shape[3] // 2)
         mask = self.pipeline._prepare_attention_mask(len(x), tokens, x.dtype, condition["mask"])
-        return self._predicted(x, t, condition["embeds"], attention_mask=mask)
+        return self._predicted(x, t, condition, attention_mask=mask)

@@ -57,11 +57,8 @@ _BY_REASON = {
         StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline
         StableDiffusionXLControlNetUnionPipeline StableDiffusionXLControlNetXSPipeline ZImageControlNetInpaintPipeline
         ZImageControlNetPipeline""",
-    "Its network takes a control image, a depth map or a mask in extra input channels: use it with diffusers itself, "
-    "or inpaint with the base model, which needs no such channels.": """
-        CogView4ControlPipeline FluxControlImg2ImgPipeline FluxControlInpaintPipeline FluxControlPipeline
-        FluxFillPipeline StableDiffusionDepth2ImgPipeline StableDiffusionInstructPix2PixPipeline
-        StableDiffusionLDM3DPipeline StableDiffusionXLInstructPix2PixPipeline""",
+    "Its network takes or draws a depth map beside the image: use it with diffusers itself.": """
+        StableDiffusionDepth2ImgPipeline StableDiffusionLDM3DPipeline""",
     "Its network draws from images that it is given: use it with diffusers itself, or edit with the text-to-image "
     "model of its family.": """
         BlipDiffusionPipeline BriaFiboEditPipeline Flux2KleinKVPipeline FluxKontextInpaintPipeline FluxKontextPipeline

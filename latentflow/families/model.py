@@ -67,6 +67,9 @@ class FlowModel(OpeningMixin, ABC):
     embeds_guidance: bool = False
     #: the guidance scale that is none
     unguided: float = 1.0
+    #: images beside the noise that the network draws from: those that a prompt speaks of, one that guides it, or one
+    #: whose hole it fills
+    image_input: Literal["none", "reference", "control", "mask"] = "none"
 
     def __init__(self, pipeline: Any, **family_options: Any) -> None:
         if family_options:
@@ -287,6 +290,10 @@ class FlowModel(OpeningMixin, ABC):
             known: latents (P, C, h, w) of the images with their holes hidden; default: made from them.
         """
         raise UserError("this checkpoint was not trained with masks", "Steer it: latentflow.flow.INPAINTING.")
+
+    def with_control(self, rows: Rows, images: Tensor) -> Rows:
+        """See `Rows.with_control`."""
+        raise UserError("this checkpoint takes no control image", self.describe_condition())
 
     def known_latents(self, rows: Rows) -> Tensor:
         """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""

@@ -38,9 +38,12 @@ TEXT_ENCODERS = ("text_encoder", "vision_language_encoder")
 
 
 def text_to_image(pipeline: Any) -> Any:
-    """Return the text-to-image pipeline that has the components of an image-to-image or inpainting one."""
+    """Return the text-to-image pipeline that has the components of an image-to-image or inpainting one.
+
+    Where the network takes a mask beside its latent, the inpainting pipeline is the network's own.
+    """
     stock = SIBLINGS.get(type(pipeline).__name__)
-    if stock is None:
+    if stock is None or extra_channels(pipeline) > 0:
         return pipeline
     if "PAG" in type(pipeline).__name__:
         log.warning(
@@ -55,6 +58,12 @@ def text_to_image(pipeline: Any) -> Any:
         if name in vars(pipeline):
             setattr(made, name, getattr(pipeline, name))
     return made
+
+
+def extra_channels(pipeline: Any) -> int:
+    """Return how many channels a U-Net takes beside those of its latent; 0 for other networks."""
+    config = {} if getattr(pipeline, "unet", None) is None else pipeline.unet.config
+    return int(config.get("in_channels", 0)) - int(config.get("out_channels", 0))
 
 
 class PretrainedModel(FlowModel):
@@ -79,6 +88,8 @@ class PretrainedModel(FlowModel):
     noise_channels_last: bool = False
     #: cells of the latent that make one token of the network, along a side
     patch: int = 1
+    #: what rows keep of images, (B, C', h, w) each, in the order in which the network takes them after its latent
+    extra: tuple[str, ...] = ()
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         super().__init__(text_to_image(pipeline))
@@ -255,8 +266,35 @@ class PretrainedModel(FlowModel):
         return evaluated
 
     def prepare(self, rows: Rows) -> dict[str, Any]:
-        """Return the values by their names, on the network's device and in its precision."""
-        return dict(rows.to(self.device, self.network.dtype).values)
+        """Return the values by their names, on the network's device and in its precision.
+
+        Raises:
+            UserError: the rows lack the images that the network takes.
+        """
+        if not rows.kept.keys() >= {*self.extra}:
+            raise UserError(
+                f"the rows have no images, which {type(self).__name__} takes beside its latent",
+                "Add them: rows.with_known(images, masks)."
+                if self.takes_masks
+                else "Add them: rows.with_control(images).",
+            )
+        placed = rows.to(self.device, self.network.dtype)
+        return {**placed.values, **{name: placed.kept[name] for name in self.extra}}
+
+    def with_extra(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
+        """Return x (B, C, h, w) and, in further channels, what the network takes of images.
+
+        Raises:
+            UserError: they are of another size than x.
+        """
+        parts = [condition[name] for name in self.extra]
+        for part in parts:
+            if part.shape[2:] != x.shape[2:]:
+                raise UserError(
+                    f"latents of {tuple(x.shape[2:])} cells beside images of {tuple(part.shape[2:])}",
+                    "Give images of the size that is drawn.",
+                )
+        return torch.cat([x, *parts], 1) if parts else x
 
     # ---------------------------------------------------------------- from noise to data
 

@@ -80,6 +80,17 @@ class Rows:
         """
         return self.model.with_known(self, images, masks)
 
+    def with_control(self, images: Tensor) -> Rows:
+        """Return the rows of images that control what is drawn, for networks that take such an image.
+
+        Args:
+            images: (P, 3, H, W) in [-1, 1], of the size that is drawn; row b is of image b * P // B.
+
+        Raises:
+            UserError: the network takes no control image.
+        """
+        return self.model.with_control(self, images)
+
     def _map(self, function: Callable[[Values], Values]) -> Rows:
         values = {name: function(value) for name, value in self.values.items()}
         return replace(self, values=values, kept={name: function(value) for name, value in self.kept.items()})

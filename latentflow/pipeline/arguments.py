@@ -322,12 +322,37 @@ class ConditionArguments:
     target_size: Size | None = None
     generator: Generators | None = None
     latents: Tensor | None = None
+    control_image: Any = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
         """Pick them from the local variables of a call."""
         names = [entry.name for entry in fields(cls)]
         return cls(**{name: arguments[name] for name in names if name in arguments})
+
+
+def check_image_input(model: FlowModel, control: Any = None, fills: bool = False) -> None:
+    """Refuse a call without the image that the model needs, or with a control image that it does not take.
+
+    Args:
+        control: the control image of the call; None = not given.
+        fills: the call fills the hole of an image.
+
+    Raises:
+        UserError: says what the checkpoint takes.
+    """
+    if model.image_input == "mask" and not fills:
+        raise UserError(
+            "this checkpoint fills the hole of an image, and does nothing else", model.describe_condition()
+        )
+    if model.image_input == "control" and control is None:
+        raise UserError(
+            "this checkpoint draws under a control image, and none is given", model.describe_condition()
+        )
+    if model.image_input != "control" and control is not None:
+        raise UserError(
+            "control_image is given, but this checkpoint takes no control image", model.describe_condition()
+        )
 
 
 def check_inputs(model: FlowModel, asked: ConditionArguments, height: int, width: int, images: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor
 
@@ -11,6 +11,9 @@ from .adapter_scale import AdapterScale
 from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
 from .calls import CallMixin
+
+if TYPE_CHECKING:
+    from .images import Images
 
 
 class GenerateCall(CallMixin):
@@ -44,6 +47,7 @@ class GenerateCall(CallMixin):
         original_size: Size | None = None,
         crops_coords_top_left: Size = (0, 0),
         target_size: Size | None = None,
+        control_image: Images = None,
         **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Draw images.
@@ -82,6 +86,9 @@ class GenerateCall(CallMixin):
             original_size, crops_coords_top_left, target_size: (height, width) or (top, left) in pixels, for checkpoints
                 trained with ``--size-conditioning``: an image that was so large and cropped there. Default: of the
                 size that is drawn, uncropped.
+            control_image: for checkpoints that draw under an image (edges, depth, what is to be edited), which need
+                one: a PIL image, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1], resized to what is
+                drawn. One for all prompts, or one for each.
             joint_attention_kwargs, attention_kwargs, cross_attention_kwargs: ``{"scale": s}`` multiplies the weights of
                 all loaded adapters by s during this call, as ``set_adapters`` does for all that follow. The three
                 mean the same, and are the names that diffusers' pipelines have for it.

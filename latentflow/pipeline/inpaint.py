@@ -92,6 +92,7 @@ class InpaintCall(CallMixin):
                 masks and a solver or a scheduler is given, or it predicts average velocities. "trained" takes any of
                 these, by itself 'ddpm', or average velocities; the others run on our own solvers. "trained" and
                 "pnp-flow" give a checkpoint that was trained with masks the hole as a condition, the others do not.
+                A pretrained model that fills only has it always; its default is "trained", with its own solver.
                 "repaint" goes back in time, which the timesteps that a callback gets do not show.
             feather: blend over so many pixels around the hole, which are then no longer the image's own.
             seamless: shift the colours of what is drawn to meet those around the hole (``match_border``). False:
@@ -117,7 +118,8 @@ class InpaintCall(CallMixin):
                 f"For these inputs it is {shape}.",
             )
         # 2. The condition, one row per image
-        call = self.start_call(ConditionArguments.of(locals()), *batch.canvas, images=len(batch.images))
+        asked = ConditionArguments.of(locals())
+        call = self.start_call(asked, *batch.canvas, images=len(batch.images), fills=True)
         # 3. The noise, what is known, and how to go from one to the other
         noise = self.prepare_noise(len(call.rows), *batch.canvas, generator, latents)
         device = self._execution_device
@@ -129,7 +131,7 @@ class InpaintCall(CallMixin):
         if method in CONDITIONED and self.takes_masks and self.model.coupling == "data-dependent":
             noise = masked_source(noise, known, hole)
             velocity, after_step = only_in(hole, known, velocity, after_step)
-        if method == TRAINED and self.scheduler is None and not self.few_steps:
+        if method == TRAINED and self.scheduler is None and not self.few_steps and not self._fills_only:
             solver = solver or TRAINED_SOLVER
         # 4. From noise to data; strength 1 is pure noise on every grid
         drawn = self.sample(
@@ -157,12 +159,19 @@ class InpaintCall(CallMixin):
             result = transparent_again(result, image, painted)
         return self.finish_call(result, return_dict)
 
+    @property
+    def _fills_only(self) -> bool:
+        """True for a model that takes the hole as a condition always, and is sampled as its stock pipeline does."""
+        return self.model.image_input == "mask"
+
     def _method(self, name: str | None, solver: str | None) -> str:
         """Return the method that a call uses.
 
         Raises:
             UserError: there is none of this name, or this checkpoint cannot.
         """
+        if name is None and self._fills_only:
+            return TRAINED
         if name is None:
             chosen = bool(self.few_steps) or solver is not None or self.scheduler is not None
             name = TRAINED if self.takes_masks and chosen else DEFAULT_INPAINTING
@@ -185,7 +194,7 @@ class InpaintCall(CallMixin):
             given: such latents from the caller.
         """
         model = self.model
-        if method in CONDITIONED and self.takes_masks:
+        if self.takes_masks and (method in CONDITIONED or self._fills_only):
             call.rows = model.with_known(call.rows, views, holes, given)
             return model.known_latents(call.rows)
         with model.steady_vae() as vae:

@@ -28,6 +28,7 @@ from .arguments import (
     ClassLabels,
     ConditionArguments,
     StepCallback,
+    check_image_input,
     check_inputs,
     checked,
     labels,
@@ -147,7 +148,9 @@ class SamplingMixin:
         if words := self.unknown_words([text for row in rows for text in row]):
             warnings.warn(UnknownWords(unknown_words_text(self.tokenizer, words)), stacklevel=stacklevel + 1)
 
-    def start_call(self, asked: ConditionArguments, height: int, width: int, images: int = 1) -> RunningCall:
+    def start_call(
+        self, asked: ConditionArguments, height: int, width: int, images: int = 1, *, fills: bool = False
+    ) -> RunningCall:
         """Check how the arguments fit one another and encode the condition, one row per image.
 
         Row i * num_images_per_prompt + j is of prompt i and image i. Without sizes as a condition a network that takes
@@ -156,11 +159,20 @@ class SamplingMixin:
         Args:
             height, width: in pixels, of what is drawn.
             images: how many images the call brings; one prompt serves them all, and one image all prompts.
+            fills: the call fills the hole of an image.
 
         Raises:
-            UserError: before anything is computed: see `check_inputs`, or more images than the machine has memory for.
+            UserError: before anything is computed: see `check_image_input` and `check_inputs`, or more
+                images than the machine has memory for.
         """
         model, drawn = self.model, (height, width)
+        check_image_input(model, asked.control_image, fills)
+        control = None
+        if asked.control_image is not None:
+            from .images import read_images  # which imports the readers of data
+
+            control = read_images(asked.control_image, height, width)
+            images = len(control)
         count = check_inputs(model, asked, height, width, images)
         self.require_room(count, height, width)
 
@@ -175,6 +187,8 @@ class SamplingMixin:
             log.warning("guidance_scale %g is ignored by the checkpoint: %s", asked.guidance_scale, why)
         warn_of_guidance(model, self._guidance_scale)
         rows, negative = self.encode_rows(asked, count, drawn)
+        if control is not None:
+            rows = model.with_control(rows, 2.0 * control.to(self._execution_device) - 1.0)
         callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
         call = RunningCall(self, rows, negative, *callback, asked.guidance_interval)
         call.usual_scale = self._guidance_scale if asked.guidance_scale is None else None

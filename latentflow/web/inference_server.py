@@ -166,6 +166,10 @@ class InferenceServer:
         self.chosen = self.choice(flags.fast, weights)
         adapted = self.chosen.fast or self.chosen.lora  # adapters may add classes
         known = None if adapted else read_capabilities(checkpoint)
+        if known is None:
+            from ..pipeline.arguments import check_image_input
+
+            check_image_input(self.pipe.model)
         self.capabilities = known or model_capabilities(self.pipe.model)
 
     # ---------------------------------------------------------------- opening

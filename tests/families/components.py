@@ -25,12 +25,12 @@ def sd3() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def flux(guidance_embeds: bool = False) -> dict[str, Any]:
+def flux(guidance_embeds: bool = False, in_channels: int = 16) -> dict[str, Any]:
     return {
         "transformer": diffusers.FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
-            guidance_embeds=guidance_embeds,
+            patch_size=1, in_channels=in_channels, out_channels=16, num_layers=1, num_single_layers=1,
+            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16,
+            axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
         ),
         "vae": kl(), "text_encoder": clip(), "text_encoder_2": t5(),
         "tokenizer": tokenizer(), "tokenizer_2": tokenizer(),
@@ -137,10 +137,10 @@ def aura_flow() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cogview4() -> dict[str, Any]:
+def cogview4(in_channels: int = 4) -> dict[str, Any]:
     return {
         "transformer": diffusers.CogView4Transformer2DModel(
-            patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+            patch_size=2, in_channels=in_channels, num_layers=2, attention_head_dim=8, num_attention_heads=2,
             out_channels=4, text_embed_dim=16, time_embed_dim=8, condition_dim=4,
         ),
         "vae": kl(shift=None), "text_encoder": transformers.GlmModel(transformers.GlmConfig(**LLM)),
@@ -202,17 +202,17 @@ def krea2() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stable_diffusion() -> dict[str, Any]:
+def stable_diffusion(in_channels: int = 4) -> dict[str, Any]:
     return {
-        "unet": unet(cross_attention_dim=16), "vae": kl(shift=None), "text_encoder": clip(), "tokenizer": tokenizer(),
-        "safety_checker": None, "feature_extractor": None,
+        "unet": unet(in_channels, cross_attention_dim=16), "vae": kl(shift=None), "text_encoder": clip(),
+        "tokenizer": tokenizer(), "safety_checker": None, "feature_extractor": None,
     }  # fmt: skip
 
 
-def stable_diffusion_xl() -> dict[str, Any]:
+def stable_diffusion_xl(in_channels: int = 4) -> dict[str, Any]:
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
     return {
-        "unet": unet(cross_attention_dim=32, projection_class_embeddings_input_dim=24 + 16, **added),
+        "unet": unet(in_channels, cross_attention_dim=32, projection_class_embeddings_input_dim=24 + 16, **added),
         "vae": kl(shift=None), "text_encoder": clip(), "tokenizer": tokenizer(), "tokenizer_2": tokenizer(),
         "text_encoder_2": clip(transformers.CLIPTextModelWithProjection),
     }  # fmt: skip

@@ -103,6 +103,14 @@ def kl(blocks: int = 2, shift: float | None = 0.1, channels: int = 4) -> Any:
     return contrasting(vae)
 
 
+def certain(vae: Any) -> Any:
+    """Return the autoencoder, whose posterior has no variance now: a sample of it is its mean."""
+    channels = vae.config.latent_channels
+    vae.quant_conv.weight.data[channels:] = 0.0
+    vae.quant_conv.bias.data[channels:] = -30.0
+    return vae
+
+
 def qwen_vae() -> Any:
     return diffusers.AutoencoderKLQwenImage(
         base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
@@ -128,9 +136,9 @@ def flux2_network(guidance_embeds: bool) -> Any:
     )  # fmt: skip
 
 
-def unet(**config: Any) -> Any:
+def unet(in_channels: int = 4, **config: Any) -> Any:
     return diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        sample_size=8, in_channels=in_channels, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
         norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2, **config,
     )  # fmt: skip

@@ -274,8 +274,8 @@ def test_from_pipe_refuses_what_it_would_lose() -> None:
     for given in (stock, LatentFlowPipeline.from_pipe(stock)):
         with pytest.raises(UserError, match=r"vae is given beside a FluxPipeline"):
             LatentFlowPipeline.from_pipe(given, vae=None)
-    other = type("FluxFillPipeline", (DiffusionPipeline,), {})()
-    with pytest.raises(UserError, match=r"FluxFillPipeline is none of the (.|\n)*extra input channels"):
+    other = type("FluxControlNetPipeline", (DiffusionPipeline,), {})()
+    with pytest.raises(UserError, match=r"FluxControlNetPipeline is none of the (.|\n)*ControlNet"):
         LatentFlowPipeline.from_pipe(other)
 
 

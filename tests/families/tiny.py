@@ -52,6 +52,7 @@ from .newer_components import (
     qwen_image_21,
     z_image_omni,
 )
+from .parts import certain
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,28 @@ TINY: dict[str, Tiny] = {
 }
 
 
+#: networks that take an image in extra channels, and draw nothing without it
+WITH_IMAGES: dict[str, Tiny] = {
+    "FluxFillPipeline": Tiny(lambda: flux(True, 48), SHORT, DYNAMIC),
+    "FluxControlPipeline": Tiny(lambda: flux(True, 32), SHORT, DYNAMIC),
+    "CogView4ControlPipeline": Tiny(lambda: cogview4(8), SHORT, TINY["CogView4Pipeline"].scheduler),
+    "StableDiffusionInpaintPipeline": Tiny(lambda: stable_diffusion(9), {}, SCALED_LINEAR),
+    "StableDiffusionXLInpaintPipeline": Tiny(lambda: stable_diffusion_xl(9), {}, SCALED_LINEAR),
+    "StableDiffusionInstructPix2PixPipeline": Tiny(lambda: stable_diffusion(8), {}, SCALED_LINEAR),
+    "StableDiffusionXLInstructPix2PixPipeline": Tiny(lambda: stable_diffusion_xl(8), {}, SCALED_LINEAR),
+}
+
+
 @cache
 def checkpoint(name: str) -> Any:
-    """Return the tiny stock pipeline of a row of `TINY`; do not change it."""
-    tiny = TINY[name]
+    """Return the tiny stock pipeline of a row of `TINY` or `WITH_IMAGES`; do not change it."""
+    tiny = WITH_IMAGES[name] if name in WITH_IMAGES else TINY[name]
     torch.manual_seed(0)
     diffusion = "beta_start" in tiny.scheduler
     kind = diffusers.DDIMScheduler if diffusion else diffusers.FlowMatchEulerDiscreteScheduler
     components = {**tiny.components(), "scheduler": kind(**tiny.scheduler)}
+    if name in WITH_IMAGES:  # stock pipelines draw a sample of the posterior
+        certain(components["vae"])
     for part in components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)

@@ -1,0 +1,117 @@
+"""Families whose network takes an image in extra input channels, beside its latent: with a mask, or as control."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError, plural
+from .model import Rows
+from .pretrained import PretrainedModel
+
+
+class ControlModel(PretrainedModel):
+    """Family whose network draws under an image of the same size: edges, depth, poses. Its rows keep its latents."""
+
+    extra = ("control",)
+    image_input = "control"
+
+    def describe_condition(self) -> str:
+        """Return what the checkpoint takes, as the second half of an error."""
+        return (
+            "It takes a prompt and a control image: latentflow generate --control FILE, in Python "
+            "LatentFlowPipeline with control_image."
+        )
+
+    def with_control(self, rows: Rows, images: Tensor) -> Rows:
+        """See `Rows.with_control`.
+
+        Raises:
+            UserError: numbers of images and rows that do not fit.
+        """
+        check_counts(rows, images)
+        return keep(rows, control=self.control_latents(images.to(self.device)))
+
+    def control_latents(self, images: Tensor) -> Tensor:
+        """Images (P, 3, H, W) in [-1, 1] -> the network's further channels (P, C', h, w)."""
+        return self.encode(images)
+
+
+class MaskedModel(PretrainedModel):
+    """Family whose network fills the hole of an image: its rows keep the latents of the rest, and the mask.
+
+    A network of the family that takes neither has no ``extra``.
+    """
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        super().__init__(pipeline, **options)
+        if self.takes_masks:
+            self.image_input = "mask"
+
+    @property
+    def takes_masks(self) -> bool:
+        """True for a network that was trained to inpaint."""
+        return "mask" in self.extra
+
+    def describe_condition(self) -> str:
+        """Return what the checkpoint takes, as the second half of an error."""
+        if not self.takes_masks:
+            return super().describe_condition()
+        return "It takes a prompt, an image and its mask: latentflow inpaint, in Python LatentFlowInpaintPipeline."
+
+    def with_known(self, rows: Rows, images: Tensor, masks: Tensor, known: Tensor | None = None) -> Rows:
+        """See `Rows.with_known`.
+
+        Args:
+            known: latents (P, C, h, w) of the images with their holes hidden; default: made from them.
+
+        Raises:
+            UserError: the network was not trained to inpaint; numbers or sizes that do not fit.
+        """
+        if not self.takes_masks:
+            return super().with_known(rows, images, masks, known)
+        check_counts(rows, images)
+        if masks.shape != (len(images), 1, *images.shape[2:]):
+            raise UserError(
+                f"masks have shape {tuple(masks.shape)}, images {tuple(images.shape)}",
+                "Give a mask (P, 1, H, W) for each image, of the same size.",
+            )
+        holes = (masks.to(self.device) >= 0.5).float()
+        if known is None:
+            known = self.encode(images.to(self.device) * (1.0 - holes))
+        known = known.to(holes)
+        return keep(rows, known=known, mask=self.mask_channels(holes, known))
+
+    def known_latents(self, rows: Rows) -> Tensor:
+        """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""
+        known = rows.kept.get("known")
+        return known if isinstance(known, Tensor) else super().known_latents(rows)
+
+    def mask_channels(self, masks: Tensor, known: Tensor) -> Tensor:
+        """Masks (P, 1, H, W) in {0, 1}, 1 = repaint -> the network's further channels (P, C', h, w).
+
+        Args:
+            known: (P, C, h, w), which the pipelines' own functions take as well.
+        """
+        raise NotImplementedError
+
+
+def check_counts(rows: Rows, images: Tensor) -> None:
+    """Refuse images (P, 3, H, W) for B rows where P does not divide B.
+
+    Raises:
+        UserError: says how many there are.
+    """
+    if images.ndim != 4 or not len(images) or len(rows) % len(images):
+        raise UserError(
+            f"{plural(len(images), 'image')} for {plural(len(rows), 'row')}",
+            "Give images (P, 3, H, W), as many as rows or a part of them: row b is of image b * P // B.",
+        )
+
+
+def keep(rows: Rows, **values: Tensor) -> Rows:
+    """Return rows that also keep values of P images: row b of B those of image b * P // B."""
+    each = {name: value.repeat_interleave(len(rows) // len(value), 0) for name, value in values.items()}
+    return replace(rows, kept={**rows.kept, **each})
