@@ -1,14 +1,18 @@
-"""FLUX.1 dev and schnell (Black Forest Labs 2024), and Chroma, which is made of schnell."""
+"""FLUX.1 dev, schnell and Kontext (Black Forest Labs 2024, 2025), and Chroma, which is made of schnell."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from PIL.Image import Image
 from torch import Tensor
 
-from .model import Values
+from .model import Size, Values
 from .pretrained import PackedModel
+from .references import ReferenceModel
 
 
 class FluxModel(PackedModel):
@@ -43,20 +47,48 @@ class FluxModel(PackedModel):
         named = {"pooled_projections": condition["pooled"]}
         if self.embeds_guidance:
             named["guidance"] = torch.full_like(t, guidance_scale)
-        return self._predicted(x, t, embeds, **named)
+        kept = {name: condition.get(name, ()) for name in ("references", "places")}
+        return self._predicted(x, t, embeds, **kept, **named)
 
-    def _predicted(self, x: Tensor, t: Tensor, embeds: Tensor, **named: Any) -> Tensor:
+    def _predicted(
+        self,
+        x: Tensor,
+        t: Tensor,
+        embeds: Tensor,
+        references: Sequence[Tensor] = (),
+        places: Sequence[Tensor] = (),
+        **named: Any,
+    ) -> Tensor:
+        tokens, size = self.pack(x), (x.shape[2] // 2, x.shape[3] // 2)
+        own_places = self.pipeline._prepare_latent_image_ids(len(x), *size, x.device, embeds.dtype)
         output = self.evaluate(
-            hidden_states=self.pack(x),
+            hidden_states=torch.cat([tokens, *references], dim=1),
             timestep=1.0 - t,
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-            img_ids=self.pipeline._prepare_latent_image_ids(
-                len(x), x.shape[2] // 2, x.shape[3] // 2, x.device, embeds.dtype
-            ),
+            img_ids=torch.cat([own_places, *(of_images[0] for of_images in places)]),
             **named,
         )
-        return -self.unpack(output, x)
+        return -self.unpack(output[:, : tokens.shape[1]], x)
+
+
+class FluxKontextModel(ReferenceModel, FluxModel):
+    """Flow model of FLUX.1 Kontext, which edits an image by an instruction. Its rows are FLUX.1's; with an image they
+    keep its tokens and those' places."""
+
+    def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
+        """Return the embeddings of the prompt, and the tokens of its image with their places."""
+        tokens, places = inputs["hidden_states"][0], inputs["img_ids"]
+        of_image = places[:, 0] == 1  # it is 0 in what is drawn
+        kept: dict[str, Values] = {"references": [tokens[of_image]], "places": [places[of_image]]}
+        return {"embeds": inputs["encoder_hidden_states"], "pooled": inputs["pooled_projections"]}, kept
+
+    def size_for(self, image: Image) -> Size:
+        """Return the size at which the network sees an image, one of those that it was trained at."""
+        if not self.option("_auto_resize"):
+            return self.floored(image.height, image.width)
+        width, height = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda w_h: abs(image.width / image.height - w_h[0] / w_h[1]))
+        return self.floored(height, width)
 
 
 class ChromaModel(FluxModel):

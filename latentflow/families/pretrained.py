@@ -154,7 +154,7 @@ class PretrainedModel(FlowModel):
         usual = {name: self.option(name) for name in self.prompt_options}
         parts = [[text] for text in texts] if self.one_by_one else [texts]
         try:
-            return Rows.cat([Rows(self, embed(part, **{**usual, **options})) for part in parts])
+            return Rows.cat([self.encode_part(embed, part, {**usual, **options}) for part in parts])
         except (AttributeError, TypeError) as error:  # as the stock pipelines call what is None
             absent = [
                 name
@@ -168,6 +168,21 @@ class PretrainedModel(FlowModel):
                 "Load what is missing; an encoder can be dropped once the prompts are rows: "
                 "rows = model.encode_prompt([...]), model.velocity(rows).",
             ) from error
+
+    def encode_part(
+        self, embed: Callable[..., dict[str, Values]], prompts: list[str], options: dict[str, Any]
+    ) -> Rows:
+        """Return one row for each of the prompts that are encoded together.
+
+        Raises:
+            UserError: ``images`` are among the options, of a network that draws from prompts alone.
+        """
+        if options.pop("images", None):
+            raise UserError(
+                f"images are given to a {type(self).__name__}, which draws from prompts alone",
+                "Edit the image with another method, such as flowedit: see `latentflow edit --help`.",
+            )
+        return Rows(self, embed(prompts, **options))
 
     @abstractmethod
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:

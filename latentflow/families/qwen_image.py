@@ -1,15 +1,18 @@
-"""Qwen-Image (Wu et al. 2025, arXiv:2508.02324) and Qwen-Image 2.1."""
+"""Qwen-Image and Qwen-Image-Edit (Wu et al. 2025, arXiv:2508.02324), and Qwen-Image 2.1."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 
-from .model import Values
+from .model import Rows, Size, Values
 from .pretrained import PackedModel, PretrainedModel
+from .references import ReferenceModel
 
 
 class QwenImageModel(PackedModel):
@@ -38,14 +41,72 @@ class QwenImageModel(PackedModel):
 
     def output(self, x: Tensor, t: Tensor, condition: dict[str, Any], shapes: list[Any]) -> Tensor:
         """Return what the network gives for x, shaped like it; ``shapes`` are its ``img_shapes``."""
+        tokens = self.pack(x)
         output = self.evaluate(
-            hidden_states=self.pack(x),
+            hidden_states=torch.cat([tokens, *condition.get("references", ())], dim=1),
             timestep=1.0 - t,
             encoder_hidden_states=condition["embeds"],
             encoder_hidden_states_mask=condition["mask"],
             img_shapes=shapes,
         )
-        return self.unpack(output, x)
+        return self.unpack(output[:, : tokens.shape[1]], x)
+
+
+class QwenImageEditModel(ReferenceModel, QwenImageModel):
+    """Flow model of Qwen-Image-Edit, which edits an image by an instruction.
+
+    Its rows are Qwen-Image's. They keep the tokens of the image and their ``shapes``, and, since the text encoder sees
+    the image too, the empty prompt that guidance leads away from: ``null_embeds`` and ``null_mask``.
+    """
+
+    needs_images = True
+
+    def row_of(self, prompt: str, images: list[Image], options: dict[str, Any]) -> Rows:
+        """Return the row of one prompt and its images, with that of the empty prompt."""
+        row, null = (super(QwenImageEditModel, self).row_of(text, images, options) for text in (prompt, ""))
+        kept = {**row.kept, **{f"null_{name}": value for name, value in null.values.items()}}
+        return Rows(self, row.values, kept)
+
+    def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
+        """Return the embeddings of the prompt, and the tokens of its images with their shapes."""
+        embeds, mask = inputs["encoder_hidden_states"], inputs["encoder_hidden_states_mask"]
+        own, *shapes = inputs["img_shapes"][0]
+        values = {"embeds": embeds, "mask": embeds.new_ones(embeds.shape[:2]) if mask is None else mask}
+        kept: dict[str, Values] = {
+            "references": [inputs["hidden_states"][0, own[0] * own[1] * own[2] :]],
+            "shapes": [torch.tensor(shapes)],
+        }
+        return {**values, "mask": values["mask"].bool()}, kept
+
+    def unconditional(self, rows: Rows) -> Rows:
+        """Return the empty prompt beside the images of each row."""
+        values = {name: rows.kept[f"null_{name}"] for name in rows.values}
+        return Rows(self, values, rows.kept)
+
+    def size_for(self, image: Image) -> Size:
+        """Return a megapixel in the shape of an image."""
+        dimensions = vars(sys.modules[type(self.pipeline).__module__])["calculate_dimensions"]
+        width, height, *_ = dimensions(1024 * 1024, image.width / image.height)
+        return self.floored(height, width)
+
+    def prepare(self, rows: Rows) -> dict[str, Any]:
+        """Return what `ReferenceModel.prepare` does, the shapes as the network takes them."""
+        condition = super().prepare(rows)
+        [shapes] = condition["shapes"]
+        return {**condition, "shapes": [[tuple(shape) for shape in row] for row in shapes.tolist()]}
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        own = (1, x.shape[2] // 2, x.shape[3] // 2)
+        return -self.output(x, t, condition, [[own, *shapes] for shapes in condition["shapes"]])
+
+
+class QwenImageEditPlusModel(QwenImageEditModel):
+    """Flow model of Qwen-Image-Edit Plus (2509 and later), which draws from several images."""
+
+    most_images = None
 
 
 class QwenImage21Model(PretrainedModel):

@@ -317,6 +317,8 @@ class ConditionArguments:
     target_size: Size | None = None
     generator: Generators | None = None
     latents: Tensor | None = None
+    #: the images that prompts draw from: one list for all prompts, or one for each
+    references: list[list[Tensor]] | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:

@@ -10,10 +10,12 @@ pipeline's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, Self
 
 from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
 
 from ..autoencoder import downscale_factor
 from ..errors import UserError
@@ -106,7 +108,7 @@ class ModelPipeline(CallMixin):
         if asked.class_labels is not None:
             rows = model.encode_class(_listed(asked.class_labels))
         else:
-            rows = model.encode_prompt(_listed(asked.prompt), **limit)
+            rows = _encoded(model.encode_prompt, _listed(asked.prompt), asked.references, limit)
         negative = None
         if asked.negative_prompt is not None:
             if model.true_guidance(self.guidance_scale) == 1.0:
@@ -115,7 +117,9 @@ class ModelPipeline(CallMixin):
                     f"{self.guidance_scale:g}",
                     model.describe_guidance(),
                 )
-            negative = model.encode_negative(_listed(asked.negative_prompt), **limit)
+            negative = _encoded(
+                model.encode_negative, _listed(asked.negative_prompt), asked.references, limit
+            )
             negative = negative.repeat(len(rows) // len(negative))
         places = [row for row in range(len(rows)) for _ in range(asked.num_images_per_prompt)]
         places *= count // len(places)
@@ -135,6 +139,20 @@ def class_over_models(kind: Any) -> type[ModelPipeline]:
     """Return the class of the pipelines over a flow model that have the calls of ``kind``."""
     described = {"__module__": kind.__module__, "__doc__": kind.__doc__, "kind": kind}
     return type(kind.__name__, (kind.call, ModelPipeline), described)
+
+
+def _encoded(
+    encode: Callable[..., Rows],
+    prompts: list[str],
+    references: list[list[Tensor]] | None,
+    options: dict[str, Any],
+) -> Rows:
+    """Return a row for each prompt, with the images that it draws from; one prompt or list of images serves all."""
+    if references is None:
+        return encode(prompts, **options)
+    count = max(len(prompts), len(references))
+    pairs = [(prompts[row % len(prompts)], references[row % len(references)]) for row in range(count)]
+    return Rows.cat([encode([prompt], images=images, **options) for prompt, images in pairs])
 
 
 def _listed(values: Any) -> list[Any]:

@@ -107,6 +107,16 @@ def qwen_image_21() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def qwen_image_edit() -> dict[str, Any]:
+    marks = {"image_token_id": 24, "video_token_id": 25, "vision_start_token_id": 26, "vision_end_token_id": 27}
+    config = transformers.Qwen2_5_VLConfig(text_config={**LLM, **MROPE}, vision_config=VISION, **marks)
+    return {
+        **qwen_image(),
+        "text_encoder": transformers.Qwen2_5_VLForConditionalGeneration(config),
+        "processor": processor(transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor),
+    }
+
+
 def bria() -> dict[str, Any]:
     return {
         "transformer": diffusers.BriaTransformer2DModel(

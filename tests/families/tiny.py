@@ -50,6 +50,7 @@ from .newer_components import (
     ovis_image,
     plan,
     qwen_image_21,
+    qwen_image_edit,
     z_image_omni,
 )
 
@@ -83,6 +84,9 @@ TINY: dict[str, Tiny] = {
     "StableDiffusion3Pipeline": Tiny(sd3, {}, {"shift": 3.0}),
     "FluxPipeline": Tiny(flux, SHORT, DYNAMIC),
     "FluxPipeline-dev": Tiny(lambda: flux(True), SHORT, DYNAMIC),
+    "FluxKontextPipeline": Tiny(
+        lambda: flux(True), {**SHORT, "max_area": 16 * 16, "_auto_resize": False}, DYNAMIC
+    ),
     "ChromaPipeline": Tiny(chroma, SHORT, DYNAMIC),
     "Flux2KleinPipeline": Tiny(flux2_klein, {**SHORT, "text_encoder_out_layers": (0, 1, 2)}, DYNAMIC),
     "QwenImagePipeline": Tiny(qwen_image, SHORT, {**DYNAMIC, "shift_terminal": 0.02}),
@@ -153,11 +157,17 @@ TINY: dict[str, Tiny] = {
     "DiTPipeline": Tiny(dit, {}, LINEAR, {"id2label": {"0": "tench, fish", "1": "hat"}}),
 }
 
+#: families that draw from images alone
+NEEDS_IMAGES: dict[str, Tiny] = {
+    "QwenImageEditPipeline": Tiny(qwen_image_edit, {}, {**DYNAMIC, "shift_terminal": 0.02}),
+    "QwenImageEditPlusPipeline": Tiny(qwen_image_edit, {}, {**DYNAMIC, "shift_terminal": 0.02}),
+}
+
 
 @cache
 def checkpoint(name: str) -> Any:
     """Return the tiny stock pipeline of a row of `TINY`; do not change it."""
-    tiny = TINY[name]
+    tiny = {**TINY, **NEEDS_IMAGES}[name]
     torch.manual_seed(0)
     diffusion = "beta_start" in tiny.scheduler
     kind = diffusers.DDIMScheduler if diffusion else diffusers.FlowMatchEulerDiscreteScheduler
