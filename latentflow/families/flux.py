@@ -87,7 +87,8 @@ class FluxKontextModel(ReferenceModel, FluxModel):
         """Return the size at which the network sees an image, one of those that it was trained at."""
         if not self.option("_auto_resize"):
             return self.floored(image.height, image.width)
-        width, height = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda w_h: abs(image.width / image.height - w_h[0] / w_h[1]))
+        shape = image.width / image.height
+        width, height = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda size: abs(shape - size[0] / size[1]))
         return self.floored(height, width)
 
 

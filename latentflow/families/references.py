@@ -74,7 +74,11 @@ class ReferenceModel(PretrainedModel):
         unguided = {self.guidance_argument: self.unguided}  # then the prompt alone is encoded
         try:
             inputs = first_inputs(
-                self.pipeline, self.network, prompt=prompt, image=image, **{**self.options, **options, **unguided}
+                self.pipeline,
+                self.network,
+                prompt=prompt,
+                image=image,
+                **{**self.options, **options, **unguided},
             )
         except ValueError as error:
             raise UserError(
@@ -97,7 +101,10 @@ class ReferenceModel(PretrainedModel):
 
     def floored(self, height: int, width: int) -> Size:
         """Return the largest size that is no larger and that the network can draw."""
-        return height // self.size_multiple * self.size_multiple, width // self.size_multiple * self.size_multiple
+        return (
+            height // self.size_multiple * self.size_multiple,
+            width // self.size_multiple * self.size_multiple,
+        )
 
     def prepare(self, rows: Rows) -> dict[str, Any]:
         """Return values and what is kept by their names; of a list of what is kept, a list with the one tensor of all
@@ -109,9 +116,12 @@ class ReferenceModel(PretrainedModel):
         kept = rows.to(self.device, self.network.dtype).kept
         if len({len(row) for row in kept.get("references", ())}) > 1:
             raise UserError(
-                "the images that the rows draw from differ in size or number", "Draw them in calls of their own."
+                "the images that the rows draw from differ in size or number",
+                "Draw them in calls of their own.",
             )
-        stacked = {name: [torch.stack(value)] if isinstance(value, list) else value for name, value in kept.items()}
+        stacked = {
+            name: [torch.stack(value)] if isinstance(value, list) else value for name, value in kept.items()
+        }
         return {"references": [], "places": [], **super().prepare(rows), **stacked}
 
 

@@ -151,8 +151,12 @@ def _encoded(
     if references is None:
         return encode(prompts, **options)
     count = max(len(prompts), len(references))
-    pairs = [(prompts[row % len(prompts)], references[row % len(references)]) for row in range(count)]
-    return Rows.cat([encode([prompt], images=images, **options) for prompt, images in pairs])
+    pairs = [(prompts[row % len(prompts)], row % len(references)) for row in range(count)]
+    encoded = {
+        (prompt, number): encode([prompt], images=references[number], **options)
+        for prompt, number in dict.fromkeys(pairs)
+    }
+    return Rows.cat([encoded[pair] for pair in pairs])
 
 
 def _listed(values: Any) -> list[Any]:

@@ -47,16 +47,20 @@ def edit_by_reference(pipe: CallMixin, given: Mapping[str, Any]) -> Any:
         )
     for name in _OTHERS:
         if given[name] is not None:
-            raise UserError(f"{name} is given, but method 'reference' has no such setting", "Leave it out.")
-    image, mask, size = given["image"], given["mask_image"], (given["height"], given["width"])
-    window = mask, given["padding_mask_crop"], given["feather"], given["seamless"]
+            raise UserError(
+                f"{name} is given, but method 'reference' has no such setting",
+                "Leave it out, or choose another method, such as flowedit.",
+            )
+    image, mask, height, width = (given[name] for name in ("image", "mask_image", "height", "width"))
+    window = given["padding_mask_crop"], given["feather"], given["seamless"]
     # 1. The images that each prompt draws from
-    originals = read_masked_originals(pipe, image, None, *((None, None) if mask is None else size), *window)
+    size = (None, None) if mask is None else (height, width)
+    originals = read_masked_originals(pipe, image, None, *size, mask, *window)
     seen, drawn = originals.values, originals.canvas
     if mask is None:
-        seen = seen[..., : originals.size[0], : originals.size[1]]
+        seen = seen[..., : originals.size[0], : originals.size[1]]  # without the padding
         usual = cast("ReferenceModel", pipe.model).reference_size(seen[0])
-        drawn = size[0] or usual[0], size[1] or usual[1]
+        drawn = height or usual[0], width or usual[1]
         originals = replace(originals, size=drawn, canvas=drawn)
     further = _further(given["reference_images"])
     # 2. The conditions, one row per image
@@ -74,4 +78,4 @@ def edit_by_reference(pipe: CallMixin, given: Mapping[str, Any]) -> Any:
 def _further(images: Images) -> list[Tensor]:
     """Return further images as tensors (3, H, W) in [-1, 1], of any sizes."""
     listed = [] if images is None else images if isinstance(images, list | tuple) else [images]
-    return [2.0 * row - 1.0 for entry in listed for row in read_images(entry)]
+    return [2.0 * row - 1.0 for entry in listed for row in read_images(entry, name="reference_images")]

@@ -8,9 +8,11 @@ import diffusers
 import torch
 import transformers
 
-from .components import z_image
+from .components import qwen_image, z_image
 from .parts import (
     LLM,
+    MROPE,
+    VISION,
     bright,
     clip,
     contrasting,
@@ -108,7 +110,12 @@ def qwen_image_21() -> dict[str, Any]:
 
 
 def qwen_image_edit() -> dict[str, Any]:
-    marks = {"image_token_id": 24, "video_token_id": 25, "vision_start_token_id": 26, "vision_end_token_id": 27}
+    marks = {
+        "image_token_id": 24,
+        "video_token_id": 25,
+        "vision_start_token_id": 26,
+        "vision_end_token_id": 27,
+    }
     config = transformers.Qwen2_5_VLConfig(text_config={**LLM, **MROPE}, vision_config=VISION, **marks)
     return {
         **qwen_image(),

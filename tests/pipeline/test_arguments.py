@@ -115,6 +115,7 @@ WRONG: dict[str, list[Any]] = {
               torch.full((3, 8, 8), 255), np.full((8, 8, 3), 255, np.uint8), None],
     "mask_image": ["m.png", 3, [], [None], np.zeros((8, 8), object), torch.zeros(8, 8) + NAN, torch.zeros(2, 3, 8, 8),
                    torch.full((8, 8), 255), torch.zeros(0, 8), None],
+    "reference_images": ["a.png", 3, [None], IMAGE],  # the checkpoint takes none
 }  # fmt: skip
 
 
@@ -240,7 +241,7 @@ def names_of(name: str) -> list[str]:
 
 def test_every_argument_has_wrong_values_and_every_check_an_argument() -> None:
     assert {name for _, name in PLACES} == set(WRONG)
-    assert set(CHECKS) == set(WRONG) - {"image", "mask_image"}
+    assert set(CHECKS) == set(WRONG) - {"image", "mask_image", "reference_images"}
 
 
 @pytest.mark.parametrize("way", METHODS)
