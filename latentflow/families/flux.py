@@ -73,8 +73,10 @@ class FluxModel(PackedModel):
 
 
 class FluxKontextModel(ReferenceModel, FluxModel):
-    """Flow model of FLUX.1 Kontext, which edits an image by an instruction. Its rows are FLUX.1's; with an image they
-    keep its tokens and those' places."""
+    """Flow model of FLUX.1 Kontext. Its rows have embeds (B, L, D) and pooled (B, D').
+
+    It edits an image by instruction: rows keep its tokens and those' places. Guidance is FLUX.1 dev's.
+    """
 
     def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
         """Return the embeddings of the prompt, and the tokens of its image with their places."""

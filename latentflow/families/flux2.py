@@ -15,10 +15,10 @@ from .references import ReferenceModel
 
 
 class Flux2Model(ReferenceModel):
-    """Flow model of FLUX.2. Its rows have embeds (B, L, D); with images they keep their tokens and those' places.
+    """Flow model of FLUX.2. Its rows have embeds (B, L, D).
 
     FLUX.2 dev takes its guidance scale as an input, klein has classifier-free guidance, and none where it is
-    step-distilled.
+    step-distilled. It edits by instruction, and draws from several images: rows keep their tokens and those' places.
     """
 
     prompt_options = ("max_sequence_length", "text_encoder_out_layers")

@@ -53,10 +53,10 @@ class QwenImageModel(PackedModel):
 
 
 class QwenImageEditModel(ReferenceModel, QwenImageModel):
-    """Flow model of Qwen-Image-Edit, which edits an image by an instruction.
+    """Flow model of Qwen-Image-Edit. Its rows have embeds (B, L, D) and mask (B, L) bool.
 
-    Its rows are Qwen-Image's. They keep the tokens of the image and their ``shapes``, and, since the text encoder sees
-    the image too, the empty prompt that guidance leads away from: ``null_embeds`` and ``null_mask``.
+    It edits an image by instruction, and needs one: rows keep its tokens and their shapes. The text encoder sees it
+    too, beside the empty prompt that guidance leads away from as well, which rows keep for that reason.
     """
 
     needs_images = True
@@ -104,7 +104,7 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
 
 
 class QwenImageEditPlusModel(QwenImageEditModel):
-    """Flow model of Qwen-Image-Edit Plus (2509 and later), which draws from several images."""
+    """Flow model of Qwen-Image-Edit Plus (2509 and later). It is Qwen-Image-Edit, and draws from several images."""
 
     most_images = None
 

@@ -1,0 +1,249 @@
+"""Memory that the weights of pretrained models take, by how they are stored: counted, nothing is downloaded.
+
+    python benchmarks/pretrained_memory.py
+
+Networks and text encoders are built on the meta device with the settings that their authors publish, and their
+parameters counted. Quantised are the weights of linear layers: to int8 (1 byte, and 2 for each row), or to nf4 (half a
+byte, and 4 for each block of 64); the rest stays in bfloat16. Prints the table of docs/guide/pretrained.md in GB (10^9
+bytes). Activations, some 1 to 4 GB at 1024 x 1024 pixels, come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
+
+Make = Callable[[], nn.Module]
+
+
+def qwen3(width: int, inner: int, tied: bool) -> nn.Module:
+    """Qwen3 of 4B or 8B."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=151936,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def t5_xxl() -> nn.Module:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=32128,
+            d_model=4096,
+            d_kv=64,
+            d_ff=10240,
+            num_layers=24,
+            num_heads=64,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def clip(width: int, layers: int, heads: int) -> nn.Module:
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            projection_dim=width,
+        )
+    )
+
+
+def clip_l() -> nn.Module:
+    return clip(768, 12, 12)
+
+
+def clip_g() -> nn.Module:
+    return clip(1280, 32, 20)
+
+
+def gemma2_2b() -> nn.Module:
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=256000,
+            hidden_size=2304,
+            intermediate_size=9216,
+            num_hidden_layers=26,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=256,
+        )
+    )
+
+
+def mistral_small_3() -> nn.Module:
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=131072,
+            hidden_size=5120,
+            intermediate_size=32768,
+            num_hidden_layers=40,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+        )
+    )
+
+
+def qwen2_5_vl_7b() -> nn.Module:
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    }
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def sd3(layers: int, dual: int, positions: int) -> nn.Module:
+    network: Any = diffusers.SD3Transformer2DModel
+    return network(  # type: ignore[no-any-return]
+        num_layers=layers,
+        num_attention_heads=layers,
+        joint_attention_dim=4096,
+        caption_projection_dim=64 * layers,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=positions,
+        dual_attention_layers=tuple(range(dual)),
+        qk_norm="rms_norm",
+    )
+
+
+def flux2(layers: int, single: int, heads: int, text: int, guidance: bool = False) -> nn.Module:
+    network: Any = diffusers.Flux2Transformer2DModel
+    return network(  # type: ignore[no-any-return]
+        num_layers=layers,
+        num_single_layers=single,
+        num_attention_heads=heads,
+        joint_attention_dim=text,
+        guidance_embeds=guidance,
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pretrained model: how its network and its text encoders are built."""
+
+    network: Make
+    encoders: tuple[Make, ...]
+
+
+MODELS = {
+    "Sana 1.6B": Model(diffusers.SanaTransformer2DModel, (gemma2_2b,)),
+    "SD 3.5 medium": Model(lambda: sd3(24, 13, 384), (clip_l, clip_g, t5_xxl)),
+    "SD 3.5 large": Model(lambda: sd3(38, 0, 192), (clip_l, clip_g, t5_xxl)),
+    "Lumina2": Model(diffusers.Lumina2Transformer2DModel, (gemma2_2b,)),
+    "FLUX.2 klein 4B": Model(lambda: flux2(5, 20, 24, 7680), (lambda: qwen3(2560, 9728, True),)),
+    "FLUX.2 klein 9B": Model(lambda: flux2(8, 24, 32, 12288), (lambda: qwen3(4096, 12288, False),)),
+    "FLUX.2 dev": Model(lambda: flux2(8, 48, 48, 15360, True), (mistral_small_3,)),
+    "FLUX.1 dev": Model(lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True), (clip_l, t5_xxl)),
+    "Chroma": Model(diffusers.ChromaTransformer2DModel, (t5_xxl,)),
+    "Z-Image": Model(diffusers.ZImageTransformer2DModel, (lambda: qwen3(2560, 9728, True),)),
+    "Qwen-Image": Model(diffusers.QwenImageTransformer2DModel, (qwen2_5_vl_7b,)),
+}
+
+
+@dataclass(frozen=True)
+class Count:
+    """Numbers of parameters: all, those of linear layers, and rows and blocks of 64 of these."""
+
+    every: int = 0
+    linear: int = 0
+    rows: int = 0
+    blocks: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(
+            *(getattr(self, name) + getattr(other, name) for name in ("every", "linear", "rows", "blocks"))
+        )
+
+    def gigabytes(self, stored: str) -> float:
+        """Return the memory of the weights in GB, stored in "bfloat16", "int8" or "nf4"."""
+        quantised = {
+            "bfloat16": 2 * self.linear,
+            "int8": self.linear + 2 * self.rows,
+            "nf4": self.linear / 2 + 4 * self.blocks,
+        }
+        return (2 * (self.every - self.linear) + quantised[stored]) / 1e9
+
+
+def counted(make: Make) -> Count:
+    """Count the parameters of what ``make`` builds."""
+    with torch.device("meta"):
+        module = make()
+    linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    weights = [
+        part.weight for name, part in linear.items() if name != "lm_head"
+    ]  # which no library quantises
+    return Count(
+        sum(parameter.numel() for parameter in module.parameters()),
+        sum(weight.numel() for weight in weights),
+        sum(weight.shape[0] for weight in weights),
+        sum(-(-weight.numel() // 64) for weight in weights),
+    )
+
+
+def table() -> list[str]:
+    """Return the lines of the table in Markdown."""
+    lines = [
+        "| Model | Network, parameters | bf16 | int8 | nf4 | Text encoders, parameters | bf16 | int8 | nf4 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, model in MODELS.items():
+        cells = []
+        for count in (counted(model.network), sum(map(counted, model.encoders), Count())):
+            sizes = [f"{count.gigabytes(stored):.1f}" for stored in ("bfloat16", "int8", "nf4")]
+            cells += [f"{count.every / 1e9:.1f} B", *sizes]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    transformers.logging.set_verbosity_error()
+    print("\n".join(table()))
+
+
+if __name__ == "__main__":
+    main()
