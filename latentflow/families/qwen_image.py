@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -60,12 +59,7 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
     """
 
     needs_images = True
-
-    def row_of(self, prompt: str, images: list[Image], options: dict[str, Any]) -> Rows:
-        """Return the row of one prompt and its images, with that of the empty prompt."""
-        row, null = (super(QwenImageEditModel, self).row_of(text, images, options) for text in (prompt, ""))
-        kept = {**row.kept, **{f"null_{name}": value for name, value in null.values.items()}}
-        return Rows(self, row.values, kept)
+    text_sees_images = True
 
     def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
         """Return the embeddings of the prompt, and the tokens of its images with their shapes."""
@@ -78,16 +72,9 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
         }
         return {**values, "mask": values["mask"].bool()}, kept
 
-    def unconditional(self, rows: Rows) -> Rows:
-        """Return the empty prompt beside the images of each row."""
-        values = {name: rows.kept[f"null_{name}"] for name in rows.values}
-        return Rows(self, values, rows.kept)
-
     def size_for(self, image: Image) -> Size:
         """Return a megapixel in the shape of an image."""
-        dimensions = vars(sys.modules[type(self.pipeline).__module__])["calculate_dimensions"]
-        width, height, *_ = dimensions(1024 * 1024, image.width / image.height)
-        return self.floored(height, width)
+        return self.megapixel(image)
 
     def prepare(self, rows: Rows) -> dict[str, Any]:
         """Return what `ReferenceModel.prepare` does, the shapes as the network takes them."""

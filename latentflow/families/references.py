@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -27,6 +28,8 @@ class ReferenceModel(PretrainedModel):
     image_input = "reference"
     #: images that one prompt may draw from; None: any number
     most_images: int | None = 1
+    #: the text encoder sees the images too; rows then keep the empty prompt beside them, which guidance leads away from
+    text_sees_images: bool = False
 
     def encode_prompt(self, prompts: Sequence[str], images: Sequence[Any] = (), **options: Any) -> Rows:
         """Return one row for each prompt.
@@ -43,7 +46,12 @@ class ReferenceModel(PretrainedModel):
 
     def encode_negative(self, prompts: Sequence[str], images: Sequence[Any] = (), **options: Any) -> Rows:
         """Return one row for each prompt that guidance leads away from; see `encode_prompt`."""
-        return super().encode_negative(prompts, images=[*images], **options)
+        return super().encode_negative(prompts, images=[*images] if self.text_sees_images else [], **options)
+
+    def unconditional(self, rows: Rows) -> Rows | None:
+        """Return the empty negative prompt, beside the images of each row where the text encoder sees them."""
+        null = {name: rows.kept[f"null_{name}"] for name in rows.values if f"null_{name}" in rows.kept}
+        return Rows(self, null, rows.kept) if null else super().unconditional(rows)
 
     def encode_part(
         self, embed: Callable[..., dict[str, Values]], prompts: list[str], options: dict[str, Any]
@@ -70,10 +78,17 @@ class ReferenceModel(PretrainedModel):
                 f"{len(images)} images are given to a {type(self.pipeline).__name__}",
                 f"It draws from {plural(self.most_images, 'image')}: leave the others out.",
             )
+        values, kept = self.read_inputs(self._network_inputs(prompt, images, options))
+        if self.text_sees_images:
+            null, _ = self.read_inputs(self._network_inputs("", images, options))
+            kept = {**kept, **{f"null_{name}": value for name, value in null.items()}}
+        return Rows(self, values, kept)
+
+    def _network_inputs(self, prompt: str, images: list[Image], options: dict[str, Any]) -> dict[str, Any]:
         image = images[0] if self.most_images == 1 else images
         unguided = {self.guidance_argument: self.unguided}  # then the prompt alone is encoded
         try:
-            inputs = first_inputs(
+            return first_inputs(
                 self.pipeline,
                 self.network,
                 prompt=prompt,
@@ -84,8 +99,6 @@ class ReferenceModel(PretrainedModel):
             raise UserError(
                 f"the pipeline cannot draw from these images: {reason(error)}", "Give other images."
             ) from error
-        values, kept = self.read_inputs(inputs)
-        return Rows(self, values, kept)
 
     @abstractmethod
     def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
@@ -105,6 +118,12 @@ class ReferenceModel(PretrainedModel):
             height // self.size_multiple * self.size_multiple,
             width // self.size_multiple * self.size_multiple,
         )
+
+    def megapixel(self, image: Image) -> Size:
+        """Return a megapixel in the shape of an image, as the pipeline's module calculates it."""
+        calculate: Any = vars(sys.modules[type(self.pipeline).__module__])["calculate_dimensions"]
+        width, height, *_ = calculate(1024 * 1024, image.width / image.height)
+        return self.floored(height, width)
 
     def prepare(self, rows: Rows) -> dict[str, Any]:
         """Return values and what is kept by their names; of a list of what is kept, a list with the one tensor of all

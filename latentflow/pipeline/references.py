@@ -52,10 +52,10 @@ def edit_by_reference(pipe: CallMixin, given: Mapping[str, Any]) -> Any:
                 "Leave it out, or choose another method, such as flowedit.",
             )
     image, mask, height, width = (given[name] for name in ("image", "mask_image", "height", "width"))
-    window = given["padding_mask_crop"], given["feather"], given["seamless"]
     # 1. The images that each prompt draws from
-    size = (None, None) if mask is None else (height, width)
-    originals = read_masked_originals(pipe, image, None, *size, mask, *window)
+    size = {"height": None, "width": None} if mask is None else {"height": height, "width": width}
+    window = {name: given[name] for name in ("mask_image", "padding_mask_crop", "feather", "seamless")}
+    originals = read_masked_originals(pipe, image, None, **size, **window)
     seen, drawn = originals.values, originals.canvas
     if mask is None:
         seen = seen[..., : originals.size[0], : originals.size[1]]  # without the padding

@@ -109,19 +109,24 @@ def qwen_image_21() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def qwen_image_edit() -> dict[str, Any]:
+def seeing_qwen() -> Any:
+    """Return a text encoder that sees images, where the tokenizer of `processor` marks them."""
     marks = {
-        "image_token_id": 24,
-        "video_token_id": 25,
-        "vision_start_token_id": 26,
-        "vision_end_token_id": 27,
-    }
+        "image_token_id": 24, "video_token_id": 25, "vision_start_token_id": 26, "vision_end_token_id": 27,
+    }  # fmt: skip
     config = transformers.Qwen2_5_VLConfig(text_config={**LLM, **MROPE}, vision_config=VISION, **marks)
-    return {
-        **qwen_image(),
-        "text_encoder": transformers.Qwen2_5_VLForConditionalGeneration(config),
-        "processor": processor(transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor),
-    }
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen_image_edit() -> dict[str, Any]:
+    words = processor(transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor)
+    return {**qwen_image(), "text_encoder": seeing_qwen(), "processor": words}
+
+
+def longcat_image_edit() -> dict[str, Any]:
+    words = processor(transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor)
+    parts = {"text_encoder": seeing_qwen(), "tokenizer": words.tokenizer, "text_processor": words}
+    return {**longcat_image(), **parts}
 
 
 def bria() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from latentflow.families.left_out import LEFT_OUT
 from latentflow.families.pretrained import text_to_image
 from latentflow.families.table import table
 
-from .tiny import NEEDS_IMAGES, TINY, checkpoint
+from .tiny import TINY, WITH_IMAGES, checkpoint
 
 
 def pipelines() -> set[str]:
@@ -50,7 +50,7 @@ def test_every_pipeline_of_diffusers_opens_or_has_a_reason() -> None:
 
 
 def test_every_family_is_tested() -> None:
-    assert {name.partition("-")[0] for name in TINY | NEEDS_IMAGES} == {
+    assert {name.partition("-")[0] for name in TINY | WITH_IMAGES} == {
         n for n in FAMILIES if not n.startswith("LatentFlow")
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers.pipelines.longcat_image.pipeline_longcat_image_edit as longcat_edit
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit as qwen_edit
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as qwen_edit_plus
 import numpy as np
@@ -20,7 +21,7 @@ from latentflow.errors import UserError
 from latentflow.families import FAMILIES
 from latentflow.flow import integrate
 
-from .tiny import NEEDS_IMAGES, TINY, checkpoint
+from .tiny import TINY, WITH_IMAGES, checkpoint
 
 SIDE, STEPS = 32, 3
 #: families that draw from images -> the images of one prompt
@@ -30,15 +31,20 @@ IMAGES = {
     "FluxKontextPipeline": 1,
     "QwenImageEditPipeline": 1,
     "QwenImageEditPlusPipeline": 2,
+    "LongCatImageEditPipeline": 1,
+    "BriaFiboEditPipeline": 2,
 }
 SEVERAL = [name for name, count in IMAGES.items() if count > 1]
 PROMPTS = ["make it a red apple", "a big green tree over the house"]
+#: families whose prompts are captions in JSON
+IN_JSON = ("BriaFiboEditPipeline",)
 each_family = pytest.mark.parametrize("name", IMAGES)
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have Qwen-Image-Edit see images at 32 pixels in the place of a megapixel."""
+    """Have images seen at 32 pixels in the place of a megapixel."""
+    monkeypatch.setattr(longcat_edit, "calculate_dimensions", lambda area, ratio: (SIDE, SIDE))
     monkeypatch.setattr(qwen_edit, "calculate_dimensions", lambda area, ratio: (SIDE, SIDE, None))
     monkeypatch.setattr(qwen_edit_plus, "calculate_dimensions", lambda area, ratio: (SIDE, SIDE))
     with torch.no_grad():
@@ -54,12 +60,16 @@ def image(seed: int = 0, height: int = 64, width: int = 64) -> Image.Image:
     return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def prompts(name: str) -> list[str]:
+    return [json.dumps({"edit_instruction": text}) for text in PROMPTS] if name in IN_JSON else PROMPTS
+
+
 def images_of(name: str, seed: int = 0) -> list[Image.Image]:
     return [image(seed + number) for number in range(IMAGES[name])]
 
 
 def opened(name: str) -> Any:
-    options = {**TINY, **NEEDS_IMAGES}[name].call
+    options = {**TINY, **WITH_IMAGES}[name].call
     area = {"max_area": SIDE * SIDE} if "max_area" in options else {}
     return FAMILIES[name](checkpoint(name), **{**options, **area})
 
@@ -70,6 +80,8 @@ def stock(name: str, prompt: str, given: list[Image.Image], seed: int = 0, **opt
     size = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "output_type": "pt"}
     shown = given if len(given) > 1 else given[0]
     call = {**model.options, **size, **options}
+    if "LongCat" in name:  # whose size is always the image's
+        del call["height"], call["width"]
     drawn: Tensor = model.pipeline(image=shown, prompt=prompt, generator=seeded(seed), **call).images
     return drawn
 
@@ -89,10 +101,10 @@ def drawn(model: Any, velocity: Any, seeds: list[int]) -> Tensor:
 def test_it_draws_what_the_stock_pipeline_does(name: str, guided: bool) -> None:
     model, given = opened(name), images_of(name)
     scale = None if guided else 1.0
-    velocity = model.velocity(model.encode_prompt(PROMPTS[:1], images=given), scale)
+    velocity = model.velocity(model.encode_prompt(prompts(name)[:1], images=given), scale)
     ours = (model.decode(drawn(model, velocity, [0])) / 2.0 + 0.5).clamp(0.0, 1.0)
     options = own_guidance(name) if guided else {model.guidance_argument: 1.0}
-    theirs = stock(name, PROMPTS[0], given, **options)
+    theirs = stock(name, prompts(name)[0], given, **options)
     assert theirs.std() > 0.05, "a flat image hides differences"
     torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-5)
 
@@ -101,19 +113,19 @@ def test_it_draws_what_the_stock_pipeline_does(name: str, guided: bool) -> None:
 def test_what_is_wrong_is_seen(name: str) -> None:
     """The comparison would fail with another image or prompt, without the image, the other sign, reversed time."""
     model, given = opened(name), images_of(name)
-    right = model.velocity(model.encode_prompt(PROMPTS[:1], images=given), 1.0)
+    right = model.velocity(model.encode_prompt(prompts(name)[:1], images=given), 1.0)
     expected = drawn(model, right, [0])
     wrong = {
-        "image": model.velocity(model.encode_prompt(PROMPTS[:1], images=images_of(name, 7)), 1.0),
-        "prompt": model.velocity(model.encode_prompt(PROMPTS[1:], images=given), 1.0),
+        "image": model.velocity(model.encode_prompt(prompts(name)[:1], images=images_of(name, 7)), 1.0),
+        "prompt": model.velocity(model.encode_prompt(prompts(name)[1:], images=given), 1.0),
         "sign": lambda x, t: -right(x, t),
         "time": lambda x, t: right(x, 1.0 - t),
-        "guidance": model.velocity(model.encode_prompt(PROMPTS[:1], images=given), 7.5),
+        "guidance": model.velocity(model.encode_prompt(prompts(name)[:1], images=given), 7.5),
     }
     if not model.needs_images:
-        wrong["no image"] = model.velocity(model.encode_prompt(PROMPTS[:1]), 1.0)
+        wrong["no image"] = model.velocity(model.encode_prompt(prompts(name)[:1]), 1.0)
     if name in SEVERAL:
-        wrong["order"] = model.velocity(model.encode_prompt(PROMPTS[:1], images=given[::-1]), 1.0)
+        wrong["order"] = model.velocity(model.encode_prompt(prompts(name)[:1], images=given[::-1]), 1.0)
     for what, velocity in wrong.items():
         assert (drawn(model, velocity, [0]) - expected).abs().max() > 1e-4, what
 
@@ -123,7 +135,8 @@ def test_a_row_is_what_it_is_alone(name: str) -> None:
     """Rows of a batch with their own prompts, of different lengths, and their own images do not see each other."""
     model = opened(name)
     rows = [
-        model.encode_prompt([prompt], images=images_of(name, 3 * seed)) for seed, prompt in enumerate(PROMPTS)
+        model.encode_prompt([prompt], images=images_of(name, 3 * seed))
+        for seed, prompt in enumerate(prompts(name))
     ]
     both = drawn(model, model.velocity(type(rows[0]).cat(rows)), [0, 1])
     for seed, row in enumerate(rows):
@@ -133,21 +146,21 @@ def test_a_row_is_what_it_is_alone(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
+@pytest.mark.parametrize("name", [name for name in IMAGES if name in WITH_IMAGES])
 def test_a_negative_prompt_sees_the_images(name: str) -> None:
     model, given = opened(name), images_of(name)
     pipe = LatentFlowEditPipeline(model)
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": STEPS, "height": SIDE, "width": SIDE, "generator": seeded()}
     ours = pipe(
-        PROMPTS[0],
+        prompts(name)[0],
         given[0],
         reference_images=given[1:] or None,
         negative_prompt="a hat",
         **call,
         output_type="pt",
     ).images
-    theirs = stock(name, PROMPTS[0], given, negative_prompt="a hat")
+    theirs = stock(name, prompts(name)[0], given, negative_prompt="a hat")
     torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-5)
 
 
@@ -159,7 +172,7 @@ def test_an_edit_draws_what_the_stock_pipeline_does(name: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     generators = [seeded(0), seeded(1)]
     edited = pipe(
-        PROMPTS,
+        prompts(name),
         given[0],
         reference_images=given[1:] or None,
         num_inference_steps=STEPS,
@@ -168,7 +181,9 @@ def test_an_edit_draws_what_the_stock_pipeline_does(name: str) -> None:
         generator=generators,
         output_type="pt",
     ).images
-    theirs = [stock(name, prompt, given, seed, **own_guidance(name)) for seed, prompt in enumerate(PROMPTS)]
+    theirs = [
+        stock(name, prompt, given, seed, **own_guidance(name)) for seed, prompt in enumerate(prompts(name))
+    ]
     torch.testing.assert_close(edited, torch.cat(theirs), rtol=0.0, atol=1e-5)
 
 
@@ -177,19 +192,24 @@ def test_the_size_is_the_stock_pipeline_s(name: str) -> None:
     """Where nobody asks for one. Kontext's own pipeline draws squares; ours keeps the shape of the image."""
     pipe, given = LatentFlowEditPipeline(opened(name)), image(0, 71, 98)
     pipe.set_progress_bar_config(disable=True)
-    edited = pipe(PROMPTS[0], given, num_inference_steps=2, generator=seeded()).images[0]
+    edited = pipe(prompts(name)[0], given, num_inference_steps=2, generator=seeded()).images[0]
     if "Kontext" in name:
         assert edited.size == (96, 68)
         return
     stock_pipe, options = checkpoint(name), pipe.model.options
     call = {**options, "num_inference_steps": 2, "generator": seeded()}
-    assert edited.size == stock_pipe(image=given, prompt=PROMPTS[0], **call).images[0].size
+    assert edited.size == stock_pipe(image=given, prompt=prompts(name)[0], **call).images[0].size
 
 
 def test_kontext_draws_at_a_size_that_it_was_trained_at() -> None:
     model = FAMILIES["FluxKontextPipeline"](checkpoint("FluxKontextPipeline"))
     assert model.reference_size(image(0, 64, 64)) == (1024, 1024)
     assert model.reference_size(image(0, 50, 100)) == (720, 1456)
+
+
+def test_fibo_draws_at_a_size_that_it_was_trained_at() -> None:
+    model = FAMILIES["BriaFiboEditPipeline"](checkpoint("BriaFiboEditPipeline"))
+    assert model.reference_size(image(0, 71, 98)) == (832, 1248)
 
 
 def test_flux_2_sees_a_large_image_smaller() -> None:
@@ -203,7 +223,7 @@ def test_an_edit_within_a_mask_keeps_every_other_pixel(name: str) -> None:
     mask = np.zeros((70, 66), np.uint8)
     mask[10:41, 20:50] = 255
     edited = pipe(
-        PROMPTS[0], given, mask_image=Image.fromarray(mask), num_inference_steps=2, generator=seeded()
+        prompts(name)[0], given, mask_image=Image.fromarray(mask), num_inference_steps=2, generator=seeded()
     ).images[0]
     pixels, kept = np.array(edited), mask == 0
     assert np.array_equal(pixels[kept], np.array(given)[kept])

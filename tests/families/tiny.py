@@ -44,6 +44,7 @@ from .newer_components import (
     ideogram4,
     kandinsky5,
     longcat_image,
+    longcat_image_edit,
     lumina,
     nucleus_image,
     omnigen,
@@ -157,17 +158,19 @@ TINY: dict[str, Tiny] = {
     "DiTPipeline": Tiny(dit, {}, LINEAR, {"id2label": {"0": "tench, fish", "1": "hat"}}),
 }
 
-#: families that draw from images alone
-NEEDS_IMAGES: dict[str, Tiny] = {
+#: families that are tested with images alone, in test_references.py: most need one
+WITH_IMAGES: dict[str, Tiny] = {
     "QwenImageEditPipeline": Tiny(qwen_image_edit, {}, {**DYNAMIC, "shift_terminal": 0.02}),
     "QwenImageEditPlusPipeline": Tiny(qwen_image_edit, {}, {**DYNAMIC, "shift_terminal": 0.02}),
+    "BriaFiboEditPipeline": Tiny(bria_fibo, {**SHORT, "_auto_resize": False}, DYNAMIC),
+    "LongCatImageEditPipeline": Tiny(longcat_image_edit, {}, DYNAMIC),
 }
 
 
 @cache
 def checkpoint(name: str) -> Any:
     """Return the tiny stock pipeline of a row of `TINY`; do not change it."""
-    tiny = {**TINY, **NEEDS_IMAGES}[name]
+    tiny = {**TINY, **WITH_IMAGES}[name]
     torch.manual_seed(0)
     diffusion = "beta_start" in tiny.scheduler
     kind = diffusers.DDIMScheduler if diffusion else diffusers.FlowMatchEulerDiscreteScheduler
@@ -184,9 +187,13 @@ def checkpoint(name: str) -> Any:
     pipe.set_progress_bar_config(disable=True)
     if name == "HiDreamImagePipeline":  # which scales every size to one area
         pipe.default_sample_size = 8
-    if name == "LongCatImagePipeline":
+    if name in ("LongCatImagePipeline", "LongCatImageEditPipeline"):
         pipe.tokenizer_max_length = 32
-    if name in ("BriaFiboPipeline", "QwenImage21Pipeline"):  # which take their autoencoder for another
+    if name in (
+        "BriaFiboPipeline",
+        "BriaFiboEditPipeline",
+        "QwenImage21Pipeline",
+    ):  # which take their autoencoder for another
         pipe.vae_scale_factor = 2
     if name == "BriaFibo2Pipeline":
         pipe.text_encoder_out_layers = ((0, 1, 2), (1, 2, 3))
