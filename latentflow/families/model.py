@@ -68,9 +68,10 @@ class FlowModel(ABC):
     embeds_guidance: bool = False
     #: the guidance scale that is none
     unguided: float = 1.0
-    #: images beside the noise that the network draws from: those that a prompt speaks of, or one that guides it
-    image_input: Literal["none", "reference", "control"] = "none"
-    #: it cannot draw without such an image
+    #: images beside the noise that the network draws from: those that a prompt speaks of, one that guides it, or one
+    #: whose hole it fills
+    image_input: Literal["none", "reference", "control", "mask"] = "none"
+    #: it cannot draw without a reference
     needs_images: bool = False
 
     def __init__(self, pipeline: Any, **family_options: Any) -> None:

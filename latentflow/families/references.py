@@ -97,7 +97,7 @@ class ReferenceModel(PretrainedModel):
             )
         except ValueError as error:
             raise UserError(
-                f"the pipeline cannot draw from these images: {reason(error)}", "Give other images."
+                f"the pipeline refuses the images or an option: {reason(error)}", "Give others."
             ) from error
 
     @abstractmethod
