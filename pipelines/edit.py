@@ -40,6 +40,7 @@ class EditConfig(SamplingConfig):
     """Edit an image with a prompt, or generate variations of it.
 
     latentflow edit apple.png "green apple" --from "red apple" -o green.png
+    latentflow edit apple.png "make it green" --checkpoint black-forest-labs/FLUX.2-klein-4B -o green.png
     latentflow edit apple.png "green apple" --from "red apple" --box 0 0 32 64 -o half.png
     latentflow edit apple.png --method image-to-image --strength 0.5 -n 8 -o variation.png
     """
@@ -47,8 +48,8 @@ class EditConfig(SamplingConfig):
     image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """The image: any format, mode and size."""
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()
-    """Description of the whole result: "green apple", not "make it green". With several, all images of the
-    first come first."""
+    """Description of the whole result: "green apple", not "make it green"; for --method reference an instruction: "make
+    the apple green". With several, all images of the first come first."""
     source: Annotated[str | None, tyro.conf.arg(name="from", metavar="PROMPT")] = None
     """Description of the image as it is: a prompt or a class. The better it fits, the less else changes."""
     mask: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -57,19 +58,22 @@ class EditConfig(SamplingConfig):
     """Make a mask of any image: pixels that are at least this bright, from 0 to 1, are edited."""
     box: Annotated[tuple[int, int, int, int] | None, tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = None
     """Edit only this rectangle of the image, in pixels from its left and upper edges."""
-    method: Literal["flowedit", "inversion", "direct", "image-to-image"] = "flowedit"
-    """flowedit moves the image directly. inversion goes through the image's own noise; direct does too, and gives its
-    errors back, so that less is lost; both have no seed. image-to-image mixes noise into the image and samples from
-    there."""
+    reference: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+    """Further images that the prompt may speak of, for models that draw from several (FLUX.2, Qwen-Image-Edit Plus)."""
+    method: Literal["reference", "flowedit", "inversion", "direct", "image-to-image"] | None = None
+    """reference, the default for models that draw from images (FLUX.2, Kontext, Qwen-Image-Edit), follows an
+    instruction, and has a size of its own. flowedit, the default for all others, moves the image directly. inversion
+    goes through the image's own noise; direct does too, and gives its errors back, so that less is lost; both have no
+    seed. image-to-image mixes noise into the image and samples from there."""
     strength: float | None = None
     """From 0, which keeps the image, to 1, which may change the layout; default: 0.9 (SD3 0.85, FLUX dev 0.95),
     image-to-image 0.6."""
     guidance: float | None = None
     """Guidance scale: how closely to follow the prompt or class; 1 is off; default: 2 (flowedit with SD3 13.5, with
-    FLUX dev 5.5), image-to-image the model's own."""
+    FLUX dev 5.5), image-to-image and reference the model's own."""
     solver: str | None = None
-    """A solver of `latentflow generate`; only image-to-image takes one with fresh noise. Default: euler for flowedit
-    and direct, heun for inversion."""
+    """A solver of `latentflow generate`; only image-to-image and reference take one with fresh noise. Default: euler
+    for flowedit and direct, heun for inversion, else the model's own."""
     grid: bool = False
     """Write image and result side by side, a row for each result."""
 
@@ -79,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(EditConfig, argv, prog="latentflow edit")
     check(config)
     image, mask = read(config)
+    references = [read_opaque(file) for file in config.reference]
     img2img = config.method == "image-to-image"
 
     from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline
@@ -99,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **({} if config.steps is None else {"num_inference_steps": config.steps}),
         solver=config.solver,
         **({} if img2img else {"method": config.method} | source_of(pipe, config)),
+        **({"reference_images": references} if references else {}),
         **({} if mask is None else {"mask_image": mask}),
         **({} if config.strength is None else {"strength": config.strength}),
         **({} if config.guidance is None else {"guidance_scale": config.guidance}),
@@ -106,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Write
     if config.grid:
-        images = [image_grid([part for result in images for part in (image, result)], columns=2)]
+        pairs = [(image.resize(result.size), result) for result in images]
+        images = [image_grid([part for pair in pairs for part in pair], columns=2)]
     save_images([enlarge(image, config.scale) for image in images], config.output, config.overwrite)
 
 
@@ -130,6 +137,8 @@ def check(config: EditConfig) -> None:
     check_sampling(config)
     if config.method == "image-to-image" and config.source is not None:
         raise UserError("--method image-to-image does not use --from", "Leave it out.")
+    if config.reference and config.method not in (None, "reference"):
+        raise UserError(f"--method {config.method} does not use --reference", "Leave it out.")
     if config.method in ("inversion", "direct") and config.n > 1:
         raise UserError(
             f"-n {config.n}: {config.method} has no seed, all images would be equal", "Use --method flowedit."

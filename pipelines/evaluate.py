@@ -135,7 +135,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.metrics import learned
     from latentflow.models.vision import EFFICIENTNET_LIBRARIES
     from latentflow.pipeline import LatentFlowPipeline
-    from latentflow.pipeline.arguments import check_image_input
     from latentflow.utils.libraries import install_command
 
     settings = run_settings(config.checkpoint, config.data)
@@ -151,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---------------------------------------------------------------- the checkpoint and the images
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config, config.memory)
     model = pipe.model
-    check_image_input(model)
+    model.check_image_input()
     pipe.set_progress_bar_config(disable=True)
     solver = config.solver or (None if model.few_steps else "heun")
     steps = config.steps or (20 if solver else pipe.usual_steps)

@@ -52,11 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     controls = [read_opaque(path) for path in config.control]
 
     from latentflow.pipeline import LatentFlowPipeline
-    from latentflow.pipeline.arguments import check_image_input
 
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config, config.memory)
     rows = with_control(conditions(pipe, config.prompt, config.class_labels, config.negative), controls)
-    check_image_input(pipe.model, controls or None)
+    pipe.model.check_image_input(controls or None)
     check_memory(len(rows) * config.n, pipe.image_size(config.height, config.width), config.scale)
     note_unquoted(config.prompt)
     warn_unknown_words(pipe, *config.prompt, config.negative)

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.bria.pipeline_bria import get_original_sigmas
+from diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit import PREFERRED_RESOLUTION, _vae_safe_dims
 from diffusers.pipelines.bria_fibo2.pipeline_bria_fibo2 import DEFAULT_NEGATIVE_PROMPT
 from diffusers.utils.torch_utils import randn_tensor
+from PIL.Image import Image
 from torch import Tensor
 
-from .model import Generators, Rows, Values
+from .model import Generators, Rows, Size, Values
 from .pretrained import PackedModel, PretrainedModel
+from .references import ReferenceModel
 from .sizes import check_size
 
 
@@ -93,21 +96,57 @@ class BriaFiboModel(PretrainedModel):
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
         embeds, mask, (rows, columns) = condition["embeds"], condition["mask"], x.shape[2:]
-        seen = torch.cat([mask, mask.new_ones(len(x), rows * columns)], dim=1)
+        own_places = self.pipeline._prepare_latent_image_ids(len(x), rows, columns, x.device, x.dtype)
+        own = self.pipeline._pack_latents_no_patch(x, *x.shape)
+        tokens = torch.cat([own, *condition.get("references", ())], dim=1)
+        seen = torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1)
         output = self.evaluate(
-            hidden_states=self.pipeline._pack_latents_no_patch(x, *x.shape),
+            hidden_states=tokens,
             timestep=1000.0 * (1.0 - t),
             encoder_hidden_states=embeds,
             text_encoder_layers=[*condition["layers"].unbind(2)],
             joint_attention_kwargs={} if seen.all() else {"attention_mask": seen[:, None, None, :]},
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device, dtype=x.dtype),
-            img_ids=self.pipeline._prepare_latent_image_ids(len(x), rows, columns, x.device, x.dtype),
+            img_ids=torch.cat([own_places, *(of_images[0] for of_images in condition.get("places", ()))]),
         )
         factor = self.size_multiple
         unpacked: Tensor = self.pipeline._unpack_latents_no_patch(
-            output, rows * factor, columns * factor, factor
+            output[:, : own.shape[1]], rows * factor, columns * factor, factor
         )
         return -unpacked
+
+
+class BriaFiboEditModel(ReferenceModel, BriaFiboModel):
+    """Flow model of FIBO Edit. Its rows have embeds (B, L, D), layers (B, L, layers, D') and mask (B, L) bool.
+
+    It edits by instruction, which is a caption in JSON with an ``edit_instruction``, and draws from several images.
+    """
+
+    sampling_options = ("_auto_resize",)
+    most_images = None
+
+    def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
+        """Return the embeddings of the prompt, and the tokens of its images with their places."""
+        embeds, tokens, places = (
+            inputs["encoder_hidden_states"],
+            inputs["hidden_states"][0],
+            inputs["img_ids"],
+        )
+        layers = torch.stack(inputs["text_encoder_layers"], dim=2)
+        mask = torch.ones(
+            embeds.shape[:2], dtype=torch.bool, device=embeds.device
+        )  # one prompt has no padding
+        of_images = places[:, 0] > 0
+        kept: dict[str, Values] = {"references": [tokens[of_images]], "places": [places[of_images]]}
+        return {"embeds": embeds, "layers": layers, "mask": mask}, kept
+
+    def size_for(self, image: Image) -> Size:
+        """Return the size nearest in shape of those that it was trained at."""
+        width, height = _vae_safe_dims(*image.size)
+        if self.option("_auto_resize"):
+            shape, trained = width / height, PREFERRED_RESOLUTION[1024 * 1024]
+            width, height = min(trained, key=lambda size: abs(shape - size[0] / size[1]))
+        return height, width
 
 
 class BriaFibo2Model(PretrainedModel):

@@ -326,7 +326,7 @@ class CogView3PlusModel(DiffusionModel):
         def zeros(prompts: list[str], **options: Any) -> dict[str, Values]:
             return {"embeds": self.pipeline.encode_prompt(prompts, None, True, **options)[1]}
 
-        return self._encoded(zeros, [""], {}).repeat(n)
+        return self._encoded(zeros, [""], (), {}).repeat(n)
 
     def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
         factor = downscale_factor(self.vae)

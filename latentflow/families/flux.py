@@ -1,15 +1,18 @@
-"""FLUX.1 dev and schnell (Black Forest Labs 2024), and Chroma, which is made of schnell."""
+"""FLUX.1 dev, schnell and Kontext (Black Forest Labs 2024, 2025), and Chroma, which is made of schnell."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from PIL.Image import Image
 from torch import Tensor
 
 from .extra_channels import ControlModel, MaskedModel
-from .model import Values
+from .model import Size, Values
 from .pretrained import PackedModel, PretrainedModel
+from .references import ReferenceModel
 
 
 class FluxModel(PackedModel):
@@ -52,18 +55,43 @@ class FluxModel(PackedModel):
         return self._predicted(x, t, condition, **named)
 
     def _predicted(self, x: Tensor, t: Tensor, condition: dict[str, Any], **named: Any) -> Tensor:
-        embeds = condition["embeds"]
+        embeds, tokens = condition["embeds"], self.pack(self.with_extra(x, condition))
+        size = (x.shape[2] // 2, x.shape[3] // 2)
+        own_places = self.pipeline._prepare_latent_image_ids(len(x), *size, x.device, embeds.dtype)
+        places = [own_places, *(of_images[0] for of_images in condition.get("places", ()))]
         output = self.evaluate(
-            hidden_states=self.pack(self.with_extra(x, condition)),
+            hidden_states=torch.cat([tokens, *condition.get("references", ())], dim=1),
             timestep=1.0 - t,
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-            img_ids=self.pipeline._prepare_latent_image_ids(
-                len(x), x.shape[2] // 2, x.shape[3] // 2, x.device, embeds.dtype
-            ),
+            img_ids=torch.cat(places),
             **named,
         )
-        return -self.unpack(output, x)
+        return -self.unpack(output[:, : tokens.shape[1]], x)
+
+
+class FluxKontextModel(ReferenceModel, FluxModel):
+    """Flow model of FLUX.1 Kontext. Its rows have embeds (B, L, D) and pooled (B, D').
+
+    It edits an image by instruction: rows keep its tokens and those' places. Guidance is FLUX.1 dev's.
+    """
+
+    sampling_options = (*FluxModel.sampling_options, "_auto_resize")
+
+    def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
+        """Return the embeddings of the prompt, and the tokens of its image with their places."""
+        tokens, places = inputs["hidden_states"][0], inputs["img_ids"]
+        of_image = places[:, 0] == 1  # it is 0 in what is drawn
+        kept: dict[str, Values] = {"references": [tokens[of_image]], "places": [places[of_image]]}
+        return {"embeds": inputs["encoder_hidden_states"], "pooled": inputs["pooled_projections"]}, kept
+
+    def size_for(self, image: Image) -> Size:
+        """Return the size at which the network sees an image, one of those that it was trained at."""
+        if not self.option("_auto_resize"):
+            return self.floored(image.height, image.width)
+        shape = image.width / image.height
+        width, height = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda size: abs(shape - size[0] / size[1]))
+        return self.floored(height, width)
 
 
 class FluxExtraModel(FluxModel):

@@ -5,21 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from PIL.Image import Image
 from torch import Tensor
 
-from .model import Values
-from .pretrained import PretrainedModel
+from .model import Size, Values
+from .references import ReferenceModel
 
 
-class Flux2Model(PretrainedModel):
+class Flux2Model(ReferenceModel):
     """Flow model of FLUX.2. Its rows have embeds (B, L, D).
 
     FLUX.2 dev takes its guidance scale as an input, klein has classifier-free guidance, and none where it is
-    step-distilled.
+    step-distilled. It edits by instruction, and draws from several images: rows keep their tokens and those' places.
     """
 
     prompt_options = ("max_sequence_length", "text_encoder_out_layers")
+    most_images = None
 
     @property
     def embeds_guidance(self) -> bool:  # type: ignore[override]
@@ -37,17 +40,30 @@ class Flux2Model(PretrainedModel):
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline.encode_prompt(prompts, **options)[0]}
 
+    def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
+        """Return the embeddings of the prompt, and the tokens of its images with their places."""
+        tokens, places = inputs["hidden_states"][0], inputs["img_ids"][0]
+        of_images = places[:, 0] > 0  # the place in time of what is drawn is 0
+        kept: dict[str, Values] = {"references": [tokens[of_images]], "places": [places[of_images]]}
+        return {"embeds": inputs["encoder_hidden_states"]}, kept
+
+    def size_for(self, image: Image) -> Size:
+        """Return the size at which the network sees an image, which is its own up to a megapixel."""
+        seen = Flux2ImageProcessor._resize_if_exceeds_area(image)
+        return self.floored(seen.height, seen.width)
+
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
-        pipeline, embeds = self.pipeline, condition["embeds"]
+        pipeline, embeds, tokens = self.pipeline, condition["embeds"], self.pipeline._pack_latents(x)
+        places = pipeline._prepare_latent_ids(x).to(x.device)
         output: Tensor = self.evaluate(
-            hidden_states=pipeline._pack_latents(x),
+            hidden_states=torch.cat([tokens, *condition["references"]], dim=1),
             timestep=1.0 - t,
             guidance=torch.full_like(t, guidance_scale) if self.embeds_guidance else None,
             encoder_hidden_states=embeds,
             txt_ids=pipeline._prepare_text_ids(embeds).to(x.device),
-            img_ids=pipeline._prepare_latent_ids(x).to(x.device),
+            img_ids=torch.cat([places, *condition["places"]], dim=1),
         )
-        return -output.transpose(1, 2).reshape(x.shape)
+        return -output[:, : tokens.shape[1]].transpose(1, 2).reshape(x.shape)

@@ -26,6 +26,7 @@ class GlmImageModel(CogView4Model):
     def encode_prompt(
         self,
         prompts: Sequence[str],
+        images: Sequence[Any] = (),
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | None = None,
@@ -34,15 +35,15 @@ class GlmImageModel(CogView4Model):
         """Return one row for each prompt.
 
         Args:
-            height, width: of the images, in pixels; None is `native_size`.
+            height, width: of what is drawn, in pixels; None is `native_size`.
             generator: its seed is the plan's.
-            options: see `PretrainedModel.encode_prompt`.
+            images, options: see `PretrainedModel.encode_prompt`.
         """
         texts = [prompts] if isinstance(prompts, str) else [*prompts]
         native = self.native_size or (1024, 1024)
         size = {"height": height or native[0], "width": width or native[1], "generator": generator}
         plans = [self.pipeline.generate_prior_tokens(text, **size)[0] for text in texts]
-        return replace(super().encode_prompt(texts, **options), kept={"plan": torch.cat(plans)})
+        return replace(super().encode_prompt(texts, images, **options), kept={"plan": torch.cat(plans)})
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, _ = self.pipeline.encode_prompt(prompts, False, **options)

@@ -61,11 +61,10 @@ _BY_REASON = {
         StableDiffusionDepth2ImgPipeline StableDiffusionLDM3DPipeline""",
     "Its network draws from images that it is given: use it with diffusers itself, or edit with the text-to-image "
     "model of its family.": """
-        BlipDiffusionPipeline BriaFiboEditPipeline Flux2KleinKVPipeline FluxKontextInpaintPipeline FluxKontextPipeline
-        FluxPriorReduxPipeline JoyImageEditPipeline JoyImageEditPlusPipeline Kandinsky5I2IPipeline
-        LongCatImageEditPipeline PaintByExamplePipeline QwenImageEditInpaintPipeline QwenImageEditPipeline
-        QwenImageEditPlusPipeline StableDiffusionGLIGENPipeline StableDiffusionGLIGENTextImagePipeline
-        StableDiffusionImageVariationPipeline VisualClozeGenerationPipeline VisualClozePipeline""",
+        BlipDiffusionPipeline Flux2KleinKVPipeline FluxPriorReduxPipeline JoyImageEditPipeline JoyImageEditPlusPipeline
+        Kandinsky5I2IPipeline PaintByExamplePipeline StableDiffusionGLIGENPipeline
+        StableDiffusionGLIGENTextImagePipeline StableDiffusionImageVariationPipeline VisualClozeGenerationPipeline
+        VisualClozePipeline""",
     "It makes an image larger or better, and none from a prompt alone: use it with diffusers itself.": """
         HunyuanImageRefinerPipeline LDMSuperResolutionPipeline StableDiffusionLatentUpscalePipeline
         StableDiffusionUpscalePipeline""",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
+from PIL.Image import Image
 from torch import Tensor
 
-from .model import Values
+from .model import Size, Values
 from .pretrained import PackedModel
+from .references import ReferenceModel
 
 
 class LongCatImageModel(PackedModel):
@@ -39,13 +43,56 @@ class LongCatImageModel(PackedModel):
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
-        embeds, start = condition["embeds"], (self.pipeline.tokenizer_max_length,) * 2
-        size = {"height": x.shape[2] // 2, "width": x.shape[3] // 2}
+        return self._predicted(x, t, condition["embeds"], self.pipeline.tokenizer_max_length)
+
+    def _predicted(
+        self,
+        x: Tensor,
+        t: Tensor,
+        embeds: Tensor,
+        first_place: int,
+        references: Sequence[Tensor] = (),
+        places: Sequence[Tensor] = (),
+    ) -> Tensor:
+        tokens, size = self.pack(x), {"height": x.shape[2] // 2, "width": x.shape[3] // 2}
+        own_places = prepare_pos_ids(1, "image", (first_place, first_place), **size).to(x.device)
         output = self.evaluate(
-            hidden_states=self.pack(x),
+            hidden_states=torch.cat([tokens, *references], dim=1),
             timestep=1.0 - t,
             encoder_hidden_states=embeds,
             txt_ids=prepare_pos_ids(0, "text", num_token=embeds.shape[1]).to(x.device),
-            img_ids=prepare_pos_ids(1, "image", start, **size).to(x.device),
+            img_ids=torch.cat([own_places, *(of_images[0] for of_images in places)]),
         )
-        return -self.unpack(output, x)
+        return -self.unpack(output[:, : tokens.shape[1]], x)
+
+
+class LongCatImageEditModel(ReferenceModel, LongCatImageModel):
+    """Flow model of LongCat-Image-Edit. Its rows have embeds (B, L, D).
+
+    It edits an image by instruction, and needs one. Guidance leads away from the empty prompt beside the same image.
+    """
+
+    needs_images = True
+    text_sees_images = True
+
+    def adjust_guided(self, guided: Tensor, alone: Tensor) -> Tensor:
+        """Return the guided velocity as it is."""
+        return guided
+
+    def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
+        """Return the embeddings of the prompt, and the tokens of its image with their places."""
+        tokens, places = inputs["hidden_states"][0], inputs["img_ids"].long()
+        of_image = places[:, 0] == 2  # it is 1 in what is drawn
+        kept: dict[str, Values] = {"references": [tokens[of_image]], "places": [places[of_image]]}
+        return {"embeds": inputs["encoder_hidden_states"]}, kept
+
+    def size_for(self, image: Image) -> Size:
+        """Return a megapixel in the shape of an image."""
+        return self.megapixel(image)
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        embeds = condition["embeds"]
+        return self._predicted(x, t, embeds, embeds.shape[1], condition["references"], condition["places"])

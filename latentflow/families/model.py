@@ -70,6 +70,8 @@ class FlowModel(OpeningMixin, ABC):
     #: images beside the noise that the network draws from: those that a prompt speaks of, one that guides it, or one
     #: whose hole it fills
     image_input: Literal["none", "reference", "control", "mask"] = "none"
+    #: it cannot draw without a reference
+    needs_images: bool = False
 
     def __init__(self, pipeline: Any, **family_options: Any) -> None:
         if family_options:
@@ -133,6 +135,26 @@ class FlowModel(OpeningMixin, ABC):
     def describe_guidance(self) -> str:
         """Return how a negative prompt takes effect, as the second half of an error."""
         return "Leave it out, or give a guidance scale above 1."
+
+    def check_image_input(self, control: Any = None, fills: bool = False) -> None:
+        """Refuse a call without the image that the network needs, or with a control image that it does not take.
+
+        Args:
+            control: the control image of the call; None = not given.
+            fills: the call fills the hole of an image.
+
+        Raises:
+            UserError: says what the checkpoint takes.
+        """
+        wrong = None
+        if self.image_input == "mask" and not fills:
+            wrong = "this checkpoint fills the hole of an image, and does nothing else"
+        elif self.image_input == "control" and control is None:
+            wrong = "this checkpoint draws under a control image, and none is given"
+        elif self.image_input != "control" and control is not None:
+            wrong = "control_image is given, but this checkpoint takes no control image"
+        if wrong:
+            raise UserError(wrong, self.describe_condition())
 
     def check_condition(
         self, prompt: Any = None, negative_prompt: Any = None, class_labels: Any = None

@@ -172,19 +172,28 @@ class PretrainedModel(FlowModel):
 
     # ---------------------------------------------------------------- conditions
 
-    def encode_prompt(self, prompts: Sequence[str], **options: Any) -> Rows:
+    def encode_prompt(self, prompts: Sequence[str], images: Sequence[Any] = (), **options: Any) -> Rows:
         """Return one row for each prompt.
 
-        ``options`` are those of the pipeline's ``encode_prompt`` that `prompt_options` names.
-        """
-        return self._encoded(self.embed, prompts, options)
+        Args:
+            images: for networks that draw from images, see `ReferenceModel`.
+            options: those of the pipeline's ``encode_prompt`` that `prompt_options` names.
 
-    def encode_negative(self, prompts: Sequence[str], **options: Any) -> Rows:
+        Raises:
+            UserError: the pipeline lacks an encoder; an option or images that the family does not take.
+        """
+        return self._encoded(self.embed, prompts, images, options)
+
+    def encode_negative(self, prompts: Sequence[str], images: Sequence[Any] = (), **options: Any) -> Rows:
         """Return one row for each prompt that guidance leads away from: some families encode it otherwise."""
-        return self._encoded(self.embed_negative, prompts, options)
+        return self._encoded(self.embed_negative, prompts, images, options)
 
     def _encoded(
-        self, embed: Callable[..., dict[str, Values]], prompts: Sequence[str], options: dict[str, Any]
+        self,
+        embed: Callable[..., dict[str, Values]],
+        prompts: Sequence[str],
+        images: Sequence[Any],
+        options: dict[str, Any],
     ) -> Rows:
         texts = [prompts] if isinstance(prompts, str) else [*prompts]
         for name in options:
@@ -201,7 +210,7 @@ class PretrainedModel(FlowModel):
         parts = [[text] for text in texts] if self.one_by_one else [[*texts]]
         try:
             with inner_phase("encode prompts"), watched_tokenizers(self.pipeline) as seen:
-                rows = Rows.cat([Rows(self, embed(part, **options)) for part in parts])
+                rows = Rows.cat([self.encode_part(embed, part, images, options) for part in parts])
         except (AttributeError, TypeError, ValueError) as error:  # as the stock pipelines call what is None
             absent = [
                 name
@@ -236,13 +245,32 @@ class PretrainedModel(FlowModel):
 
         What guidance leads away from by default is encoded once more before, and kept.
         """
-        null = self.null(1)
-        vars(self)["null"] = null.repeat  # in the place of the method, which would need an encoder
+        if not self.needs_images:  # rows of the others bring it along
+            vars(self)["null"] = self.null(1).repeat  # in the place of the method, which would need an encoder
         for name in self.pipeline.components:
             if name.startswith(TEXT_ENCODERS):
                 setattr(self.pipeline, name, None)
         self.pipeline.maybe_free_model_hooks()  # which forgets those that moved them
         release_memory()
+
+    def encode_part(
+        self,
+        embed: Callable[..., dict[str, Values]],
+        prompts: list[str],
+        images: Sequence[Any],
+        options: dict[str, Any],
+    ) -> Rows:
+        """Return one row for each of the prompts that are encoded together.
+
+        Raises:
+            UserError: images are given, but the network draws from prompts alone.
+        """
+        if images:
+            raise UserError(
+                f"images are given to a {type(self).__name__}, which draws from prompts alone",
+                "Edit the image with another method, such as flowedit: see `latentflow edit --help`.",
+            )
+        return Rows(self, embed(prompts, **options))
 
     @abstractmethod
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:

@@ -1,4 +1,4 @@
-"""Qwen-Image (Wu et al. 2025, arXiv:2508.02324) and Qwen-Image 2.1."""
+"""Qwen-Image and Qwen-Image-Edit (Wu et al. 2025, arXiv:2508.02324), and Qwen-Image 2.1."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 
-from .model import Values
+from .model import Rows, Size, Values
 from .pretrained import PackedModel, PretrainedModel
+from .references import ReferenceModel
 
 
 class QwenImageModel(PackedModel):
@@ -44,14 +46,60 @@ class QwenImageModel(PackedModel):
 
     def output(self, x: Tensor, t: Tensor, condition: dict[str, Any], shapes: list[Any]) -> Tensor:
         """Return what the network gives for x, shaped like it; ``shapes`` are its ``img_shapes``."""
+        tokens = self.pack(x)
         output = self.evaluate(
-            hidden_states=self.pack(x),
+            hidden_states=torch.cat([tokens, *condition.get("references", ())], dim=1),
             timestep=1.0 - t,
             encoder_hidden_states=condition["embeds"],
             encoder_hidden_states_mask=condition["mask"],
             img_shapes=shapes,
         )
-        return self.unpack(output, x)
+        return self.unpack(output[:, : tokens.shape[1]], x)
+
+
+class QwenImageEditModel(ReferenceModel, QwenImageModel):
+    """Flow model of Qwen-Image-Edit. Its rows have embeds (B, L, D) and mask (B, L) bool.
+
+    It edits an image by instruction, and needs one: rows keep its tokens and their shapes. The text encoder sees it
+    too, beside the empty prompt that guidance leads away from as well, which rows keep for that reason.
+    """
+
+    needs_images = True
+    text_sees_images = True
+
+    def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
+        """Return the embeddings of the prompt, and the tokens of its images with their shapes."""
+        embeds, mask = inputs["encoder_hidden_states"], inputs["encoder_hidden_states_mask"]
+        own, *shapes = inputs["img_shapes"][0]
+        values = {"embeds": embeds, "mask": embeds.new_ones(embeds.shape[:2]) if mask is None else mask}
+        kept: dict[str, Values] = {
+            "references": [inputs["hidden_states"][0, own[0] * own[1] * own[2] :]],
+            "shapes": [torch.tensor(shapes)],
+        }
+        return {**values, "mask": values["mask"].bool()}, kept
+
+    def size_for(self, image: Image) -> Size:
+        """Return a megapixel in the shape of an image."""
+        return self.megapixel(image)
+
+    def prepare(self, rows: Rows) -> dict[str, Any]:
+        """Return what `ReferenceModel.prepare` does, the shapes as the network takes them."""
+        condition = super().prepare(rows)
+        [shapes] = condition["shapes"]
+        return {**condition, "shapes": [[tuple(shape) for shape in row] for row in shapes.tolist()]}
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        own = (1, x.shape[2] // 2, x.shape[3] // 2)
+        return -self.output(x, t, condition, [[own, *shapes] for shapes in condition["shapes"]])
+
+
+class QwenImageEditPlusModel(QwenImageEditModel):
+    """Flow model of Qwen-Image-Edit Plus (2509 and later). It is Qwen-Image-Edit, and draws from several images."""
+
+    most_images = None
 
 
 class QwenImage21Model(PretrainedModel):

@@ -242,6 +242,12 @@ def _embeds(name: str, value: Any) -> Tensor | Rows:
     return value if isinstance(value, Rows) else _tensor("(B, L, D)")(name, value)
 
 
+def _autoencoder(name: str, value: Any) -> Any:
+    if not callable(getattr(value, "decode", None)) or not hasattr(value, "config"):
+        raise UserError(f"{name} is {shown(value)}", "Pass an autoencoder, such as load_autoencoder(folder).")
+    return value
+
+
 _SIZE, _MASK = _pair(1, "height and width"), _tensor("(B, L)", floating=False)
 _NOISE, _FLAG = _tensor("(B, C, h, w)"), _instance(bool, "Pass True or False.")
 
@@ -294,6 +300,7 @@ CHECKS: dict[str, Check] = {
     "count": _whole(1, 10**9),
     "images": _tensor("(B, 3, H, W)"),
     "size": _SIZE,
+    "vae": _autoencoder,
 }
 
 
@@ -323,36 +330,14 @@ class ConditionArguments:
     generator: Generators | None = None
     latents: Tensor | None = None
     control_image: Any = None
+    #: the images that prompts draw from: one list for all prompts, or one for each
+    references: list[list[Tensor]] | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
         """Pick them from the local variables of a call."""
         names = [entry.name for entry in fields(cls)]
         return cls(**{name: arguments[name] for name in names if name in arguments})
-
-
-def check_image_input(model: FlowModel, control: Any = None, fills: bool = False) -> None:
-    """Refuse a call without the image that the model needs, or with a control image that it does not take.
-
-    Args:
-        control: the control image of the call; None = not given.
-        fills: the call fills the hole of an image.
-
-    Raises:
-        UserError: says what the checkpoint takes.
-    """
-    if model.image_input == "mask" and not fills:
-        raise UserError(
-            "this checkpoint fills the hole of an image, and does nothing else", model.describe_condition()
-        )
-    if model.image_input == "control" and control is None:
-        raise UserError(
-            "this checkpoint draws under a control image, and none is given", model.describe_condition()
-        )
-    if model.image_input != "control" and control is not None:
-        raise UserError(
-            "control_image is given, but this checkpoint takes no control image", model.describe_condition()
-        )
 
 
 def check_inputs(model: FlowModel, asked: ConditionArguments, height: int, width: int, images: int) -> int:

@@ -17,8 +17,9 @@ from .adapter_scale import AdapterScale
 from .arguments import ClassLabels, ConditionArguments, StepCallback, check_embeds, check_noise, checked
 from .base import FlowPipeline
 from .calls import CallMixin
-from .images import Images, transparent_again
+from .images import Images
 from .originals import Originals, read_masked_originals, read_originals
+from .references import edit_by_reference
 from .sampling import BindVelocity, Interrupted, RunningCall, by_row, last_part
 from .scheduler import times_from_sigmas
 
@@ -49,7 +50,7 @@ class EditCalls(CallMixin):
         prompt: str | list[str] | None = None,
         image: Images = None,
         source_prompt: str | list[str] | None = None,
-        method: str = "flowedit",
+        method: str | None = None,
         strength: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -82,18 +83,22 @@ class EditCalls(CallMixin):
         negative_prompt_attention_mask: Tensor | None = None,
         source_prompt_embeds: Tensor | Rows | None = None,
         source_prompt_attention_mask: Tensor | None = None,
+        reference_images: Images = None,
         **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Edit images. Arguments that are not listed here are those of ``LatentFlowPipeline``.
 
         Args:
-            prompt: what the images should show, as a whole: "green apple", not "make it green".
+            prompt: what the images should show, as a whole: "green apple", not "make it green"; with method "reference"
+                an instruction: "make the apple green".
             image: PIL image(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
                 size, which is also the result's. One with several prompts, or several with one prompt, will do.
             source_prompt: what they show now: one for all, or one for each. The closer to the caption that training
                 would have had, the less changes besides. None works without.
             method: a key of ``latentflow.flow.EDITING``: "flowedit" goes from image to image, "inversion" through
-                the image's noise.
+                the image's noise; or "reference", of models that draw from images (FLUX.2, Kontext, Qwen-Image-Edit),
+                see ``latentflow.pipeline.references``. Default: "reference" where the model draws from images, else
+                "flowedit".
             strength: in [0, 1]: how far back towards noise the edit begins, at t = 1 - strength. 0 is the image
                 through the autoencoder; below 0.8 large colours change by half (a red apple turns orange, not green);
                 1 is free to change the layout. Default: ``model.edit_defaults``, usually 0.9.
@@ -121,6 +126,7 @@ class EditCalls(CallMixin):
                 ``LatentFlowInpaintPipeline``; what is drawn still follows from the image. Every other pixel is the
                 image's own. ``seamless`` is off: it would take back a colour that the edit changes up to the border.
             source_prompt_embeds, source_prompt_attention_mask: as ``prompt_embeds``, in the place of ``source_prompt``.
+            reference_images: further images, of any sizes, that the prompt may speak of; for method "reference".
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple; with output_type "latent" their latents, which
@@ -130,6 +136,12 @@ class EditCalls(CallMixin):
             UserError: as ``LatentFlowPipeline``; also a checkpoint without a condition, an image, strength, method,
                 solver or setting that is none, numbers of images and (source) prompts that do not fit.
         """
+        if method is None:
+            method = "reference" if self.model.image_input == "reference" else "flowedit"
+        if method == "reference":
+            return edit_by_reference(self, locals())
+        if reference_images is not None:
+            raise UserError(f"reference_images are given to method '{method}'", "Use method='reference'.")
         usual = self.model.edit_defaults
         if method != "flowedit":  # which alone stays near the image under much guidance
             none = self.model.unguided
@@ -198,13 +210,7 @@ class EditCalls(CallMixin):
             except Interrupted as interrupted:
                 x1 = interrupted.latents
         # 3. From latents to images of the images' size
-        if originals.batch is None or output_type == "latent":
-            return self.finish_call(self.to_images(x1, output_type, originals.size), return_dict)
-        images = originals.batch.paste_back((self.decode_latents(x1) / 2.0 + 0.5).clamp(0.0, 1.0))
-        result = self.to_output(images, output_type)
-        if output_type == "pil":
-            result = transparent_again(result, image, originals.batch.painted)
-        return self.finish_call(result, return_dict)
+        return self.finish_call(originals.to_images(self, x1, output_type, image), return_dict)
 
     @checked
     def invert(

@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 Images: TypeAlias = Any
 
 
-def read_images(images: Images, height: int | None = None, width: int | None = None) -> Tensor:
+def read_images(
+    images: Images, height: int | None = None, width: int | None = None, name: str = "image"
+) -> Tensor:
     """Return images as (N, 3, H, W) float32 in [0, 1]; of any mode of Pillow's, as upright RGB on white ground.
 
     PIL images with a colour profile other than sRGB are converted to it.
@@ -31,11 +33,12 @@ def read_images(images: Images, height: int | None = None, width: int | None = N
     Args:
         images: as ``Images``, with 1 (grey), 3 or 4 (RGBA) channels.
         height, width: resize to them; default: their own, which must be one for all.
+        name: of the argument, for errors.
 
     Raises:
         UserError: not images; values outside [0, 1]; several sizes where none is asked for.
     """
-    rows = [row for image in _listed(images, "image") for row in _rgb(image)]
+    rows = [row for image in _listed(images, name) for row in _rgb(image)]
     if height and width:
         require_memory(f"{len(rows)} images of {width} x {height} pixels", 12 * len(rows) * width * height)
     rows = [resized(row[None], (height or row.shape[1], width or row.shape[2]))[0] for row in rows]

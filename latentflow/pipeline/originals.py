@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from ..autoencoder import latent_mask
 from ..errors import UserError
 from ..families.model import Size
 from .calls import CallMixin
-from .images import Images, padded, read_images
+from .images import Images, padded, read_images, transparent_again
 from .inpaint_batch import InpaintBatch, read_batch
 
 
@@ -44,6 +45,15 @@ class Originals:
     def latent_masks(self, pipe: CallMixin) -> Tensor | None:
         """Return where the latents are edited, (P, 1, h, w) in {0, 1}; None: everywhere."""
         return None if self.batch is None else latent_mask(self.batch.network_holes(), pipe.vae_scale_factor)
+
+    def to_images(self, pipe: CallMixin, x1: Tensor, output_type: str, image: Images) -> Any:
+        """Return what latents (B, C, h, w) make of the images, of their size; masks keep the pixels of ``image``."""
+        if self.batch is None or output_type == "latent":
+            return pipe.to_images(x1, output_type, self.size)
+        result = pipe.to_output(
+            self.batch.paste_back((pipe.decode_latents(x1) / 2.0 + 0.5).clamp(0.0, 1.0)), output_type
+        )
+        return transparent_again(result, image, self.batch.painted) if output_type == "pil" else result
 
 
 def read_originals(

@@ -10,6 +10,7 @@ pipeline's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, Self
 
@@ -118,7 +119,8 @@ class ModelPipeline(CallMixin):
         if asked.class_labels is not None:
             rows = model.encode_class(_listed(asked.class_labels))
         else:
-            rows = model.encode_prompt(_listed(asked.prompt), **limit) if embeds is None else embeds
+            texts = _listed(asked.prompt)
+            rows = embeds or _encoded(model.encode_prompt, texts, asked.references, limit)
         negative = None
         if asked.negative_prompt is not None or negative_embeds is not None:
             if model.true_guidance(self.guidance_scale) == 1.0:
@@ -129,7 +131,8 @@ class ModelPipeline(CallMixin):
                 )
             negative = negative_embeds
             if negative is None:
-                negative = model.encode_negative(_listed(asked.negative_prompt), **limit)
+                texts = _listed(asked.negative_prompt)
+                negative = _encoded(model.encode_negative, texts, asked.references, limit)
             negative = negative.repeat(len(rows) // len(negative))
         places = [row for row in range(len(rows)) for _ in range(asked.num_images_per_prompt)]
         places *= count // len(places)
@@ -149,6 +152,24 @@ def class_over_models(kind: Any) -> type[ModelPipeline]:
     """Return the class of the pipelines over a flow model that have the calls of ``kind``."""
     described = {"__module__": kind.__module__, "__doc__": kind.__doc__, "kind": kind}
     return type(kind.__name__, (kind.call, ModelPipeline), described)
+
+
+def _encoded(
+    encode: Callable[..., Rows],
+    prompts: list[str],
+    references: list[list[Tensor]] | None,
+    options: dict[str, Any],
+) -> Rows:
+    """Return a row for each prompt, with the images that it draws from; one prompt or list of images serves all."""
+    if references is None:
+        return encode(prompts, **options)
+    count = max(len(prompts), len(references))
+    pairs = [(prompts[row % len(prompts)], row % len(references)) for row in range(count)]
+    encoded = {
+        (prompt, number): encode([prompt], images=references[number], **options)
+        for prompt, number in dict.fromkeys(pairs)
+    }
+    return Rows.cat([encoded[pair] for pair in pairs])
 
 
 def _listed(values: Any) -> list[Any]:

@@ -28,7 +28,6 @@ from .arguments import (
     ClassLabels,
     ConditionArguments,
     StepCallback,
-    check_image_input,
     check_inputs,
     checked,
     labels,
@@ -162,11 +161,11 @@ class SamplingMixin:
             fills: the call fills the hole of an image.
 
         Raises:
-            UserError: before anything is computed: see `check_image_input` and `check_inputs`, or more
+            UserError: before anything is computed: see `FlowModel.check_image_input` and `check_inputs`, or more
                 images than the machine has memory for.
         """
         model, drawn = self.model, (height, width)
-        check_image_input(model, asked.control_image, fills)
+        model.check_image_input(asked.control_image, fills)
         control = None
         if asked.control_image is not None:
             from .images import read_images  # which imports the readers of data

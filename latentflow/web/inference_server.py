@@ -167,9 +167,7 @@ class InferenceServer:
         adapted = self.chosen.fast or self.chosen.lora  # adapters may add classes
         known = None if adapted else read_capabilities(checkpoint)
         if known is None:
-            from ..pipeline.arguments import check_image_input
-
-            check_image_input(self.pipe.model)
+            self.pipe.model.check_image_input()
         self.capabilities = known or model_capabilities(self.pipe.model)
 
     # ---------------------------------------------------------------- opening

@@ -8,9 +8,11 @@ import diffusers
 import torch
 import transformers
 
-from .components import z_image
+from .components import qwen_image, z_image
 from .parts import (
     LLM,
+    MROPE,
+    VISION,
     bright,
     clip,
     contrasting,
@@ -105,6 +107,26 @@ def qwen_image_21() -> dict[str, Any]:
         "vae": vae, "text_encoder": qwen3_vl(transformers.Qwen3VLForConditionalGeneration),
         "processor": qwen3_processor(),
     }  # fmt: skip
+
+
+def seeing_qwen() -> Any:
+    """Return a text encoder that sees images, where the tokenizer of `processor` marks them."""
+    marks = {
+        "image_token_id": 24, "video_token_id": 25, "vision_start_token_id": 26, "vision_end_token_id": 27,
+    }  # fmt: skip
+    config = transformers.Qwen2_5_VLConfig(text_config={**LLM, **MROPE}, vision_config=VISION, **marks)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen_image_edit() -> dict[str, Any]:
+    words = processor(transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor)
+    return {**qwen_image(), "text_encoder": seeing_qwen(), "processor": words}
+
+
+def longcat_image_edit() -> dict[str, Any]:
+    words = processor(transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor)
+    parts = {"text_encoder": seeing_qwen(), "tokenizer": words.tokenizer, "text_processor": words}
+    return {**longcat_image(), **parts}
 
 
 def bria() -> dict[str, Any]:

@@ -22,7 +22,9 @@ from .tiny import TINY, checkpoint
 
 STEPS = 5
 #: stock image-to-image pipelines of our families
-IMAGE_TO_IMAGE = [name for name in SIBLINGS if name.endswith("Img2ImgPipeline") and "PAG" not in name]
+IMAGE_TO_IMAGE = [
+    name for name in SIBLINGS if name.endswith("Img2ImgPipeline") and not ("PAG" in name or "Control" in name)
+]
 
 
 @pytest.fixture(autouse=True)

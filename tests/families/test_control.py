@@ -21,15 +21,14 @@ from latentflow.errors import UserError
 from latentflow.families import family_of
 from latentflow.families.diffusion import DiffusionModel, StableDiffusionModel
 from latentflow.flow import INPAINTING, integrate
-from latentflow.pipeline.arguments import check_image_input
 
 from .test_pretrained import PROMPTS, STEPS, seeded
-from .tiny import WITH_IMAGES, checkpoint
+from .tiny import WITH_EXTRA_CHANNELS, checkpoint
 
 SIDE = 16
-MASKED = [name for name in WITH_IMAGES if "Fill" in name or "Inpaint" in name]
-CONTROLLED = [name for name in WITH_IMAGES if name not in MASKED]
-each = pytest.mark.parametrize("name", WITH_IMAGES)
+MASKED = [name for name in WITH_EXTRA_CHANNELS if "Fill" in name or "Inpaint" in name]
+CONTROLLED = [name for name in WITH_EXTRA_CHANNELS if name not in MASKED]
+each = pytest.mark.parametrize("name", WITH_EXTRA_CHANNELS)
 Program = Callable[[str], Any]
 
 
@@ -42,7 +41,7 @@ def _no_grad() -> Iterator[None]:
 @cache
 def opened(name: str) -> Any:
     family: Any = family_of(name)
-    return family(checkpoint(name), **WITH_IMAGES[name].call)
+    return family(checkpoint(name), **WITH_EXTRA_CHANNELS[name].call)
 
 
 def images(seed: int = 0, count: int = 2) -> Tensor:
@@ -75,7 +74,11 @@ def off(name: str) -> float | None:
 def stock(name: str, scale: float | None) -> Tensor:
     """Return the stock pipeline's images (B, 3, H, W) in [0, 1]; each alone, since CogView4 pads a batch."""
     pipe, model, drawn = checkpoint(name), opened(name), []
-    call: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "pt", **WITH_IMAGES[name].call}
+    call: dict[str, Any] = {
+        "num_inference_steps": STEPS,
+        "output_type": "pt",
+        **WITH_EXTRA_CHANNELS[name].call,
+    }
     call |= {} if scale is None else {"guidance_scale": scale}
     if name != "StableDiffusionInstructPix2PixPipeline":
         call |= {"height": SIDE, "width": SIDE}
@@ -137,7 +140,7 @@ def test_a_row_is_what_it_is_alone(name: str) -> None:
 @each
 def test_it_computes_in_half_precision(name: str) -> None:
     exact = opened(name)
-    model = type(exact)(deepcopy(checkpoint(name)).to(dtype=torch.bfloat16), **WITH_IMAGES[name].call)
+    model = type(exact)(deepcopy(checkpoint(name)).to(dtype=torch.bfloat16), **WITH_EXTRA_CHANNELS[name].call)
     rows, given = model.encode_prompt(PROMPTS), 2.0 * images() - 1.0
     rows = rows.with_known(given, masks()) if name in MASKED else rows.with_control(given)
     x, t = model.noise(2, SIDE, SIDE, seeded()), torch.tensor(0.5)
@@ -323,7 +326,7 @@ def test_calls_that_cannot_use_such_a_model_say_so() -> None:
         with pytest.raises(UserError, match="this checkpoint"):
             pipe.interpolate(prompt=PROMPTS, height=SIDE, width=SIDE)
         with pytest.raises(UserError, match="this checkpoint"):
-            check_image_input(opened(name))
+            opened(name).check_image_input()
 
 
 def test_numbers_of_control_images() -> None:
@@ -362,7 +365,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray[Any, An
 
 
 def common(name: str, folder: Path) -> list[str]:
-    options = [f"{key}={json.dumps(value)}" for key, value in WITH_IMAGES[name].call.items()]
+    options = [f"{key}={json.dumps(value)}" for key, value in WITH_EXTRA_CHANNELS[name].call.items()]
     return ["--checkpoint", str(folder), *(["--family-options", *options] if options else []), "--steps", "2"]
 
 

@@ -23,7 +23,7 @@ from latentflow.families.left_out import LEFT_OUT
 from latentflow.families.pretrained import text_to_image
 from latentflow.families.table import table
 
-from .tiny import TINY, WITH_IMAGES, checkpoint
+from .tiny import TINY, WITH_EXTRA_CHANNELS, WITH_REFERENCES, checkpoint
 
 
 def pipelines() -> set[str]:
@@ -52,7 +52,8 @@ def test_every_pipeline_of_diffusers_opens_or_has_a_reason() -> None:
 
 def test_every_family_is_tested() -> None:
     ours = {name for name in FAMILIES if not name.startswith("LatentFlow")}
-    assert {name.partition("-")[0] for name in (*TINY, *WITH_IMAGES)} - SIBLINGS.keys() == ours
+    tiny = (*TINY, *WITH_EXTRA_CHANNELS, *WITH_REFERENCES)
+    assert {name.partition("-")[0] for name in tiny} - SIBLINGS.keys() == ours
 
 
 def test_the_guide_has_the_table_of_the_families() -> None:

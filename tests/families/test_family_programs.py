@@ -120,7 +120,8 @@ def test_images_are_inpainted_edited_and_interpolated(
     load_program("inpaint").main(["a.png", "mask.png", "red apple", "-o", "filled.png", *common])
     filled = np.array(Image.open("filled.png"))
     assert np.array_equal(filled[mask == 0], given[mask == 0]) and not np.array_equal(filled, given)
-    load_program("edit").main(["a.png", "red apple", "--from", "green hat", "-o", "edited.png", *common])
+    line = ["a.png", "red apple", "--from", "green hat", "--method", "flowedit"]
+    load_program("edit").main([*line, "-o", "edited.png", *common])
     assert Image.open("edited.png").size == (side, side)
     load_program("interpolate").main(
         [

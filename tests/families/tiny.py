@@ -44,12 +44,14 @@ from .newer_components import (
     ideogram4,
     kandinsky5,
     longcat_image,
+    longcat_image_edit,
     lumina,
     nucleus_image,
     omnigen,
     ovis_image,
     plan,
     qwen_image_21,
+    qwen_image_edit,
     z_image_omni,
 )
 from .parts import certain
@@ -84,6 +86,9 @@ TINY: dict[str, Tiny] = {
     "StableDiffusion3Pipeline": Tiny(sd3, {}, {"shift": 3.0}),
     "FluxPipeline": Tiny(flux, SHORT, DYNAMIC),
     "FluxPipeline-dev": Tiny(lambda: flux(True), SHORT, DYNAMIC),
+    "FluxKontextPipeline": Tiny(
+        lambda: flux(True), {**SHORT, "max_area": 16 * 16, "_auto_resize": False}, DYNAMIC
+    ),
     "ChromaPipeline": Tiny(chroma, SHORT, DYNAMIC),
     "Flux2KleinPipeline": Tiny(flux2_klein, {**SHORT, "text_encoder_out_layers": (0, 1, 2)}, DYNAMIC),
     "QwenImagePipeline": Tiny(qwen_image, SHORT, {**DYNAMIC, "shift_terminal": 0.02}),
@@ -154,9 +159,16 @@ TINY: dict[str, Tiny] = {
     "DiTPipeline": Tiny(dit, {}, LINEAR, {"id2label": {"0": "tench, fish", "1": "hat"}}),
 }
 
+#: families that are tested with images alone, in test_references.py: most need one
+WITH_REFERENCES: dict[str, Tiny] = {
+    "QwenImageEditPipeline": Tiny(qwen_image_edit, {}, {**DYNAMIC, "shift_terminal": 0.02}),
+    "QwenImageEditPlusPipeline": Tiny(qwen_image_edit, {}, {**DYNAMIC, "shift_terminal": 0.02}),
+    "BriaFiboEditPipeline": Tiny(bria_fibo, {**SHORT, "_auto_resize": False}, DYNAMIC),
+    "LongCatImageEditPipeline": Tiny(longcat_image_edit, {}, DYNAMIC),
+}
 
 #: networks that take an image in extra channels, and draw nothing without it
-WITH_IMAGES: dict[str, Tiny] = {
+WITH_EXTRA_CHANNELS: dict[str, Tiny] = {
     "FluxFillPipeline": Tiny(lambda: flux(True, 48), SHORT, DYNAMIC),
     "FluxControlPipeline": Tiny(lambda: flux(True, 32), SHORT, DYNAMIC),
     "CogView4ControlPipeline": Tiny(lambda: cogview4(8), SHORT, TINY["CogView4Pipeline"].scheduler),
@@ -169,13 +181,13 @@ WITH_IMAGES: dict[str, Tiny] = {
 
 @cache
 def checkpoint(name: str) -> Any:
-    """Return the tiny stock pipeline of a row of `TINY` or `WITH_IMAGES`; do not change it."""
-    tiny = WITH_IMAGES[name] if name in WITH_IMAGES else TINY[name]
+    """Return the tiny stock pipeline of a row of any of the three tables; do not change it."""
+    tiny = {**TINY, **WITH_EXTRA_CHANNELS, **WITH_REFERENCES}[name]
     torch.manual_seed(0)
     diffusion = "beta_start" in tiny.scheduler
     kind = diffusers.DDIMScheduler if diffusion else diffusers.FlowMatchEulerDiscreteScheduler
     components = {**tiny.components(), "scheduler": kind(**tiny.scheduler)}
-    if name in WITH_IMAGES:  # stock pipelines draw a sample of the posterior
+    if name in WITH_EXTRA_CHANNELS:  # stock pipelines draw a sample of the posterior
         certain(components["vae"])
     for part in components.values():
         if isinstance(part, nn.Module):
@@ -189,9 +201,13 @@ def checkpoint(name: str) -> Any:
     pipe.set_progress_bar_config(disable=True)
     if name == "HiDreamImagePipeline":  # which scales every size to one area
         pipe.default_sample_size = 8
-    if name == "LongCatImagePipeline":
+    if name in ("LongCatImagePipeline", "LongCatImageEditPipeline"):
         pipe.tokenizer_max_length = 32
-    if name in ("BriaFiboPipeline", "QwenImage21Pipeline"):  # which take their autoencoder for another
+    if name in (
+        "BriaFiboPipeline",
+        "BriaFiboEditPipeline",
+        "QwenImage21Pipeline",
+    ):  # which take their autoencoder for another
         pipe.vae_scale_factor = 2
     if name == "BriaFibo2Pipeline":
         pipe.text_encoder_out_layers = ((0, 1, 2), (1, 2, 3))

@@ -101,6 +101,7 @@ WRONG: dict[str, list[Any]] = {
     "original_size": NO_SIZE,
     "target_size": NO_SIZE,
     "size": NO_SIZE,
+    "vae": ["taesd", 3, SEED()],
     "count": [*NO_WHOLE, 0],
     "device": ["gpu9", 3.5, ["cpu"]],
     "do_classifier_free_guidance": ["no", 0],
@@ -116,6 +117,7 @@ WRONG: dict[str, list[Any]] = {
     "mask_image": ["m.png", 3, [], [None], np.zeros((8, 8), object), torch.zeros(8, 8) + NAN, torch.zeros(2, 3, 8, 8),
                    torch.full((8, 8), 255), torch.zeros(0, 8), None],
     "control_image": [torch.rand(3, 8, 8), "edges.png", 3],  # the checkpoint takes none
+    "reference_images": ["a.png", 3, [None], IMAGE],  # the checkpoint takes none
 }  # fmt: skip
 
 
@@ -241,7 +243,7 @@ def names_of(name: str) -> list[str]:
 
 def test_every_argument_has_wrong_values_and_every_check_an_argument() -> None:
     assert {name for _, name in PLACES} == set(WRONG)
-    assert set(CHECKS) == set(WRONG) - {"image", "mask_image", "control_image"}
+    assert set(CHECKS) == set(WRONG) - {"image", "mask_image", "control_image", "reference_images"}
 
 
 @pytest.mark.parametrize("way", METHODS)
