@@ -20,13 +20,13 @@ from latentflow.inference.images import (
     read_opaque,
     save_images,
 )
+from latentflow.inference.opening import open_pipeline
 from latentflow.inference.sample import (
     Condition,
     check_memory,
     check_sampling,
     conditions,
     note_unquoted,
-    open_pipeline,
     sample_images,
     warn_unknown_words,
 )

@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure a checkpoint, and write the report."""
     config = parse(EvaluateConfig, argv, prog="latentflow evaluate", description=__doc__ or "")
 
-    from latentflow.inference.sample import check_checkpoint, open_pipeline
+    from latentflow.inference.opening import check_checkpoint, open_pipeline
 
     check_checkpoint(config.checkpoint, config.checkpoint_config)
 

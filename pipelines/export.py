@@ -18,7 +18,7 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import AdapterChoice
 from latentflow.errors import UserError, one_line
-from latentflow.inference.sample import check_checkpoint, open_pipeline, split_adapter
+from latentflow.inference.opening import check_checkpoint, open_pipeline, split_adapter
 from latentflow.utils.files import result_of, unfinished_run
 
 

@@ -20,12 +20,12 @@ from latentflow.inference.images import (
     read_mask_of,
     save_images,
 )
+from latentflow.inference.opening import open_pipeline
 from latentflow.inference.sample import (
     check_memory,
     check_sampling,
     conditions,
     note_unquoted,
-    open_pipeline,
     sample_images,
     warn_unknown_words,
 )

@@ -12,13 +12,13 @@ from latentflow.cli import parse, run
 from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
 from latentflow.inference.images import enlarge, image_grid, read_opaque, save_images
+from latentflow.inference.opening import open_pipeline
 from latentflow.inference.sample import (
     Condition,
     check_memory,
     check_sampling,
     conditions,
     generators,
-    open_pipeline,
     warn_unknown_words,
 )
 

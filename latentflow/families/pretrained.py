@@ -246,7 +246,9 @@ class PretrainedModel(FlowModel):
         What guidance leads away from by default is encoded once more before, and kept.
         """
         if not self.needs_images:  # rows of the others bring it along
-            vars(self)["null"] = self.null(1).repeat  # in the place of the method, which would need an encoder
+            vars(self)["null"] = self.null(
+                1
+            ).repeat  # in the place of the method, which would need an encoder
         for name in self.pipeline.components:
             if name.startswith(TEXT_ENCODERS):
                 setattr(self.pipeline, name, None)

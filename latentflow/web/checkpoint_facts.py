@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, printable
-from ..inference.sample import split_adapter
+from ..inference.opening import split_adapter
 from ..utils.files import parse_yaml
 from ..utils.single_files import is_single_file
 

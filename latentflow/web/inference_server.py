@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 from ..config import AdapterChoice, MemoryConfig
 from ..errors import UserError, finite, unknown, whole
 from ..inference.images import read_image
+from ..inference.opening import SHIPPED, local_folder, open_pipeline
 from ..inference.sample import (
     BATCH,
-    SHIPPED,
     Capabilities,
     conditions,
-    local_folder,
     model_capabilities,
-    open_pipeline,
     read_capabilities,
     sample_images,
 )

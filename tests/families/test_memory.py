@@ -333,16 +333,16 @@ def command(name: str, folder: Path, output: Path, *more: str) -> list[str]:
 @pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collect the pipelines that programs open."""
-    from latentflow.inference import sample
+    from latentflow.inference import opening
 
     opened_pipes: list[Any] = []
-    original = sample.place
+    original = opening.place
 
     def place(pipe: Any, device: str, memory: Any) -> Any:
         opened_pipes.append(original(pipe, device, memory))
         return opened_pipes[-1]
 
-    monkeypatch.setattr(sample, "place", place)
+    monkeypatch.setattr(opening, "place", place)
     return opened_pipes
 
 
@@ -396,13 +396,13 @@ def test_flags_of_offloading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The CPU stands for a GPU: what waits, and where, is the libraries' own; the images are the same."""
-    from latentflow.inference import sample
+    from latentflow.inference import opening
 
     name = "FluxPipeline"
     load_program("generate").main(command(name, folders(name), tmp_path / "plain.png"))
     with pytest.raises(UserError, match=f"--offload {how} needs a GPU"):
         load_program("generate").main(command(name, folders(name), tmp_path / "a.png", "--offload", how))
-    monkeypatch.setattr(sample, "check_memory_flags", lambda memory, device: None)
+    monkeypatch.setattr(opening, "check_memory_flags", lambda memory, device: None)
     monkeypatch.setattr(
         accelerate, "cpu_offload", lambda model, device, **options: cpu_offload(model, CPU, **options)
     )

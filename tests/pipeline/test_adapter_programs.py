@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
-from latentflow.inference.sample import add_adapters, split_adapter
+from latentflow.inference.opening import add_adapters, split_adapter
 
 from .adapters import make_adapter
 from .conftest import close

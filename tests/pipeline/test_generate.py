@@ -14,7 +14,7 @@ from PIL import Image
 
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS
-from latentflow.inference import sample
+from latentflow.inference import opening
 from latentflow.pipeline import LatentFlowPipeline
 
 from .conftest import pixels, tiny_dit, tiny_vae
@@ -111,6 +111,6 @@ def test_the_help_names_every_solver(generate: Generate, capsys: pytest.CaptureF
 def test_without_the_shipped_checkpoint_it_says_what_to_do(
     load_program: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample, "SHIPPED", tmp_path / "emoji-64")
+    monkeypatch.setattr(opening, "SHIPPED", tmp_path / "emoji-64")
     with pytest.raises(UserError, match=r"emoji-64\nGive --checkpoint DIR, or train one"):
         load_program("generate").main(["red apple"])

@@ -22,7 +22,7 @@ from latentflow import LatentFlowImg2ImgPipeline, LatentFlowPipeline
 from latentflow.config import AdapterChoice, FlowConfig
 from latentflow.errors import UserError
 from latentflow.flow import OBJECTIVES
-from latentflow.inference.sample import open_pipeline
+from latentflow.inference.opening import open_pipeline
 from latentflow.models import Condition
 from latentflow.pipeline import sampling as pipeline_sampling
 from latentflow.training.distill import METHODS, open_teacher

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
-from latentflow.inference.sample import check_checkpoint, open_pipeline, read_capabilities
+from latentflow.inference.opening import check_checkpoint, open_pipeline
+from latentflow.inference.sample import read_capabilities
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
 from latentflow.training import train, unfinished

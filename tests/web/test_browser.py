@@ -30,7 +30,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from latentflow.inference.sample import SHIPPED
+from latentflow.inference.opening import SHIPPED
 
 pytest.importorskip("selenium", reason='needs Selenium: pip install -e ".[browser]"')
 from selenium import webdriver

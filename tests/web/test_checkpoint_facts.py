@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from latentflow.errors import UserError
-from latentflow.inference.sample import SHIPPED
+from latentflow.inference.opening import SHIPPED
 from latentflow.web.checkpoint_facts import Card, checkpoint_name, offered_adapters, read_card
 
 FILE = "pytorch_lora_weights.safetensors"
