@@ -70,12 +70,17 @@ def check_prompt_options(model: PretrainedModel, options: Mapping[str, Any]) -> 
         for name, entry in inspect.signature(type(model.pipeline).__call__).parameters.items()
         if entry.default is not inspect.Parameter.empty
     }
-    given = {**usual, "prompt": "a", "height": 1024, "width": 1024, **options}
-    values = {name: given.get(name) for name in inspect.signature(check).parameters}
-    try:
-        check(**values)
-    except ValueError as error:
-        names = few([f"{name}={shown(value)}" for name, value in options.items()])
-        raise UserError(
-            f"{type(model.pipeline).__name__} refuses {names}", reason(error).replace("`", "")
-        ) from error
+    usual = {**usual, "prompt": "a", "height": 1024, "width": 1024}
+    names = inspect.signature(check).parameters
+
+    def refused(given: Mapping[str, Any]) -> str | None:
+        try:
+            check(**{name: given.get(name) for name in names})
+        except ValueError as error:
+            return reason(error).replace("`", "")
+        return None
+
+    why = refused({**usual, **options})
+    if why and why != refused(usual):  # some pipelines take no such prompt, or need an image
+        given = few([f"{name}={shown(value)}" for name, value in options.items()])
+        raise UserError(f"{type(model.pipeline).__name__} refuses {given}", why)

@@ -76,7 +76,7 @@ class FluxKontextModel(ReferenceModel, FluxModel):
     It edits an image by instruction: rows keep its tokens and those' places. Guidance is FLUX.1 dev's.
     """
 
-    sampling_options = (*FluxModel.sampling_options, "_auto_resize")
+    sampling_options = (*FluxModel.sampling_options, "max_area", "_auto_resize")
 
     def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
         """Return the embeddings of the prompt, and the tokens of its image with their places."""
@@ -86,12 +86,16 @@ class FluxKontextModel(ReferenceModel, FluxModel):
         return {"embeds": inputs["encoder_hidden_states"], "pooled": inputs["pooled_projections"]}, kept
 
     def size_for(self, image: Image) -> Size:
-        """Return the size at which the network sees an image, one of those that it was trained at."""
-        if not self.option("_auto_resize"):
-            return self.floored(image.height, image.width)
-        shape = image.width / image.height
-        width, height = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda size: abs(shape - size[0] / size[1]))
-        return self.floored(height, width)
+        """Return the size at which the network sees an image, one of those that it was trained at; smaller where the
+        option ``max_area`` is."""
+        shape, (width, height) = image.width / image.height, image.size
+        if self.option("_auto_resize"):
+            width, height = min(
+                PREFERRED_KONTEXT_RESOLUTIONS, key=lambda size: abs(shape - size[0] / size[1])
+            )
+        area = self.options.get("max_area", width * height)
+        scale = min(1.0, (area / (width * height)) ** 0.5)
+        return self.floored(int(height * scale), int(width * scale))
 
 
 class FluxExtraModel(FluxModel):

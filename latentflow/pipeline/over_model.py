@@ -119,8 +119,7 @@ class ModelPipeline(CallMixin):
         if asked.class_labels is not None:
             rows = model.encode_class(_listed(asked.class_labels))
         else:
-            texts = _listed(asked.prompt)
-            rows = embeds or _encoded(model.encode_prompt, texts, asked.references, limit)
+            rows = embeds or _encoded(model.encode_prompt, _listed(asked.prompt), asked.references, limit)
         negative = None
         if asked.negative_prompt is not None or negative_embeds is not None:
             if model.true_guidance(self.guidance_scale) == 1.0:

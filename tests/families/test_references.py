@@ -194,7 +194,7 @@ def test_the_size_is_the_stock_pipeline_s(name: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     edited = pipe(prompts(name)[0], given, num_inference_steps=2, generator=seeded()).images[0]
     if "Kontext" in name:
-        assert edited.size == (96, 68)
+        assert edited.size == (36, 24)  # of an area that `max_area` bounds
         return
     stock_pipe, options = checkpoint(name), pipe.model.options
     call = {**options, "num_inference_steps": 2, "generator": seeded()}
@@ -205,6 +205,10 @@ def test_kontext_draws_at_a_size_that_it_was_trained_at() -> None:
     model = FAMILIES["FluxKontextPipeline"](checkpoint("FluxKontextPipeline"))
     assert model.reference_size(image(0, 64, 64)) == (1024, 1024)
     assert model.reference_size(image(0, 50, 100)) == (720, 1456)
+    smaller = FAMILIES["FluxKontextPipeline"](checkpoint("FluxKontextPipeline"), max_area=512 * 512)
+    assert smaller.reference_size(image(0, 64, 64)) == (512, 512)
+    as_it_is = FAMILIES["FluxKontextPipeline"](checkpoint("FluxKontextPipeline"), _auto_resize=False)
+    assert as_it_is.reference_size(image(0, 71, 98)) == (68, 96)
 
 
 def test_fibo_draws_at_a_size_that_it_was_trained_at() -> None:
