@@ -52,7 +52,8 @@ class DiffusionModel(PretrainedModel):
     @property
     def network(self) -> Any:
         """The network, which some of the pipelines call ``unet``."""
-        return getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+        unet = getattr(self.pipeline, "unet", None)
+        return self.pipeline.transformer if unet is None else unet
 
     @property
     def native_size(self) -> Size | None:

@@ -49,7 +49,10 @@ def recognised(pipeline: Any) -> Distilled | None:
     scheduler = getattr(pipeline, "scheduler", None)
     scheduled = type(scheduler).__name__
     settings = {} if scheduler is None else scheduler.config
-    network = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    networks = (getattr(pipeline, name, None) for name in ("transformer", "unet"))
+    network = next(
+        (part for part in networks if part is not None), None
+    )  # a compiled one is neither true nor false
     built = {} if network is None else network.config
     if built.get("use_meanflow"):
         return Distilled("use_meanflow in the network's config says that this is", 8, guided=True)

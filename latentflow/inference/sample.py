@@ -77,6 +77,7 @@ class Capabilities:
         negative: it takes negative prompts.
         guidance: usual guidance scale of an image without a source.
         edit_guidance, edit_strength: usual ones of an edit.
+        image_input, needs_images: as of a ``FlowModel``.
     """
 
     text: bool
@@ -88,11 +89,25 @@ class Capabilities:
     guidance: float = 4.0
     edit_guidance: float = 2.0
     edit_strength: float = 0.9
+    image_input: str = "none"
+    needs_images: bool = False
 
     @property
     def condition(self) -> bool:
         """Return whether there is a condition to guide by."""
         return self.text or bool(self.labels)
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """Return the programs that serve it, of generate, inpaint and edit."""
+        if self.needs_images:
+            return ("edit",)
+        return ("inpaint",) if self.image_input == "mask" else ("generate", "inpaint", "edit")
+
+    @property
+    def instructions(self) -> bool:
+        """Return whether an edit follows an instruction."""
+        return self.image_input == "reference"
 
 
 def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
@@ -137,8 +152,12 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         distilled_guidance=not (model.embeds_guidance or leads_away),
         negative=leads_away,
         guidance=Capabilities.guidance if model.few_steps else model.usual_guidance,
-        edit_guidance=model.edit_defaults.guidance,
+        edit_guidance=model.usual_guidance
+        if model.image_input == "reference"
+        else model.edit_defaults.guidance,
         edit_strength=model.edit_defaults.strength,
+        image_input=model.image_input,
+        needs_images=model.needs_images,
     )
 
 

@@ -49,6 +49,8 @@ BOUNDS: dict[str, tuple[float, float, type]] = {
 }
 
 IMAGE_TO_IMAGE = "image-to-image"
+#: the way to edit by instruction
+REFERENCE = "reference"
 #: Called with (steps done, all steps, description), and with previews of the images where there are any; an exception
 #: that it raises ends the request.
 Progress = Callable[..., None]
@@ -164,8 +166,8 @@ class InferenceServer:
         self.chosen = self.choice(flags.fast, weights)
         adapted = self.chosen.fast or self.chosen.lora  # adapters may add classes
         known = None if adapted else read_capabilities(checkpoint)
-        if known is None:
-            self.pipe.model.check_image_input()
+        if known is None and self.pipe.model.image_input == "control":
+            self.pipe.model.check_image_input()  # the page has no place for such an image
         self.capabilities = known or model_capabilities(self.pipe.model)
 
     # ---------------------------------------------------------------- opening
@@ -255,10 +257,13 @@ class InferenceServer:
         from ..flow import EDITING, SOLVERS
         from ..flow.inpainting import INPAINTING
 
+        edits = [*(EDITING if self.capabilities.condition else ()), IMAGE_TO_IMAGE]
+        if self.capabilities.instructions:
+            edits = [REFERENCE, *([] if self.capabilities.needs_images else edits)]
         return {
             "solver": list(SOLVERS),
             "inpaint": [*(["trained"] if self.capabilities.masks else []), *INPAINTING],
-            "edit": [*(EDITING if self.capabilities.condition else ()), IMAGE_TO_IMAGE],
+            "edit": edits,
         }
 
     def unknown_words(self, request: GenerationRequest, *prompts: str | None) -> list[str]:
@@ -340,10 +345,13 @@ class InferenceServer:
             source: prompt or class of the image as it is; "": unknown.
             method: one of ``choices["edit"]``; None: the pipeline's default, or image-to-image for an unconditional
                 checkpoint.
+            strength: not used by "reference".
         """
         text("source_prompt", source)
         text("method", method)
         settings: dict[str, Any] = {"strength": number("strength", strength), "image": self.opened(upload)[0]}
+        if method == REFERENCE or (method is None and self.capabilities.instructions):
+            del settings["strength"]
         if method == IMAGE_TO_IMAGE or not self.capabilities.condition:
             return self._sample("LatentFlowImg2ImgPipeline", request, progress, **settings)
         if method in ("inversion", "direct"):  # they have no seed: more images would be equal

@@ -24,6 +24,7 @@ def build(server: InferenceServer, listeners: Counter[str] | None = None) -> Any
     """
     listeners = Counter() if listeners is None else listeners
     layouts = {"generate": lay_out_generate, "inpaint": lay_out_inpaint, "edit": lay_out_edit}
+    layouts = {name: layouts[name] for name in server.capabilities.calls}
     title = f"{printable(server.name)} - latentflow"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         add_header(server)
@@ -33,7 +34,8 @@ def build(server: InferenceServer, listeners: Counter[str] | None = None) -> Any
                 with gr.Tab(name.capitalize(), id=name):
                     lay_out(filled[name])
         for tab in filled.values():
-            tab.connect_send_buttons(tabs, {"inpaint": filled["inpaint"].file, "edit": filled["edit"].file})
+            files = {name: other.file for name, other in filled.items() if name != "generate"}
+            tab.connect_send_buttons(tabs, files)
     # A request uses all cores, or the only GPU: two at once would finish no sooner.
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
     return page
@@ -127,6 +129,7 @@ def lay_out_inpaint(tab: Tab) -> None:
 
 def lay_out_edit(tab: Tab) -> None:
     """Fill the tab "Edit"."""
+    usual = tab.server.capabilities
     with gr.Row(elem_classes=["workspace", "of-image"]):
         with gr.Column(elem_classes=["source"]):
             tab.add_upload()
@@ -138,12 +141,19 @@ def lay_out_edit(tab: Tab) -> None:
                 visible=False,
                 elem_id="edit-original",
             )
-            tab.add_prompt(
-                "source_prompt", "Source prompt", "What the image shows now, such as red apple", "edit-source"
-            )
-            tab.add_class("source_class", "Source class", optional=True)
+            if not usual.needs_images:
+                tab.add_prompt(
+                    "source_prompt",
+                    "Source prompt" + " (not for reference)" * usual.instructions,
+                    "What the image shows now, such as red apple",
+                    "edit-source",
+                )
+                tab.add_class("source_class", "Source class", optional=True)
         with gr.Column(elem_classes=["ask"]):
-            tab.add_conditions("Target prompt", "What it should show instead, such as green apple")
+            if usual.instructions:
+                tab.add_conditions("Instruction", "What to change, such as: make the apple green")
+            else:
+                tab.add_conditions("Target prompt", "What it should show instead, such as green apple")
             tab.add_buttons()
         with gr.Column(elem_classes=["result"]):
             tab.add_results(height=400)
@@ -152,10 +162,15 @@ def lay_out_edit(tab: Tab) -> None:
             tab.add_settings()
             with gr.Accordion("Advanced settings", open=False):
                 tab.add_prompt("negative_prompt", "Negative prompt", "What the result should not show")
-                usual = tab.server.capabilities
                 tab.add_sampling(guidance=usual.edit_guidance, few_steps=False)
                 strength = gr.Slider(
-                    0, 1, usual.edit_strength, step=0.05, label="Strength", info="0 keeps the image"
+                    0,
+                    1,
+                    usual.edit_strength,
+                    step=0.05,
+                    label="Strength",
+                    info="0 keeps the image" + "; not for reference" * usual.instructions,
+                    visible=not usual.needs_images,
                 )
                 with gr.Row():
                     tab.add_choice("method", "Method", "edit")

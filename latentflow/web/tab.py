@@ -265,7 +265,8 @@ class Tab:
                 tab: gr.Button(
                     f"Send to {tab.capitalize()}", size="sm", elem_id=f"{self.name}-to-{tab}", min_width=120
                 )
-                for tab in ("inpaint", "edit")
+                for tab in self.server.capabilities.calls
+                if tab != "generate"
             }
 
     def add_upload(self) -> None:

@@ -16,7 +16,7 @@ from latentflow.inference.sample import model_capabilities, read_capabilities
 from latentflow.web.inference_server import GenerationRequest, InferenceServer
 
 from .test_pretrained import opened
-from .tiny import TINY
+from .tiny import TINY, WITH_EXTRA_CHANNELS, WITH_REFERENCES
 
 #: three that differ in layout: plain latents, packed ones with an autoencoder of videos, patchified ones
 LAYOUTS = ("StableDiffusion3Pipeline", "QwenImagePipeline", "Flux2KleinPipeline")
@@ -189,3 +189,40 @@ def test_bad_options(folders: Callable[[str], Path], load_program: Program, tmp_
         load_program("generate").main(
             ["red apple", "--family-options", "eta=1", "-o", str(tmp_path / "out.png")]
         )
+
+
+def test_the_page_s_server_edits_by_instruction_and_fills(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The tabs are those that a checkpoint can serve, and the method that a page opens with works."""
+    from latentflow.config import AdapterChoice
+
+    Image.new("RGB", (96, 64), (200, 30, 30)).save(tmp_path / "a.png")
+    Image.new("RGBA", (96, 64), (255, 255, 255, 255)).save(tmp_path / "stroke.png")
+    upload, request = str(tmp_path / "a.png"), GenerationRequest(prompt="make it green", steps=1, images=1)
+
+    def server(name: str) -> InferenceServer:
+        tables = {**TINY, **WITH_REFERENCES, **WITH_EXTRA_CHANNELS}
+        options = tuple(f"{key}={json.dumps(value)}" for key, value in tables[name].call.items())
+        return InferenceServer(str(folders(name)), "cpu", AdapterChoice(family_options=options))
+
+    def quiet(*_: Any) -> None:
+        pass
+
+    for name, calls in (
+        ("Flux2KleinPipeline", ("generate", "inpaint", "edit")),
+        ("QwenImageEditPipeline", ("edit",)),
+    ):
+        opened = server(name)
+        assert opened.capabilities.calls == calls and opened.choices["edit"][0] == "reference"
+        assert ("flowedit" in opened.choices["edit"]) == (name == "Flux2KleinPipeline")
+        for method in (None, *opened.choices["edit"][:2]):
+            assert len(opened.edit(request, quiet, upload, "", method, 0.9)) == 1
+
+    filling = server("FluxFillPipeline")
+    assert filling.capabilities.calls == ("inpaint",)
+    settings = {"method": None, "strength": 1.0, "feather": 0, "margin": 0}
+    [filled] = filling.inpaint(request, quiet, upload, [str(tmp_path / "stroke.png")], **settings)
+    assert filled.size == (96, 64)
+    with pytest.raises(UserError, match="draws under a control image"):
+        server("FluxControlPipeline")
