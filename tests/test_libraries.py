@@ -16,6 +16,7 @@ from latentflow.autoencoder.losses import lpips_loss
 from latentflow.config import AdapterConfig, LoopConfig
 from latentflow.data import find_source
 from latentflow.errors import UserError
+from latentflow.families import FAMILIES
 from latentflow.metrics.learned import open_fid
 from latentflow.models.vision import EfficientNetLite0
 from latentflow.pipeline import adapters
@@ -75,6 +76,10 @@ USES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     ),
     "torch-fidelity": ("torch_fidelity", lambda folder: open_fid()),
     "gguf": ("gguf", lambda folder: weight_shapes(folder / "model.gguf")),
+    "sentencepiece": (
+        "sentencepiece",
+        lambda folder: FAMILIES["KolorsPipeline"].open_pipeline(folder),
+    ),
     "gradio": ("gradio", lambda folder: None),  # by the program, below
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..autoencoder import latent_mask, masked_latents, masked_source
 from ..errors import UserError, unknown
+from ..families.few_steps import require_velocity
 from ..families.model import Generators, Rows
 from ..flow import Velocity
 from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
@@ -177,6 +178,8 @@ class InpaintCall(CallMixin):
             name = TRAINED if self.takes_masks and chosen else DEFAULT_INPAINTING
         if name not in (TRAINED, *INPAINTING):
             raise unknown("inpainting method", name, [TRAINED, *INPAINTING])
+        if name not in CONDITIONED:
+            require_velocity(self.model)
         if name == TRAINED and not self.takes_masks:
             raise UserError(
                 "this checkpoint was not trained with masks, which method 'trained' needs",
