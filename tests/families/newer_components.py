@@ -310,7 +310,7 @@ def kolors() -> dict[str, Any]:
     with file.open("wb") as written:
         SentencePieceTrainer.train(
             sentence_iterator=iter([WORDS]), model_writer=written, vocab_size=60, hard_vocab_limit=False,
-            minloglevel=2,
+            character_coverage=1.0, minloglevel=2,
         )  # fmt: skip
     words = ChatGLMTokenizer(str(file), model_max_length=256)
     encoder = ChatGLMConfig(
