@@ -12,7 +12,7 @@ from .diffusion import StableDiffusionXLModel
 class KolorsModel(StableDiffusionXLModel):
     """Flow model of Kolors; it needs `pip install sentencepiece`. Its rows have embeds (B, L, D) and pooled (B, D')."""
 
-    prompt_options = ("max_sequence_length",)
+    prompt_options = ()  # the stock call takes max_sequence_length, and encodes 256 tokens all the same
 
     @staticmethod
     def open_pipeline(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
