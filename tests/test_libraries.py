@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 import pytest
 
 from latentflow.autoencoder.losses import lpips_loss
-from latentflow.config import AdapterConfig, LoopConfig
+from latentflow.config import AdapterConfig, LoopConfig, MemoryConfig
 from latentflow.data import find_source
 from latentflow.errors import UserError
+from latentflow.families import FAMILIES
+from latentflow.inference.memory import check_memory_flags
 from latentflow.metrics.learned import open_fid
 from latentflow.models.vision import EfficientNetLite0
 from latentflow.pipeline import adapters
@@ -75,6 +77,11 @@ USES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     ),
     "torch-fidelity": ("torch_fidelity", lambda folder: open_fid()),
     "gguf": ("gguf", lambda folder: weight_shapes(folder / "model.gguf")),
+    "torchao": ("torchao", lambda folder: check_memory_flags(MemoryConfig(quantize="int8"), "cpu")),
+    "sentencepiece": (
+        "sentencepiece",
+        lambda folder: FAMILIES["KolorsPipeline"].open_pipeline(folder),
+    ),
     "gradio": ("gradio", lambda folder: None),  # by the program, below
 }
 

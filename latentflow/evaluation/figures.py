@@ -60,6 +60,8 @@ def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
     prediction the network was trained with.
     """
     model, path, losses = sampler.model, CondOT(), []
+    if not model.has_velocity:
+        return missing("value", "a consistency model has no velocity")
     for start in progress_bar(range(0, len(unseen), sampler.batch_size), desc="validating"):
         rows = slice(start, start + sampler.batch_size)
         x1 = model.encode(unseen.images[rows])

@@ -94,8 +94,8 @@ def _networks(report: dict[str, Any]) -> Iterator[str]:
         said = f"PSNR {psnr} dB, SSIM {ssim} (higher is better; no generated image can be sharper)"
         yield _figure("autoencoder", f"{name.replace('_', ' ')}: {said}")
     for name, part in report["validation_loss"].items():
-        error = "" if part["standard_error"] is None else f" +- {part['standard_error']:.2g}"
-        said = f"{part['value']:.4g}{error} (lower is better, for one autoencoder and data set)"
+        error = "" if part.get("standard_error") is None else f" +- {part['standard_error']:.2g}"
+        said = f"{_number(part, 'value')}{error} (lower is better, for one autoencoder and data set)"
         yield _figure("flow loss", f"{name.replace('_', ' ')}: {said}")
 
 

@@ -44,6 +44,7 @@ FAMILIES = Families(
         "ZImagePipeline": "z_image:ZImageModel",
         "ZImageOmniPipeline": "z_image:ZImageOmniModel",
         "SanaPipeline": "sana:SanaModel",
+        "SanaSprintPipeline": "sana:SanaSprintModel",
         "Lumina2Pipeline": "lumina2:Lumina2Model",
         "AuraFlowPipeline": "aura_flow:AuraFlowModel",
         "CogView4Pipeline": "cogview4:CogView4Model",
@@ -71,6 +72,8 @@ FAMILIES = Families(
         "DreamLiteMobilePipeline": "dreamlite:DreamLiteModel",
         "StableDiffusionPipeline": "diffusion:StableDiffusionModel",
         "StableDiffusionXLPipeline": "diffusion:StableDiffusionXLModel",
+        "LatentConsistencyModelPipeline": "consistency:LatentConsistencyModel",
+        "KolorsPipeline": "kolors:KolorsModel",
         "StableDiffusionInstructPix2PixPipeline": "instruct_pix2pix:InstructPix2PixModel",
         "StableDiffusionXLInstructPix2PixPipeline": "instruct_pix2pix:InstructPix2PixXLModel",
         "PixArtAlphaPipeline": "diffusion:PixArtModel",
@@ -102,6 +105,9 @@ SIBLINGS = {
     "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
     "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLPipeline",
     "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+    "LatentConsistencyModelImg2ImgPipeline": "LatentConsistencyModelPipeline",
+    "SanaSprintImg2ImgPipeline": "SanaSprintPipeline",
+    "KolorsImg2ImgPipeline": "KolorsPipeline",
     # perturbed-attention guidance, which is how a pipeline guides and nothing of its weights
     "StableDiffusionPAGPipeline": "StableDiffusionPipeline",
     "StableDiffusionPAGImg2ImgPipeline": "StableDiffusionPipeline",
@@ -114,6 +120,7 @@ SIBLINGS = {
     "PixArtSigmaPAGPipeline": "PixArtSigmaPipeline",
     "SanaPAGPipeline": "SanaPipeline",
     "HunyuanDiTPAGPipeline": "HunyuanDiTPipeline",
+    "KolorsPAGPipeline": "KolorsPipeline",
 }
 
 #: entry points of this group add families: their name is the pipeline's class name, their value the family's class

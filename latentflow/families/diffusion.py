@@ -43,10 +43,11 @@ class DiffusionModel(PretrainedModel):
                 "Name its own pipeline class in model_index.json: a network of 9 channels inpaints, one of 8 is of "
                 "InstructPix2Pix.",
             )
-        if self.network.config.get("time_cond_proj_dim") is not None:
+        if self.has_velocity and self.network.config.get("time_cond_proj_dim") is not None:
             raise UserError(
                 "the network takes its guidance scale as an input: it is a latent consistency model",
-                "It jumps to the image from any noise: use it with diffusers' LatentConsistencyModelPipeline.",
+                "Of Stable Diffusion 1 or 2: name LatentConsistencyModelPipeline in its model_index.json, and it "
+                "opens. Of SDXL: use it with diffusers itself.",
             )
 
     @property
@@ -218,7 +219,7 @@ class StableDiffusionXLModel(InpaintableModel):
         factor = downscale_factor(self.vae)
         size = (x.shape[2] * factor, x.shape[3] * factor)
         pooled = condition["pooled"]
-        encoder = self.pipeline.text_encoder_2
+        encoder = getattr(self.pipeline, "text_encoder_2", None)
         width = pooled.shape[-1] if encoder is None else encoder.config.projection_dim
         given = [size, (0, 0), size]
         if self.takes_masks:  # its pipeline also serves the refiner, by scores

@@ -64,6 +64,8 @@ def recognised(pipeline: Any) -> Distilled | None:
         return Distilled("a scheduler without a shift by size says that this is", 4)
     if scheduled in ("LCMScheduler", "TCDScheduler"):
         return Distilled(f"the scheduler {scheduled} says that this is", 4, guided=True)
+    if scheduled == "SCMScheduler":
+        return Distilled(f"the scheduler {scheduled} says that this is", 2, guided=True)
     if scheduled == "EulerAncestralDiscreteScheduler" and settings.get("timestep_spacing") == "trailing":
         return Distilled(f"the scheduler {scheduled} with trailing timesteps says that this is", 4)
     name = Path(str(config.get("_name_or_path") or "")).name.lower()

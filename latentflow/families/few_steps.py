@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ..errors import UserError
 from ..utils.files import check_types
+
+if TYPE_CHECKING:
+    from .model import FlowModel
 
 LARGEST_STEPS = 1000  # of `FewSteps.step_counts`
 
@@ -57,3 +60,18 @@ class FewSteps:
             written.add("folded_guidance")
         values["step_counts"] = [*self.step_counts]
         return {name: value for name, value in values.items() if name in written}
+
+
+def require_velocity(model: FlowModel) -> None:
+    """Refuse what follows the velocity of a model that has none.
+
+    Raises:
+        UserError: says what the checkpoint can do.
+    """
+    if not model.has_velocity:
+        raise UserError(
+            "this checkpoint is a consistency model: it jumps to the image, and has no velocity that solvers, edits, "
+            "inversion or interpolation could follow",
+            "Draw with it, vary images with LatentFlowImg2ImgPipeline or inpaint with method pnp-flow, all without a "
+            "solver; for the rest open the model that it was distilled from.",
+        )

@@ -78,14 +78,7 @@ _BY_REASON = {
         StableDiffusionInpaintPipelineLegacy StableDiffusionModelEditingPipeline StableDiffusionPanoramaPipeline
         StableDiffusionParadigmsPipeline StableDiffusionPipelineSafe StableDiffusionPix2PixZeroPipeline
         StableDiffusionSAGPipeline""",
-    "It jumps to the image from any noise (a consistency model) and adds noise again between its steps: that is no "
-    "flow that solvers, inpainting and edits could follow. Use it with diffusers itself, or open the model that it was "
-    "distilled from.": """
-        LatentConsistencyModelImg2ImgPipeline LatentConsistencyModelPipeline SanaSprintImg2ImgPipeline
-        SanaSprintPipeline""",
     "It draws a frame of a model of videos: use it with diffusers itself.": "Cosmos2TextToImagePipeline",
-    "It needs the package sentencepiece, without which diffusers lacks it: use it with diffusers itself.": """
-        KolorsImg2ImgPipeline KolorsPAGPipeline KolorsPipeline""",
     "It runs on ONNX, not on PyTorch: open the checkpoint that it was exported from.": """
         OnnxStableDiffusionImg2ImgPipeline OnnxStableDiffusionInpaintPipeline OnnxStableDiffusionInpaintPipelineLegacy
         OnnxStableDiffusionPipeline OnnxStableDiffusionUpscalePipeline StableDiffusionOnnxPipeline""",

@@ -72,6 +72,8 @@ class FlowModel(OpeningMixin, ABC):
     image_input: Literal["none", "reference", "control", "mask"] = "none"
     #: it cannot draw without a reference
     needs_images: bool = False
+    #: a consistency model alone has none: it jumps to the data
+    has_velocity: bool = True
 
     def __init__(self, pipeline: Any, **family_options: Any) -> None:
         if family_options:

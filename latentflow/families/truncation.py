@@ -118,6 +118,7 @@ def _lost_words(tokenizer: Any, prompts: Sequence[str], entry: Tokenized, kept: 
         entry.text, add_special_tokens=entry.special, return_special_tokens_mask=True, verbose=False
     )
     added = encoded["special_tokens_mask"]
+    added = [1] * (len(encoded["input_ids"]) - len(added)) + added  # ChatGLM's lacks those at the beginning
     places = [place for place, special in enumerate(added) if not special]
     content = [] if kept is None else [place for place in places if place >= kept]
     if entry.limit is not None and len(added) > entry.limit:

@@ -151,7 +151,7 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         steps=model.usual_steps,
         distilled_guidance=not (model.embeds_guidance or leads_away),
         negative=leads_away,
-        guidance=Capabilities.guidance if model.few_steps else model.usual_guidance,
+        guidance=Capabilities.guidance if model.few_steps.folded_guidance != 1.0 else model.usual_guidance,
         edit_guidance=model.usual_guidance
         if model.image_input == "reference"
         else model.edit_defaults.guidance,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, lookup
+from ..families.few_steps import require_velocity
 from ..families.model import Generators, Rows
 from ..flow import EDITING
 from .adapter_scale import AdapterScale
@@ -122,6 +123,7 @@ class EditCalls(InversionCalls):
             return edit_by_reference(self, locals())
         if reference_images is not None:
             raise UserError(f"reference_images are given to method '{method}'", "Use method='reference'.")
+        require_velocity(self.model)
         usual = self.model.edit_defaults
         if method != "flowedit":  # which alone stays near the image under much guidance
             none = self.model.unguided

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..autoencoder import latent_mask, masked_latents, masked_source
 from ..errors import UserError, unknown
+from ..families.few_steps import require_velocity
 from ..families.model import Generators, Rows
 from ..flow import Velocity
 from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
@@ -84,7 +85,8 @@ class InpaintCall(CallMixin):
             strength: in [0, 1]: the flow starts at t = 1 - strength from what is in the hole, mixed with noise. 1 draws
                 from pure noise, 0 returns the image.
             num_inference_steps: of the whole way; about strength * num_inference_steps are taken. Default: 20,
-                or 4 of a checkpoint of average velocities, which method "trained" alone takes.
+                or 4 of a checkpoint of average velocities, which method "trained" alone takes; of a consistency model
+                its own.
             latents: the noise (B, C, h, w) to start from.
             output_type: as of ``LatentFlowPipeline``; "latent" are those of the part that was drawn, uncomposed.
             method: "trained", or a key of ``latentflow.flow.INPAINTING``; default:
@@ -93,7 +95,8 @@ class InpaintCall(CallMixin):
                 these, by itself 'ddpm', or average velocities; the others run on our own solvers. "trained" and
                 "pnp-flow" give a checkpoint that was trained with masks the hole as a condition, the others do not.
                 A pretrained model that fills only has it always; its default is "trained", with its own solver.
-                "repaint" goes back in time, which the timesteps that a callback gets do not show.
+                A consistency model takes "pnp-flow" alone. "repaint" goes back in time, which the timesteps that a
+                callback gets do not show.
             feather: blend over so many pixels around the hole, which are then no longer the image's own.
             seamless: shift the colours of what is drawn to meet those around the hole (``match_border``). False:
                 leave it as it is drawn.
@@ -177,6 +180,8 @@ class InpaintCall(CallMixin):
             name = TRAINED if self.takes_masks and chosen else DEFAULT_INPAINTING
         if name not in (TRAINED, *INPAINTING):
             raise unknown("inpainting method", name, [TRAINED, *INPAINTING])
+        if name not in CONDITIONED:
+            require_velocity(self.model)
         if name == TRAINED and not self.takes_masks:
             raise UserError(
                 "this checkpoint was not trained with masks, which method 'trained' needs",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, plural
+from ..families.few_steps import require_velocity
 from ..families.model import Generators, Rows, Size
 from ..flow import Solver, Velocity, integrate, slerp
 from ..flow.editing import deterministic
@@ -79,6 +80,7 @@ class InversionCalls(CallMixin):
         Raises:
             UserError: as a call.
         """
+        require_velocity(self.model)
         deterministic(solver)
         guidance_scale = self.model.unguided if guidance_scale is None else guidance_scale
         originals = read_originals(self, image, latents, height, width)
@@ -157,6 +159,7 @@ class InversionCalls(CallMixin):
         Raises:
             UserError: as a call; not two of what two are needed of.
         """
+        require_velocity(self.model)
         deterministic(solver)
         if guidance_scale is None:
             guidance_scale = self.usual_guidance if image is None else 1.0

@@ -251,8 +251,12 @@ class SamplingMixin:
             if self.scheduler is None:
                 raise UserError("this checkpoint has no scheduler", "Set pipe.scheduler, or use our solvers.")
             solver = None  # the default where there is one
+        if solver == SCHEDULER and not model.has_velocity:
+            solver = None  # its own steps are its scheduler's
         scheduled = self.scheduler is not None and solver is None and sampler is None
-        made_for_few = bool(model.few_steps) and not scheduled and solver is None and sampler is None
+        # A consistency model has no velocity but that which is bound to the grid.
+        bound_to_grid = solver is None and (sampler is None or not model.has_velocity)
+        made_for_few = bool(model.few_steps) and not scheduled and bound_to_grid
         if steps is None:
             steps = model.usual_steps if made_for_few or not model.few_steps else USUAL_STEPS
         if made_for_few and model.few_steps.step_counts and steps not in model.few_steps.step_counts:
@@ -288,12 +292,11 @@ class SamplingMixin:
             if self._num_timesteps == 0:
                 return x
             run: Sampler = integrate if sampler is None else sampler
-            own_solver = sampler is None and solver is None
-            if own_solver:
+            if sampler is None and solver is None:
                 solver = model.usual_solver
             if solver is not None:
                 solver = by_row(solver)
-            bound = velocity(times if own_solver else None)
+            bound = velocity(times if bound_to_grid else None)
             return run(
                 bound, x, times, solver=solver, callback=lambda i, t, x: stepped(i, times[i], x), **options
             )

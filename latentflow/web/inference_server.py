@@ -251,13 +251,17 @@ class InferenceServer:
         ]
 
     @property
+    def _edits_by_words(self) -> bool:
+        return self.capabilities.condition and self.pipe.model.has_velocity
+
+    @property
     def choices(self) -> dict[str, list[str]]:
         """Return the names of the solvers, and of the inpainting and editing methods that suit the checkpoint."""
         self.pipe  # noqa: B018
         from ..flow import EDITING, SOLVERS
         from ..flow.inpainting import INPAINTING
 
-        edits = [*(EDITING if self.capabilities.condition else ()), IMAGE_TO_IMAGE]
+        edits = [*(EDITING if self._edits_by_words else ()), IMAGE_TO_IMAGE]
         if self.capabilities.instructions:
             edits = [REFERENCE, *([] if self.capabilities.needs_images else edits)]
         return {
@@ -343,8 +347,8 @@ class InferenceServer:
 
         Args:
             source: prompt or class of the image as it is; "": unknown.
-            method: one of ``choices["edit"]``; None: the pipeline's default, or image-to-image for an unconditional
-                checkpoint.
+            method: one of ``choices["edit"]``; None: the pipeline's default, or image-to-image for a checkpoint
+                without conditions or without a velocity.
             strength: not used by "reference".
         """
         text("source_prompt", source)
@@ -352,7 +356,7 @@ class InferenceServer:
         settings: dict[str, Any] = {"strength": number("strength", strength), "image": self.opened(upload)[0]}
         if method == REFERENCE or (method is None and self.capabilities.instructions):
             del settings["strength"]
-        if method == IMAGE_TO_IMAGE or not self.capabilities.condition:
+        if method == IMAGE_TO_IMAGE or not self._edits_by_words:
             return self._sample("LatentFlowImg2ImgPipeline", request, progress, **settings)
         if method in ("inversion", "direct"):  # they have no seed: more images would be equal
             request = replace(request, images=1)

@@ -114,6 +114,13 @@ def sana() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def sana_sprint() -> dict[str, Any]:
+    built = sana()
+    config = {name: value for name, value in built["transformer"].config.items() if not name.startswith("_")}
+    settings = {**config, "guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
+    return {**built, "transformer": diffusers.SanaTransformer2DModel(**settings)}
+
+
 def lumina2() -> dict[str, Any]:
     return {
         "transformer": diffusers.Lumina2Transformer2DModel(
@@ -207,6 +214,11 @@ def stable_diffusion(in_channels: int = 4) -> dict[str, Any]:
         "unet": unet(in_channels, cross_attention_dim=16), "vae": kl(shift=None), "text_encoder": clip(),
         "tokenizer": tokenizer(), "safety_checker": None, "feature_extractor": None,
     }  # fmt: skip
+
+
+def latent_consistency() -> dict[str, Any]:
+    network = unet(cross_attention_dim=16, time_cond_proj_dim=8)
+    return {**stable_diffusion(), "unet": network}
 
 
 def stable_diffusion_xl(in_channels: int = 4) -> dict[str, Any]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 import transformers
 
@@ -13,6 +18,7 @@ from .parts import (
     LLM,
     MROPE,
     VISION,
+    WORDS,
     bright,
     clip,
     contrasting,
@@ -26,6 +32,7 @@ from .parts import (
     qwen_vae,
     t5,
     tokenizer,
+    unet,
 )
 
 
@@ -287,4 +294,38 @@ def cogview3() -> dict[str, Any]:
             text_embed_dim=16, time_embed_dim=8, condition_dim=4, pos_embed_max_size=8, sample_size=8,
         ),
         "vae": kl(shift=None), "text_encoder": t5(), "tokenizer": tokenizer(224),
+    }  # fmt: skip
+
+
+def kolors() -> dict[str, Any]:
+    """Return Kolors, with a tokenizer that is trained on our words; skip the test where its package is missing."""
+    pytest.importorskip("sentencepiece", reason="Kolors needs sentencepiece")
+    from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+    from sentencepiece import SentencePieceTrainer
+
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    file = folder / "tokenizer.model"
+    with file.open("wb") as written:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter([WORDS]), model_writer=written, vocab_size=60, hard_vocab_limit=False,
+            character_coverage=1.0, minloglevel=2,
+        )  # fmt: skip
+    words = ChatGLMTokenizer(str(file), model_max_length=256)
+    encoder = ChatGLMConfig(
+        num_layers=2, padded_vocab_size=words.vocab_size, hidden_size=16, ffn_hidden_size=16, kv_channels=8,
+        num_attention_heads=2, seq_length=256, multi_query_attention=True, multi_query_group_num=1,
+        add_qkv_bias=True, rmsnorm=True, original_rope=True, add_bias_linear=False, bias_dropout_fusion=False,
+    )  # fmt: skip
+    language = ChatGLMModel(encoder, empty_init=False)
+    for name, parameter in language.named_parameters():
+        if "norm" in name:  # which it leaves as they are in memory
+            parameter.data.fill_(1.0)
+    network = unet(
+        cross_attention_dim=16, encoder_hid_dim=16, encoder_hid_dim_type="text_proj",
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=24 + 16,
+    )  # fmt: skip
+    return {
+        "unet": network, "vae": kl(shift=None), "text_encoder": language, "tokenizer": words,
     }  # fmt: skip

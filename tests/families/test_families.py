@@ -23,7 +23,7 @@ from latentflow.families.left_out import LEFT_OUT
 from latentflow.families.pretrained import text_to_image
 from latentflow.families.table import table
 
-from .tiny import TINY, WITH_EXTRA_CHANNELS, WITH_REFERENCES, checkpoint
+from .tiny import CONSISTENCY, TINY, WITH_EXTRA_CHANNELS, WITH_REFERENCES, checkpoint
 
 
 def pipelines() -> set[str]:
@@ -52,7 +52,7 @@ def test_every_pipeline_of_diffusers_opens_or_has_a_reason() -> None:
 
 def test_every_family_is_tested() -> None:
     ours = {name for name in FAMILIES if not name.startswith("LatentFlow")}
-    tiny = (*TINY, *WITH_EXTRA_CHANNELS, *WITH_REFERENCES)
+    tiny = (*TINY, *CONSISTENCY, *WITH_EXTRA_CHANNELS, *WITH_REFERENCES)
     assert {name.partition("-")[0] for name in tiny} - SIBLINGS.keys() == ours
 
 
@@ -138,8 +138,14 @@ def test_a_latent_consistency_model_is_refused() -> None:
     stock = checkpoint("StableDiffusionPipeline")
     config = {name: value for name, value in stock.unet.config.items() if not name.startswith("_")}
     unet = diffusers.UNet2DConditionModel(**{**config, "time_cond_proj_dim": 8})
-    with pytest.raises(UserError, match="latent consistency model"):
+    with pytest.raises(UserError, match=r"latent consistency model\n(.|\n)*LatentConsistencyModelPipeline"):
         FAMILIES["StableDiffusionPipeline"](type(stock)(**{**stock.components, "unet": unet}))
+
+
+def test_the_package_that_kolors_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match=r"Kolors needs sentencepiece.*not installed\n *pip install"):
+        FlowModel.from_pretrained(index(tmp_path, "KolorsPipeline"))
 
 
 def test_the_program_names_an_unknown_class(load_program: Callable[[str], Any], tmp_path: Path) -> None:

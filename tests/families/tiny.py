@@ -20,11 +20,13 @@ from .components import (
     flux2_klein,
     hidream,
     krea2,
+    latent_consistency,
     lumina2,
     pixart,
     prx,
     qwen_image,
     sana,
+    sana_sprint,
     sd3,
     stable_diffusion,
     stable_diffusion_xl,
@@ -43,6 +45,7 @@ from .newer_components import (
     hunyuan_image,
     ideogram4,
     kandinsky5,
+    kolors,
     longcat_image,
     longcat_image_edit,
     lumina,
@@ -66,6 +69,7 @@ class Tiny:
         call: options that its size needs.
         scheduler: settings of the scheduler.
         settings: other arguments of the pipeline.
+        kind: class of the scheduler; default: Euler's of flows, or DDIM's where the settings are of a diffusion.
     """
 
     components: Callable[[], dict[str, Any]]
@@ -73,6 +77,7 @@ class Tiny:
     scheduler: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     side: int = 16
+    kind: Any = None
 
 
 SCALED_LINEAR = {
@@ -140,6 +145,7 @@ TINY: dict[str, Tiny] = {
         stable_diffusion, {}, {**SCALED_LINEAR, "prediction_type": "v_prediction"}
     ),
     "StableDiffusionXLPipeline": Tiny(stable_diffusion_xl, {}, SCALED_LINEAR),
+    "KolorsPipeline": Tiny(kolors, {}, SCALED_LINEAR),
     "PixArtAlphaPipeline": Tiny(
         pixart, {**SHORT, "use_resolution_binning": False, "clean_caption": False}, LINEAR
     ),
@@ -167,6 +173,17 @@ WITH_REFERENCES: dict[str, Tiny] = {
     "LongCatImageEditPipeline": Tiny(longcat_image_edit, {}, DYNAMIC),
 }
 
+#: families of consistency models, which have no velocity: tested in test_consistency.py
+CONSISTENCY: dict[str, Tiny] = {
+    "SanaSprintPipeline": Tiny(
+        sana_sprint,
+        {**SHORT, "complex_human_instruction": None, "use_resolution_binning": False},
+        side=32,
+        kind=diffusers.SCMScheduler,
+    ),
+    "LatentConsistencyModelPipeline": Tiny(latent_consistency, kind=diffusers.LCMScheduler),
+}
+
 #: networks that take an image in extra channels, and draw nothing without it
 WITH_EXTRA_CHANNELS: dict[str, Tiny] = {
     "FluxFillPipeline": Tiny(lambda: flux(True, 48), SHORT, DYNAMIC),
@@ -181,12 +198,13 @@ WITH_EXTRA_CHANNELS: dict[str, Tiny] = {
 
 @cache
 def checkpoint(name: str) -> Any:
-    """Return the tiny stock pipeline of a row of any of the three tables; do not change it."""
-    tiny = {**TINY, **WITH_EXTRA_CHANNELS, **WITH_REFERENCES}[name]
+    """Return the tiny stock pipeline of a row of any of the four tables; do not change it."""
+    tiny = {**TINY, **WITH_EXTRA_CHANNELS, **WITH_REFERENCES, **CONSISTENCY}[name]
     torch.manual_seed(0)
     diffusion = "beta_start" in tiny.scheduler
-    kind = diffusers.DDIMScheduler if diffusion else diffusers.FlowMatchEulerDiscreteScheduler
-    components = {**tiny.components(), "scheduler": kind(**tiny.scheduler)}
+    usual = diffusers.DDIMScheduler if diffusion else diffusers.FlowMatchEulerDiscreteScheduler
+    scheduler = (tiny.kind or usual)(**tiny.scheduler)
+    components = {**tiny.components(), "scheduler": scheduler}
     if name in WITH_EXTRA_CHANNELS:  # stock pipelines draw a sample of the posterior
         certain(components["vae"])
     for part in components.values():
