@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from PIL import Image
 
 from latentflow.errors import UserError
@@ -192,11 +193,13 @@ def test_bad_options(folders: Callable[[str], Path], load_program: Program, tmp_
 
 
 def test_the_page_s_server_edits_by_instruction_and_fills(
-    folders: Callable[[str], Path], tmp_path: Path
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tabs are those that a checkpoint can serve, and the method that a page opens with works."""
     from latentflow.config import AdapterChoice
 
+    stock: Any = pipeline_qwenimage_edit  # which draws a megapixel
+    monkeypatch.setattr(stock, "calculate_dimensions", lambda area, ratio: (int(64 * ratio), 64, None))
     Image.new("RGB", (96, 64), (200, 30, 30)).save(tmp_path / "a.png")
     Image.new("RGBA", (96, 64), (255, 255, 255, 255)).save(tmp_path / "stroke.png")
     upload, request = str(tmp_path / "a.png"), GenerationRequest(prompt="make it green", steps=1, images=1)
