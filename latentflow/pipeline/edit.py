@@ -98,7 +98,8 @@ class EditCalls(InversionCalls):
             solver: a key of ``latentflow.flow.SOLVERS`` that draws no noise; default: euler for flowedit, heun for
                 inversion.
             draws, plain_from: settings of "flowedit", see ``latentflow.flow.flow_edit``; default: 1 and 1.
-            height, width: resize the image to them first; with ``padding_mask_crop``, the size to draw at.
+            height, width: resize the image to them first; with ``padding_mask_crop``, and with method "reference", the
+                size to draw at.
             latents: the images' latents (P, C, h, w) in the place of ``image``, such as an earlier call returned with
                 output_type "latent": an edit starts from the image, not from noise. Where they cover an image padded,
                 ``height`` and ``width`` say its size.
@@ -107,6 +108,8 @@ class EditCalls(InversionCalls):
                 image's own. ``seamless`` is off: it would take back a colour that the edit changes up to the border.
             source_prompt_embeds, source_prompt_attention_mask: as ``prompt_embeds``, in the place of ``source_prompt``.
             reference_images: further images, of any sizes, that the prompt may speak of; for method "reference".
+            prompt_embeds: with method "reference", rows with the images that they were encoded with,
+                ``model.encode_prompt([...], images=[...])``; ``image`` then gives only the size, and what a mask keeps.
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple; with output_type "latent" their latents, which
@@ -116,12 +119,24 @@ class EditCalls(InversionCalls):
             UserError: as ``LatentFlowPipeline``; also a checkpoint without a condition, an image, strength, method,
                 solver or setting that is none, numbers of images and (source) prompts that do not fit.
         """
+        if not (self.takes_text or self.takes_classes):
+            fix = "Vary the image with LatentFlowImg2ImgPipeline, or paint with LatentFlowInpaintPipeline."
+            raise UserError(
+                "this checkpoint takes neither prompt nor classes: there is nothing to edit by", fix
+            )
+        refers = self.model.image_input == "reference"
         if method is None:
-            method = "reference" if self.model.image_input == "reference" else "flowedit"
+            method = "reference" if refers else "flowedit"
+        self.model.check_image_input(refers=method == "reference")
         if method == "reference":
             return edit_by_reference(self, locals())
         if reference_images is not None:
-            raise UserError(f"reference_images are given to method '{method}'", "Use method='reference'.")
+            fix = (
+                "Use method 'reference'."
+                if refers
+                else "Leave them out: this model does not draw from images."
+            )
+            raise UserError(f"reference_images are given to method '{method}'", fix)
         usual = self.model.edit_defaults
         if method != "flowedit":  # which alone stays near the image under much guidance
             none = self.model.unguided
@@ -133,11 +148,6 @@ class EditCalls(InversionCalls):
         if source_guidance_scale is None:
             source_guidance_scale = self.model.guidance(usual.source_guidance)
         settings = _settings(method, solver=solver, draws=draws, plain_from=plain_from)
-        if not (self.takes_text or self.takes_classes):
-            fix = "Vary the image with LatentFlowImg2ImgPipeline, or paint with LatentFlowInpaintPipeline."
-            raise UserError(
-                "this checkpoint takes neither prompt nor classes: there is nothing to edit by", fix
-            )
         window = height, width, mask_image, padding_mask_crop, feather, seamless
         originals = read_masked_originals(self, image, latents, *window)
         # Refused before the target's prompt is encoded

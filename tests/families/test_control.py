@@ -340,19 +340,6 @@ def test_numbers_of_control_images() -> None:
 # ---------------------------------------------------------------- the programs
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Save a tiny checkpoint as its users have it, once."""
-    root = tmp_path_factory.mktemp("with_images")
-
-    def saved(name: str) -> Path:
-        if not (root / name).exists():
-            checkpoint(name).save_pretrained(root / name)
-        return root / name
-
-    return saved
-
-
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray[Any, Any]:
     """Write a.png, b.png and mask.png into the working folder; return the pixels of the first."""
