@@ -24,7 +24,7 @@ class LongCatImageModel(PackedModel):
     """
 
     prompt_options = ()
-    sampling_options = ("enable_cfg_renorm", "cfg_renorm_min")
+    sampling_options: tuple[str, ...] = ("enable_cfg_renorm", "cfg_renorm_min")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline.encode_prompt(prompts, **options)[0]}
