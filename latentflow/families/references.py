@@ -52,7 +52,8 @@ class ReferenceModel(PretrainedModel):
         Args:
             images: PIL images of any mode, or tensors (3, H, W) in [-1, 1]: all of these prompts draw from all of them.
                 With images nothing here can be differentiated.
-            guided: the rows are for guidance without a negative prompt, too, which may take the images once more.
+            guided: also encode the empty prompt beside the images, where the text encoder sees them: guidance leads away
+                from it where there is no negative prompt.
             options: see `PretrainedModel.encode_prompt`.
 
         Raises:

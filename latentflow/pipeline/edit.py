@@ -72,11 +72,12 @@ class EditCalls(InversionCalls):
             prompt: what the images should show, as a whole: "green apple", not "make it green"; with method "reference"
                 an instruction: "make the apple green".
             image: PIL image(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
-                size, which is also the result's. One with several prompts, or several with one prompt, will do.
+                size, which is also the result's (but see method "reference"). One with several prompts, or several with
+                one prompt, will do.
             source_prompt: what they show now: one for all, or one for each. The closer to the caption that training
                 would have had, the less changes besides. None works without.
             method: a key of ``latentflow.flow.EDITING``: "flowedit" goes from image to image, "inversion" through
-                the image's noise; or "reference", of models that draw from images (FLUX.2, Kontext, Qwen-Image-Edit),
+                the image's noise; or "reference", of models that draw from images (FLUX.2, Kontext, Qwen-Image-Edit, ...),
                 see ``latentflow.pipeline.references``. Default: "reference" where the model draws from images, else
                 "flowedit".
             strength: in [0, 1]: how far back towards noise the edit begins, at t = 1 - strength. 0 is the image

@@ -71,7 +71,7 @@ def edit_by_reference(pipe: CallMixin, given: Mapping[str, Any]) -> Any:
     if margin is None:  # else what is around the mask is drawn at the size of the canvas
         seen = seen[..., : originals.size[0], : originals.size[1]]  # without the padding
         drawn = model.reference_size(seen[0])
-        too_large = math.prod(originals.size) > math.prod(drawn)
+        too_large = math.prod(model.floored(*originals.size)) > math.prod(drawn)
         if height or width:
             drawn = fit_size(originals.size, height, width, model.size_multiple)
         if originals.batch is None or height or width or too_large:

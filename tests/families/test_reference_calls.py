@@ -23,6 +23,7 @@ from latentflow import (
 from latentflow.errors import UserError
 from latentflow.families import FAMILIES, family_of
 from latentflow.families.sizes import fit_size
+from latentflow.families.truncation import Tokenized, report_lost_words
 from latentflow.pipeline.inpaint_batch import read_batch
 
 from .test_references import PROMPTS, SEVERAL, SIDE, each_family, flags, image, opened, prompts, seeded
@@ -102,6 +103,14 @@ def test_a_large_image_with_a_mask_is_drawn_at_the_size_that_suits(
     assert tuple(latents.shape[1:]) == pipe.model.latent_shape(120, 96)
     small = pipe(prompts(name)[0], image(0, 70, 66), output_type="latent", **call).images
     assert tuple(small.shape[1:]) == pipe.model.latent_shape(*pipe.canvas_size((70, 66)))
+
+
+def test_an_image_that_suits_the_model_is_not_resized(mask: Image.Image) -> None:
+    """Rounding to what the network can draw does not count: the image is padded, as for other methods."""
+    pipe, given = over(LatentFlowEditPipeline, "Flux2KleinPipeline"), image(0, 70, 66)
+    assert pipe.model.reference_size(given) == (68, 64)
+    call = {"mask_image": mask, "num_inference_steps": 1, "generator": seeded(), "output_type": "latent"}
+    assert tuple(pipe(PROMPTS[0], given, **call).images.shape[1:]) == pipe.model.latent_shape(72, 68)
 
 
 def test_what_is_drawn_is_resized_into_the_hole() -> None:
@@ -222,6 +231,17 @@ def test_no_lost_words_are_reported_where_none_are(name: str, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         opened(name).encode_prompt(["big small red apple house " * 6], images=[image(0, 96, 96)])
     assert not [record for record in caplog.records if "too long" in record.getMessage()]
+
+
+def test_an_encoder_that_has_no_name_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    """LongCat's processor belongs to no component that is called after it."""
+    pipe, text = checkpoint("LongCatImageEditPipeline"), "red green blue apple"
+    seen = [Tokenized("text_processor", text, 2, False), Tokenized("tokenizer", text, None, False)]
+    report_lost_words(pipe, [text], seen, {})
+    encoder = "text_encoder (Qwen2_5_VLForConditionalGeneration)"
+    assert caplog.messages == [
+        f"the prompt is too long: the text encoder does not see 'blue apple'; {encoder} sees all of it"
+    ]
 
 
 def test_fibo_says_what_its_prompts_are() -> None:
