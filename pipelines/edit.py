@@ -60,14 +60,14 @@ class EditConfig(SamplingConfig):
     box: Annotated[tuple[int, int, int, int] | None, tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = None
     """Edit only this rectangle of the image, in pixels from its left and upper edges."""
     reference: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
-    """Further images that the prompt may speak of, for models that draw from several (FLUX.2, Qwen-Image-Edit Plus, FIBO
-    Edit)."""
+    """Further images that the prompt may speak of, for models that draw from several (FLUX.2, Qwen-Image-Edit Plus,
+    FIBO Edit)."""
     method: Literal["reference", "flowedit", "inversion", "direct", "image-to-image"] | None = None
-    """reference, the default for models that draw from images (FLUX.2, Kontext, Qwen-Image-Edit, LongCat-Image-Edit, FIBO
-    Edit), follows an instruction; the result has a size that suits the model, with --mask or --box the image's.
-    flowedit, the default for all others, moves the image directly. inversion
-    goes through the image's own noise; direct does too, and gives its errors back, so that less is lost; both have no
-    seed. image-to-image mixes noise into the image and samples from there."""
+    """reference, the default for models that draw from images (FLUX.2, Kontext, Qwen-Image-Edit, LongCat-Image-Edit,
+    FIBO Edit), follows an instruction; the result has a size that suits the model, with --mask or --box the image's.
+    flowedit, the default for all others, moves the image directly. inversion goes through the image's own noise; direct
+    does too, and gives its errors back, so that less is lost; both have no seed. image-to-image mixes noise into the
+    image and samples from there."""
     strength: float | None = None
     """From 0, which keeps the image, to 1, which may change the layout; default: 0.9 (SD3 0.85, FLUX dev 0.95),
     image-to-image 0.6; reference takes none."""

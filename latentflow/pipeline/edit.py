@@ -77,9 +77,9 @@ class EditCalls(InversionCalls):
             source_prompt: what they show now: one for all, or one for each. The closer to the caption that training
                 would have had, the less changes besides. None works without.
             method: a key of ``latentflow.flow.EDITING``: "flowedit" goes from image to image, "inversion" through
-                the image's noise; or "reference", of models that draw from images (FLUX.2, Kontext, Qwen-Image-Edit, ...),
-                see ``latentflow.pipeline.references``. Default: "reference" where the model draws from images, else
-                "flowedit".
+                the image's noise; or "reference", of models that draw from images, such as FLUX.2, Kontext and
+                Qwen-Image-Edit: see ``latentflow.pipeline.references``. Default: "reference" where the model draws from
+                images, else "flowedit".
             strength: in [0, 1]: how far back towards noise the edit begins, at t = 1 - strength. 0 is the image
                 through the autoencoder; below 0.8 large colours change by half (a red apple turns orange, not green);
                 1 is free to change the layout. Default: ``model.edit_defaults``, usually 0.9.
