@@ -52,7 +52,7 @@ class ReferenceModel(PretrainedModel):
         Args:
             images: PIL images of any mode, or tensors (3, H, W) in [-1, 1]: all of these prompts draw from all of them.
                 With images nothing here can be differentiated.
-            guided: where the text encoder sees the images, also encode the empty prompt beside them: guidance leads away
+            guided: where the text encoder sees the images, encode the empty prompt beside them too: guidance leads away
                 from it where there is no negative prompt.
             options: see `PretrainedModel.encode_prompt`.
 
