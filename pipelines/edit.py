@@ -51,7 +51,8 @@ class EditConfig(SamplingConfig):
     """Description of the whole result: "green apple", not "make it green"; for --method reference an instruction: "make
     the apple green". With several, all images of the first come first."""
     source: Annotated[str | None, tyro.conf.arg(name="from", metavar="PROMPT")] = None
-    """Description of the image as it is: a prompt or a class. The better it fits, the less else changes."""
+    """Description of the image as it is: a prompt or a class. The better it fits, the less else changes. The methods
+    reference and image-to-image take none."""
     mask: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Edit only where this image is white. Every other pixel keeps its sRGB colour and its transparency."""
     mask_threshold: float | None = None
@@ -59,15 +60,17 @@ class EditConfig(SamplingConfig):
     box: Annotated[tuple[int, int, int, int] | None, tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = None
     """Edit only this rectangle of the image, in pixels from its left and upper edges."""
     reference: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
-    """Further images that the prompt may speak of, for models that draw from several (FLUX.2, Qwen-Image-Edit Plus)."""
+    """Further images that the prompt may speak of, for models that draw from several (FLUX.2, Qwen-Image-Edit Plus,
+    FIBO Edit)."""
     method: Literal["reference", "flowedit", "inversion", "direct", "image-to-image"] | None = None
-    """reference, the default for models that draw from images (FLUX.2, Kontext, Qwen-Image-Edit), follows an
-    instruction, and has a size of its own. flowedit, the default for all others, moves the image directly. inversion
-    goes through the image's own noise; direct does too, and gives its errors back, so that less is lost; both have no
-    seed. image-to-image mixes noise into the image and samples from there."""
+    """reference, the default for models that draw from images (FLUX.2, Kontext, Qwen-Image-Edit, LongCat-Image-Edit,
+    FIBO Edit), follows an instruction; the result has a size that suits the model, with --mask or --box the image's.
+    flowedit, the default for all others, moves the image directly. inversion goes through the image's own noise; direct
+    does too, and gives its errors back, so that less is lost; both have no seed. image-to-image mixes noise into the
+    image and samples from there."""
     strength: float | None = None
     """From 0, which keeps the image, to 1, which may change the layout; default: 0.9 (SD3 0.85, FLUX dev 0.95),
-    image-to-image 0.6."""
+    image-to-image 0.6; reference takes none."""
     guidance: float | None = None
     """Guidance scale: how closely to follow the prompt or class; 1 is off; default: 2 (flowedit with SD3 13.5, with
     FLUX dev 5.5), image-to-image and reference the model's own."""
@@ -141,7 +144,8 @@ def check(config: EditConfig) -> None:
         raise UserError(f"--method {config.method} does not use --reference", "Leave it out.")
     if config.method in ("inversion", "direct") and config.n > 1:
         raise UserError(
-            f"-n {config.n}: {config.method} has no seed, all images would be equal", "Use --method flowedit."
+            f"-n {config.n}: {config.method} has no seed, all images would be equal",
+            "Leave it out, or use a method that has one.",
         )
     masked = [name for name in ("mask", "box") if getattr(config, name) is not None]
     if len(masked) == 2:

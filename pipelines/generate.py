@@ -35,9 +35,9 @@ class GenerateConfig(SamplingConfig):
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()
     """The prompt, in quotes. With several, all images of the first come first."""
     width: int | None = None
-    """Pixels; default: as trained."""
+    """Pixels; default: as trained (InstructPix2Pix: as the control image)."""
     height: int | None = None
-    """Pixels; default: as trained."""
+    """Pixels; default: as trained (InstructPix2Pix: as the control image)."""
     control: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
     """Control image (edges, depth, the image to edit), for checkpoints that draw under one: a file for all prompts, or
     one for each."""
@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config, config.memory)
     rows = with_control(conditions(pipe, config.prompt, config.class_labels, config.negative), controls)
     pipe.model.check_image_input(controls or None)
-    check_memory(len(rows) * config.n, pipe.image_size(config.height, config.width), config.scale)
+    size = pipe.image_size(config.height, config.width, control_image=controls or None)
+    check_memory(len(rows) * config.n, size, config.scale)
     note_unquoted(config.prompt)
     warn_unknown_words(pipe, *config.prompt, config.negative)
 

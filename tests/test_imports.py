@@ -16,8 +16,9 @@ PROGRAMS = sorted(file for folder in ("train", "pipelines") for file in (ROOT / 
 MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in file.relative_to(PACKAGE).parts)
 
 # Layers from the bottom; a module may import from its own part and from lower layers. Data lies above models
-# and autoencoder, whose latents and embeddings it caches; training above the pipeline of its previews;
-# inference above training, whose unfinished runs it opens; web above inference, whose functions answer its requests.
+# and autoencoder, whose latents and embeddings it caches; families above data, which reads images of any mode; training
+# above the pipeline of its previews; inference above training, whose unfinished runs it opens; web above inference,
+# whose functions answer its requests.
 # Leaves that those after them, and everything else, may import; `cli` is for programs only.
 GROUND = [
     {"errors"},
@@ -33,7 +34,8 @@ LAYERS = [
     {"flow"},
     {"config"},
     {"models", "autoencoder"},
-    {"families", "data"},
+    {"data"},
+    {"families"},
     {"metrics", "pipeline"},
     {"training.loop"},
     {"training.losses"},

@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.bria.pipeline_bria import get_original_sigmas
-from diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit import PREFERRED_RESOLUTION, _vae_safe_dims
+from diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit import (
+    PREFERRED_RESOLUTION,
+    _vae_safe_dims,
+    is_valid_edit_json,
+)
 from diffusers.pipelines.bria_fibo2.pipeline_bria_fibo2 import DEFAULT_NEGATIVE_PROMPT
 from diffusers.utils.torch_utils import randn_tensor
 from PIL.Image import Image
 from torch import Tensor
 
+from ..errors import UserError, shown
 from .model import Generators, Rows, Size, Values
 from .pretrained import PackedModel, PretrainedModel
 from .references import ReferenceModel
@@ -124,6 +129,19 @@ class BriaFiboEditModel(ReferenceModel, BriaFiboModel):
 
     sampling_options = ("_auto_resize",)
     most_images = None
+
+    def row_of(self, prompt: str, images: list[Image], options: dict[str, Any]) -> Rows:
+        """Return the row of one prompt and its images; see `ReferenceModel.row_of`.
+
+        Raises:
+            UserError: the prompt is no such caption.
+        """
+        if not is_valid_edit_json(prompt):
+            raise UserError(
+                f"the prompt is {shown(prompt)}, but FIBO Edit takes captions in JSON",
+                'The least that it takes: \'{"edit_instruction": "make the apple green"}\'.',
+            )
+        return super().row_of(prompt, images, options)
 
     def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
         """Return the embeddings of the prompt, and the tokens of its images with their places."""

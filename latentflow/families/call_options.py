@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, few, nearest, reason, shown
+from torch import Tensor
+
+from ..errors import UserError, few, is_number, nearest, reason, shown, whole
 
 if TYPE_CHECKING:
     from .pretrained import PretrainedModel
@@ -34,14 +36,17 @@ FIXED = {
 
 
 def check_options(model: PretrainedModel, options: Mapping[str, Any]) -> None:
-    """Refuse family options that the family does not use.
+    """Refuse family options that the family does not use, or whose values are of another kind than their defaults.
 
     Raises:
-        UserError: names the flag that is meant, the nearest option, or all of the family's options.
+        UserError: names the flag that is meant, the nearest option, or all of the family's options; the kind of value.
     """
     known = [*model.prompt_options, *model.sampling_options]
     for name, value in options.items():
-        if name in known or (name in FIXED and value == FIXED[name]):
+        if name in known:
+            check_kind(name, value, inspect.signature(type(model.pipeline).__call__).parameters[name])
+            continue
+        if name in FIXED and value == FIXED[name]:
             continue
         what = f"{name} is no option of {type(model.pipeline).__name__} here"
         if name in OURS:
@@ -56,18 +61,44 @@ def check_options(model: PretrainedModel, options: Mapping[str, Any]) -> None:
         raise UserError(what, fix)
 
 
+def check_kind(name: str, value: Any, entry: inspect.Parameter) -> None:
+    """Refuse a value of another kind than the default of an argument; where that is None, any value will do.
+
+    Raises:
+        UserError: says which kind.
+    """
+    usual, fix = entry.default, None
+    if usual is None or (value is None and "None" in str(entry.annotation)):
+        return
+    if isinstance(usual, bool):
+        fix = None if isinstance(value, bool) else "Give true or false."
+    elif isinstance(usual, int):
+        whole(name, value, 1)  # all of them count something
+    elif isinstance(usual, float):
+        fix = None if is_number(value) else "Give a number."
+    elif isinstance(usual, list | tuple) and not isinstance(value, Tensor) and value is not None:
+        several = isinstance(value, list | tuple)
+        like = several and all(isinstance(part, str) == isinstance(usual[0], str) for part in value)
+        fix = None if like else f"Give a list, such as {shown([*usual])}."
+    if fix:
+        raise UserError(f"{name} is {shown(value)}", fix)
+
+
 def check_prompt_options(model: PretrainedModel, options: Mapping[str, Any]) -> None:
     """Have the stock pipeline check options of its prompts, such as ``max_sequence_length``, by its own limits.
 
     Raises:
-        UserError: says its limit.
+        UserError: says its limit, or the kind of value.
     """
+    parameters = inspect.signature(type(model.pipeline).__call__).parameters
+    for name, value in options.items():
+        check_kind(name, value, parameters[name])
     check = getattr(model.pipeline, "check_inputs", None)
     if check is None:
         return
     usual = {
         name: entry.default
-        for name, entry in inspect.signature(type(model.pipeline).__call__).parameters.items()
+        for name, entry in parameters.items()
         if entry.default is not inspect.Parameter.empty
     }
     usual = {**usual, "prompt": "a", "height": 1024, "width": 1024}

@@ -11,7 +11,7 @@ from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from torch import Tensor
 
 from .extra_channels import ControlModel
-from .model import Values
+from .model import Size, Values
 from .pretrained import PretrainedModel
 
 
@@ -23,6 +23,12 @@ class CogView4Model(PretrainedModel):
     """
 
     patch = 2
+
+    @property
+    def native_size(self) -> Size | None:
+        """(height, width) in pixels of the images that it was trained on."""
+        cells = self.network.config.get("sample_size")
+        return super().native_size if cells is None else (cells * self.pipeline.vae_scale_factor,) * 2
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {

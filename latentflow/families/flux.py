@@ -78,6 +78,15 @@ class FluxKontextModel(ReferenceModel, FluxModel):
 
     sampling_options = (*FluxModel.sampling_options, "max_area", "_auto_resize")
 
+    def network_inputs(self, prompt: str, images: list[Image], options: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the network; see `ReferenceModel.network_inputs`.
+
+        The pipeline is called for a square that it draws as it is: it reports any other size as adjusted.
+        """
+        side = self.floored(*[round(self.option("max_area") ** 0.5)] * 2)[0]
+        square = {"height": side, "width": side, "max_area": side * side}
+        return super().network_inputs(prompt, images, {**options, **square})
+
     def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
         """Return the embeddings of the prompt, and the tokens of its image with their places."""
         tokens, places = inputs["hidden_states"][0], inputs["img_ids"]

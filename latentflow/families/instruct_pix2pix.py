@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, finite
 from ..flow import Velocity, guide_batched
 from .diffusion import DiffusionModel, StableDiffusionModel, StableDiffusionXLModel
 from .extra_channels import ControlModel
@@ -18,11 +18,17 @@ from .model import Rows, Values
 class TwoScalesModel(ControlModel, DiffusionModel):
     """Family that is guided by the prompt and by the image. Its rows also keep control (B, C, h, w).
 
-    The option ``image_guidance_scale`` is the scale of the image, at which 1 adds nothing.
+    The option ``image_guidance_scale`` is the scale of the image, at which 1 adds nothing, and below which the stock
+    pipeline draws without any guidance.
     """
 
     prompt_options: tuple[str, ...] = ()
     sampling_options = ("image_guidance_scale",)
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        super().__init__(pipeline, **options)
+        fix = "Give at least 1: below, the stock pipeline draws without any guidance, as at guidance scale 1."
+        finite("image_guidance_scale", self.option("image_guidance_scale"), 1.0, fix=fix)
 
     def control_latents(self, images: Tensor) -> Tensor:
         """Images (P, 3, H, W) in [-1, 1] -> their latents as the autoencoder makes them (P, C, h, w)."""
@@ -74,6 +80,8 @@ class InstructPix2PixModel(TwoScalesModel, StableDiffusionModel):
     Its rows have embeds (B, L, D); they keep control (B, C, h, w). The option ``image_guidance_scale`` is a second
     guidance scale, towards the image.
     """
+
+    sized_by_control = True
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline._encode_prompt(prompts, self.device, 1, False)}

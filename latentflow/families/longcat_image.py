@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids, split_quotation
 from PIL.Image import Image
 from torch import Tensor
 
-from .model import Size, Values
+from ..errors import UserError
+from .model import Rows, Size, Values
 from .pretrained import PackedModel
 from .references import ReferenceModel
 
@@ -23,7 +24,7 @@ class LongCatImageModel(PackedModel):
     """
 
     prompt_options = ()
-    sampling_options = ("enable_cfg_renorm", "cfg_renorm_min")
+    sampling_options: tuple[str, ...] = ("enable_cfg_renorm", "cfg_renorm_min")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline.encode_prompt(prompts, **options)[0]}
@@ -74,10 +75,34 @@ class LongCatImageEditModel(ReferenceModel, LongCatImageModel):
 
     needs_images = True
     text_sees_images = True
+    sampling_options = ()
 
     def adjust_guided(self, guided: Tensor, alone: Tensor) -> Tensor:
         """Return the guided velocity as it is."""
         return guided
+
+    def kept_tokens(self, options: dict[str, Any]) -> dict[str, int]:
+        """Return nothing: a prompt is read whole, or refused."""
+        return {}
+
+    def row_of(self, prompt: str, images: list[Image], options: dict[str, Any]) -> Rows:
+        """Return the row of one prompt and its images; see `ReferenceModel.row_of`.
+
+        Raises:
+            UserError: the prompt is longer than the text encoder reads.
+        """
+        # quoted text is read by its characters
+        parts = [part for text, quoted in split_quotation(prompt) for part in (text if quoted else [text])]
+        tokens = sum(
+            len(self.pipeline.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts
+        )
+        limit = self.pipeline.tokenizer_max_length
+        if tokens > limit:  # the stock pipeline fails in the warning that it logs
+            raise UserError(
+                f"the prompt has {tokens} tokens, more than the {limit} that LongCat-Image-Edit reads",
+                "Shorten it; a letter in quotes is a token of its own.",
+            )
+        return super().row_of(prompt, images, options)
 
     def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
         """Return the embeddings of the prompt, and the tokens of its image with their places."""

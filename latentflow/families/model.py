@@ -74,6 +74,8 @@ class FlowModel(OpeningMixin, ABC):
     needs_images: bool = False
     #: a consistency model alone has none: it jumps to the data
     has_velocity: bool = True
+    #: it draws at the size of the control image where nobody asks for a size, as its stock pipeline does
+    sized_by_control: bool = False
 
     def __init__(self, pipeline: Any, **family_options: Any) -> None:
         if family_options:
@@ -138,18 +140,21 @@ class FlowModel(OpeningMixin, ABC):
         """Return how a negative prompt takes effect, as the second half of an error."""
         return "Leave it out, or give a guidance scale above 1."
 
-    def check_image_input(self, control: Any = None, fills: bool = False) -> None:
+    def check_image_input(self, control: Any = None, fills: bool = False, refers: bool = False) -> None:
         """Refuse a call without the image that the network needs, or with a control image that it does not take.
 
         Args:
             control: the control image of the call; None = not given.
             fills: the call fills the hole of an image.
+            refers: the prompts of the call draw from images.
 
         Raises:
             UserError: says what the checkpoint takes.
         """
         wrong = None
-        if self.image_input == "mask" and not fills:
+        if self.needs_images and not refers:
+            wrong = "this checkpoint edits an image by instruction, and does nothing else"
+        elif self.image_input == "mask" and not fills:
             wrong = "this checkpoint fills the hole of an image, and does nothing else"
         elif self.image_input == "control" and control is None:
             wrong = "this checkpoint draws under a control image, and none is given"

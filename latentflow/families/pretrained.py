@@ -269,8 +269,10 @@ class PretrainedModel(FlowModel):
         """
         if images:
             raise UserError(
-                f"images are given to a {type(self).__name__}, which draws from prompts alone",
-                "Edit the image with another method, such as flowedit: see `latentflow edit --help`.",
+                f"images are given to a {type(self).__name__}, whose prompts do not draw from images",
+                "Edit the image with another method, such as flowedit: see `latentflow edit --help`."
+                if self.image_input == "none"
+                else self.describe_condition(),
             )
         return Rows(self, embed(prompts, **options))
 

@@ -67,6 +67,10 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
     needs_images = True
     text_sees_images = True
 
+    def kept_tokens(self, options: dict[str, Any]) -> dict[str, int]:
+        """Return nothing: a prompt is read whole."""
+        return {}
+
     def read_inputs(self, inputs: dict[str, Any]) -> tuple[dict[str, Values], dict[str, Values]]:
         """Return the embeddings of the prompt, and the tokens of its images with their shapes."""
         embeds, mask = inputs["encoder_hidden_states"], inputs["encoder_hidden_states_mask"]

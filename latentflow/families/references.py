@@ -6,6 +6,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,27 +32,61 @@ class ReferenceModel(PretrainedModel):
     #: the text encoder sees the images too; rows then keep the empty prompt beside them, which guidance leads away from
     text_sees_images: bool = False
 
-    def encode_prompt(self, prompts: Sequence[str], images: Sequence[Any] = (), **options: Any) -> Rows:
+    def describe_condition(self) -> str:
+        """Return what the checkpoint takes, as the second half of an error."""
+        if self.needs_images:
+            return (
+                "It takes an image and an instruction: latentflow edit IMAGE PROMPT, for a part of the image with "
+                "--mask or --box; in Python LatentFlowEditPipeline. Its method is 'reference', the default."
+            )
+        return (
+            "It takes a prompt, and images that the prompt speaks of: latentflow edit IMAGE PROMPT, in Python "
+            "LatentFlowEditPipeline."
+        )
+
+    def encode_prompt(
+        self, prompts: Sequence[str], images: Sequence[Any] = (), *, guided: bool = True, **options: Any
+    ) -> Rows:
         """Return one row for each prompt.
 
         Args:
-            images: PIL images, or tensors (3, H, W) in [-1, 1]: all of these prompts draw from all of them. With images
-                nothing here can be differentiated.
+            images: PIL images of any mode, or tensors (3, H, W) in [-1, 1]: all of these prompts draw from all of them.
+                With images nothing here can be differentiated.
+            guided: where the text encoder sees the images, encode the empty prompt beside them too: guidance leads away
+                from it where there is no negative prompt.
             options: see `PretrainedModel.encode_prompt`.
 
         Raises:
             UserError: the network needs an image and there is none, or it takes fewer or other images.
         """
-        return super().encode_prompt(prompts, images, **options)
+        images = [*images]
+        rows = super().encode_prompt(prompts, images, **options)
+        if not (images and guided and self.text_sees_images):
+            return rows
+        null = super().encode_prompt([""], images, **options).repeat(len(rows))
+        return replace(
+            rows, kept={**rows.kept, **{f"null_{name}": value for name, value in null.values.items()}}
+        )
 
     def encode_negative(self, prompts: Sequence[str], images: Sequence[Any] = (), **options: Any) -> Rows:
         """Return one row for each prompt that guidance leads away from; see `encode_prompt`."""
         return super().encode_negative(prompts, images if self.text_sees_images else (), **options)
 
     def unconditional(self, rows: Rows) -> Rows | None:
-        """Return the empty negative prompt, beside the images of each row where the text encoder sees them."""
+        """Return the empty negative prompt, beside the images of each row where the text encoder sees them.
+
+        Raises:
+            UserError: the rows lack it.
+        """
+        if not (self.text_sees_images and "references" in rows.kept):
+            return super().unconditional(rows)
         null = {name: rows.kept[f"null_{name}"] for name in rows.values if f"null_{name}" in rows.kept}
-        return Rows(self, null, rows.kept) if null else super().unconditional(rows)
+        if not null:
+            raise UserError(
+                "the rows were encoded for use without guidance",
+                "Leave guided=False out, or pass rows of a negative prompt.",
+            )
+        return Rows(self, null, rows.kept)
 
     def encode_part(
         self,
@@ -66,8 +101,7 @@ class ReferenceModel(PretrainedModel):
         if self.needs_images:
             raise UserError(
                 f"a {type(self.pipeline).__name__} draws from an image, and there is none",
-                "Edit one: `latentflow edit IMAGE PROMPT`; in Python LatentFlowEditPipeline, or "
-                "model.encode_prompt([...], images=[...]).",
+                f"{self.describe_condition()} As rows: model.encode_prompt([...], images=[...]).",
             )
         return super().encode_part(embed, prompts, images, options)
 
@@ -82,13 +116,14 @@ class ReferenceModel(PretrainedModel):
                 f"{len(images)} images are given to a {type(self.pipeline).__name__}",
                 f"It draws from {plural(self.most_images, 'image')}: leave the others out.",
             )
-        values, kept = self.read_inputs(self._network_inputs(prompt, images, options))
-        if self.text_sees_images:
-            null, _ = self.read_inputs(self._network_inputs("", images, options))
-            kept = {**kept, **{f"null_{name}": value for name, value in null.items()}}
-        return Rows(self, values, kept)
+        return Rows(self, *self.read_inputs(self.network_inputs(prompt, images, options)))
 
-    def _network_inputs(self, prompt: str, images: list[Image], options: dict[str, Any]) -> dict[str, Any]:
+    def network_inputs(self, prompt: str, images: list[Image], options: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the network, as the stock pipeline's call with these ``options`` prepares them.
+
+        Raises:
+            UserError: the pipeline refuses something of this.
+        """
         image = images[0] if self.most_images == 1 else images
         unguided = {self.guidance_argument: self.unguided}  # then the prompt alone is encoded
         try:
@@ -101,7 +136,7 @@ class ReferenceModel(PretrainedModel):
             )
         except ValueError as error:
             raise UserError(
-                f"the pipeline refuses the images or an option: {reason(error)}", "Give others."
+                f"the pipeline refuses the prompt, the images or an option: {reason(error)}", "Give others."
             ) from error
 
     @abstractmethod
@@ -117,11 +152,9 @@ class ReferenceModel(PretrainedModel):
         """Return what `reference_size` does."""
 
     def floored(self, height: int, width: int) -> Size:
-        """Return the largest size that is no larger and that the network can draw."""
-        return (
-            height // self.size_multiple * self.size_multiple,
-            width // self.size_multiple * self.size_multiple,
-        )
+        """Return the largest size that is no larger and that the network can draw, or the smallest that it can."""
+        unit = self.size_multiple
+        return max(height // unit, 1) * unit, max(width // unit, 1) * unit
 
     def megapixel(self, image: Image) -> Size:
         """Return a megapixel in the shape of an image, as the pipeline's module calculates it."""
@@ -173,13 +206,15 @@ def first_inputs(pipeline: Any, network: Any, **call: Any) -> dict[str, Any]:
 
 
 def to_pil(image: Any) -> Image:
-    """Return a PIL image as it is, and a tensor (3, H, W) in [-1, 1] as a PIL image.
+    """Return a PIL image of any mode as upright sRGB on white ground, and a tensor (3, H, W) in [-1, 1] as a PIL image.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or the image cannot be decoded.
     """
     if isinstance(image, Image):
-        return image
+        from ..data.images import to_rgb  # whose package brings the readers of data
+
+        return to_rgb(image)
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3:
         shape = f" of shape {tuple(image.shape)}" if isinstance(image, Tensor) else ""
         raise UserError(

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from ..errors import few, shown
 
 log = logging.getLogger(__name__)
+#: name of a text encoder that is not known
+ANY = "the text encoder"
 
 
 class Tokenized(NamedTuple):
@@ -50,9 +52,10 @@ def report_lost_words(
     """
     lost = lost_words(pipeline, prompts, seen, limits)
     if lost:
-        whole = sorted({entry.part for entry in seen} - {part for part, _ in lost})
         unseen = [f"{_encoder(pipeline, part)} does not see {shown(words)}" for part, words in lost]
-        rest = [f"{few(_encoder(pipeline, part) for part in whole)} sees all of it"] if whole else []
+        blind = {_encoder(pipeline, part) for part, _ in lost}
+        whole = sorted({_encoder(pipeline, entry.part) for entry in seen} - blind - {ANY})
+        rest = [f"{few(whole)} sees all of it"] if whole else []
         _warn(f"the prompt is too long: {'; '.join([*unseen, *rest])}")
 
 
@@ -135,7 +138,7 @@ def _lost_words(tokenizer: Any, prompts: Sequence[str], entry: Tokenized, kept: 
 
 
 def _encoder(pipeline: Any, tokenizer: str) -> str:
-    """Return the name and class of the text encoder that reads what a tokenizer makes."""
+    """Return the name and class of the text encoder that reads what a tokenizer makes; ANY where no name says which."""
     name = tokenizer.replace("tokenizer", "text_encoder").replace("processor", "text_encoder")
-    encoder = getattr(pipeline, name, None)
-    return name if encoder is None else f"{name} ({type(encoder).__name__})"
+    encoder = pipeline.components.get(name)
+    return ANY if encoder is None else f"{name} ({type(encoder).__name__})"

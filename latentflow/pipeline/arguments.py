@@ -333,6 +333,12 @@ class ConditionArguments:
     #: the images that prompts draw from: one list for all prompts, or one for each
     references: list[list[Tensor]] | None = None
 
+    @property
+    def refers(self) -> bool:
+        """True where the condition draws from images: prompts that are beside them, or rows that keep them."""
+        rows = self.prompt_embeds
+        return self.references is not None or (isinstance(rows, Rows) and "references" in rows.kept)
+
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
         """Pick them from the local variables of a call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -11,8 +11,12 @@ from torch import Tensor
 from ..autoencoder import decoded_by, latent_channels
 from ..errors import UserError
 from ..families.model import Generators, Size
+from ..families.sizes import fit_size
 from .arguments import check_noise, checked
 from .sampling import SamplingMixin
+
+if TYPE_CHECKING:
+    from .images import Images
 
 
 def from_model(name: str) -> Any:
@@ -54,16 +58,29 @@ class CallMixin(SamplingMixin):
         return self.model.noise(count, height, width, generator)
 
     def image_size(
-        self, height: int | None = None, width: int | None = None, latents: Tensor | None = None
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        control_image: Images = None,
     ) -> Size:
-        """Return height and width in pixels: as asked for, else of the given latents, else as in training.
+        """Return height and width in pixels: as asked for, else of the given latents, else of a control image by which
+        the model goes, else as in training.
 
         Raises:
-            UserError: none of these is known.
+            UserError: none of these is known; control images of several sizes.
         """
         native = self.model.native_size
         if latents is not None:
             native = latents.shape[-2] * self.vae_scale_factor, latents.shape[-1] * self.vae_scale_factor
+        elif control_image is not None and self.model.sized_by_control and (height is None or width is None):
+            from .images import read_images  # which imports the readers of data
+
+            rows, columns = read_images(control_image, name="control_image").shape[2:]
+            unit = self.model.size_multiple
+            if height or width:
+                return fit_size((rows, columns), height, width, unit)
+            return max(rows // unit, 1) * unit, max(columns // unit, 1) * unit
         if native is None:
             if height is None or width is None:
                 raise UserError("this checkpoint does not say its size", "Pass height and width.")

@@ -73,13 +73,14 @@ class EditCalls(InversionCalls):
             prompt: what the images should show, as a whole: "green apple", not "make it green"; with method "reference"
                 an instruction: "make the apple green".
             image: PIL image(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
-                size, which is also the result's. One with several prompts, or several with one prompt, will do.
+                size, which is also the result's (but see method "reference"). One with several prompts, or several with
+                one prompt, will do.
             source_prompt: what they show now: one for all, or one for each. The closer to the caption that training
                 would have had, the less changes besides. None works without.
             method: a key of ``latentflow.flow.EDITING``: "flowedit" goes from image to image, "inversion" through
-                the image's noise; or "reference", of models that draw from images (FLUX.2, Kontext, Qwen-Image-Edit),
-                see ``latentflow.pipeline.references``. Default: "reference" where the model draws from images, else
-                "flowedit".
+                the image's noise; or "reference", of models that draw from images, such as FLUX.2, Kontext and
+                Qwen-Image-Edit: see ``latentflow.pipeline.references``. Default: "reference" where the model draws from
+                images, else "flowedit".
             strength: in [0, 1]: how far back towards noise the edit begins, at t = 1 - strength. 0 is the image
                 through the autoencoder; below 0.8 large colours change by half (a red apple turns orange, not green);
                 1 is free to change the layout. Default: ``model.edit_defaults``, usually 0.9.
@@ -99,7 +100,8 @@ class EditCalls(InversionCalls):
             solver: a key of ``latentflow.flow.SOLVERS`` that draws no noise; default: euler for flowedit, heun for
                 inversion.
             draws, plain_from: settings of "flowedit", see ``latentflow.flow.flow_edit``; default: 1 and 1.
-            height, width: resize the image to them first; with ``padding_mask_crop``, the size to draw at.
+            height, width: resize the image to them first; with ``padding_mask_crop``, and with method "reference", the
+                size to draw at.
             latents: the images' latents (P, C, h, w) in the place of ``image``, such as an earlier call returned with
                 output_type "latent": an edit starts from the image, not from noise. Where they cover an image padded,
                 ``height`` and ``width`` say its size.
@@ -108,6 +110,8 @@ class EditCalls(InversionCalls):
                 image's own. ``seamless`` is off: it would take back a colour that the edit changes up to the border.
             source_prompt_embeds, source_prompt_attention_mask: as ``prompt_embeds``, in the place of ``source_prompt``.
             reference_images: further images, of any sizes, that the prompt may speak of; for method "reference".
+            prompt_embeds: with method "reference", rows with the images that they were encoded with,
+                ``model.encode_prompt([...], images=[...])``; ``image`` then gives only the size, and what a mask keeps.
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple; with output_type "latent" their latents, which
@@ -117,12 +121,24 @@ class EditCalls(InversionCalls):
             UserError: as ``LatentFlowPipeline``; also a checkpoint without a condition, an image, strength, method,
                 solver or setting that is none, numbers of images and (source) prompts that do not fit.
         """
+        if not (self.takes_text or self.takes_classes):
+            fix = "Vary the image with LatentFlowImg2ImgPipeline, or paint with LatentFlowInpaintPipeline."
+            raise UserError(
+                "this checkpoint takes neither prompt nor classes: there is nothing to edit by", fix
+            )
+        refers = self.model.image_input == "reference"
         if method is None:
-            method = "reference" if self.model.image_input == "reference" else "flowedit"
+            method = "reference" if refers else "flowedit"
+        self.model.check_image_input(refers=method == "reference")
         if method == "reference":
             return edit_by_reference(self, locals())
         if reference_images is not None:
-            raise UserError(f"reference_images are given to method '{method}'", "Use method='reference'.")
+            fix = (
+                "Use method 'reference'."
+                if refers
+                else "Leave them out: this model does not draw from images."
+            )
+            raise UserError(f"reference_images are given to method '{method}'", fix)
         require_velocity(self.model)
         usual = self.model.edit_defaults
         if method != "flowedit":  # which alone stays near the image under much guidance
@@ -135,11 +151,6 @@ class EditCalls(InversionCalls):
         if source_guidance_scale is None:
             source_guidance_scale = self.model.guidance(usual.source_guidance)
         settings = _settings(method, solver=solver, draws=draws, plain_from=plain_from)
-        if not (self.takes_text or self.takes_classes):
-            fix = "Vary the image with LatentFlowImg2ImgPipeline, or paint with LatentFlowInpaintPipeline."
-            raise UserError(
-                "this checkpoint takes neither prompt nor classes: there is nothing to edit by", fix
-            )
         window = height, width, mask_image, padding_mask_crop, feather, seamless
         originals = read_masked_originals(self, image, latents, *window)
         # Refused before the target's prompt is encoded

@@ -54,7 +54,8 @@ class GenerateCall(CallMixin):
 
         Args:
             prompt: caption(s); image i * num_images_per_prompt + j is of prompt i. "" means no condition.
-            height, width: in pixels, multiples of the autoencoder's factor; default: as trained.
+            height, width: in pixels, multiples of the autoencoder's factor; default: as trained, or for
+                InstructPix2Pix those of the control image, in whose shape one of them follows from the other.
             num_inference_steps: from noise to data; heun evaluates the network twice a step, euler once. Default: 20,
                 or 4 of a checkpoint of average velocities, which evaluates once a step and draws in 1 to 4.
             sigmas: a grid of one's own, decreasing in (0, 1] (1 = noise), in float32 too; overrides the number of
@@ -105,7 +106,7 @@ class GenerateCall(CallMixin):
         Warns:
             UnknownWords: once, of words that the checkpoint's vocabulary does not know; see ``unknown_words``.
         """
-        height, width = self.image_size(height, width, latents)
+        height, width = self.image_size(height, width, latents, control_image)
         # 1. The condition, one row per image
         call = self.start_call(ConditionArguments.of(locals()), height, width)
         # 2. The noise

@@ -46,7 +46,7 @@ def read_images(
     if len(sizes) > 1:
         raise UserError(
             f"the images have several sizes: {', '.join(sizes)}",
-            "Resize them to one size first. In Python, height and width do that.",
+            "Resize them to one size first, or give height and width where there are such settings.",
         )
     return torch.stack(rows)
 

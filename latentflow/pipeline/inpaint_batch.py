@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -93,6 +93,10 @@ class InpaintBatch:
     def unchanged(self) -> bool:
         """True if there is no hole in any of them."""
         return not bool(self.holes.any())
+
+    def drawn_at(self, size: Size) -> InpaintBatch:
+        """Return the batch with all of each image drawn at a size (height, width), and resized where it is pasted."""
+        return replace(self, canvas=size, windows=[replace(window, size=size) for window in self.windows])
 
     def network_view(self) -> Tensor:
         """Return (P, 3, *canvas) in [-1, 1], each image through its window; padding repeats the last row and column."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +35,16 @@ class Originals:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def drawn_at(self, size: Size) -> Originals:
+        """Return the images where all of each is drawn at a size (height, width), which without masks is the result's.
+
+        Masks keep the pixels of the images at their own size.
+        """
+        if self.batch is None:
+            return replace(self, size=size, canvas=size)
+        batch = self.batch.drawn_at(size)
+        return replace(self, values=batch.network_view(), canvas=size, batch=batch)
 
     def latents(self, pipe: CallMixin) -> Tensor:
         """Return their latents (P, C, h, w) float32."""

@@ -11,7 +11,7 @@ pipeline's own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, Self
 
 from diffusers.image_processor import VaeImageProcessor
@@ -119,7 +119,13 @@ class ModelPipeline(CallMixin):
         if asked.class_labels is not None:
             rows = model.encode_class(_listed(asked.class_labels))
         else:
-            rows = embeds or _encoded(model.encode_prompt, _listed(asked.prompt), asked.references, limit)
+            encode: Callable[..., Rows] = model.encode_prompt
+            if asked.references is not None:
+                given = asked.negative_prompt is not None or negative_embeds is not None
+                # a callback may switch guidance on
+                guided = model.true_guidance(self.guidance_scale) != 1.0 or bool(asked.callback_on_step_end)
+                encode = partial(encode, guided=guided and not given)
+            rows = embeds or _encoded(encode, _listed(asked.prompt), asked.references, limit)
         negative = None
         if asked.negative_prompt is not None or negative_embeds is not None:
             if model.true_guidance(self.guidance_scale) == 1.0:
@@ -159,16 +165,20 @@ def _encoded(
     references: list[list[Tensor]] | None,
     options: dict[str, Any],
 ) -> Rows:
-    """Return a row for each prompt, with the images that it draws from; one prompt or list of images serves all."""
+    """Return a row for each prompt, with the images that it draws from; one prompt or list of images serves all.
+
+    Prompts that draw from the same images are encoded in one call.
+    """
     if references is None:
         return encode(prompts, **options)
     count = max(len(prompts), len(references))
-    pairs = [(prompts[row % len(prompts)], row % len(references)) for row in range(count)]
-    encoded = {
-        (prompt, number): encode([prompt], images=references[number], **options)
-        for prompt, number in dict.fromkeys(pairs)
-    }
-    return Rows.cat([encoded[pair] for pair in pairs])
+    wanted = [(row % len(references), prompts[row % len(prompts)]) for row in range(count)]
+    found: dict[tuple[int, str], Rows] = {}
+    for number, images in enumerate(references):
+        texts = [*dict.fromkeys(text for of, text in wanted if of == number)]
+        rows = encode(texts, images=images, **options)
+        found |= {(number, text): rows[place] for place, text in enumerate(texts)}
+    return Rows.cat([found[pair] for pair in wanted])
 
 
 def _listed(values: Any) -> list[Any]:

@@ -3,6 +3,7 @@ that is edited."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from ..errors import UserError
+from ..families.model import Rows
+from ..families.sizes import fit_size
 from .arguments import ConditionArguments
 from .calls import CallMixin
 from .images import Images, read_images
@@ -23,14 +26,18 @@ _OTHERS = (
     "source_prompt", "source_prompt_embeds", "source_class_labels", "source_guidance_scale", "strength", "draws",
     "plain_from", "latents",
 )  # fmt: skip
+#: those of them that the command calls otherwise -> its flag
+_FLAGS = {"source_prompt": " (--from)", "source_class_labels": " (--from)"}
 
 
 def edit_by_reference(pipe: CallMixin, given: Mapping[str, Any]) -> Any:
     """Draw from noise what an instruction says of images, which the network sees beside the prompt.
 
-    Without a mask the result has ``height`` and ``width``, or the size that suits the model: about that of the image in
-    shape, a megapixel at most. With a mask it has the image's size, and every pixel outside of the mask is the image's
-    own.
+    Without a mask the result has the size that is drawn: ``height`` and ``width``, of which one follows from the other
+    and the image's shape, or the size that suits the model, about that of the image in shape, a megapixel at most.
+    With a mask the result has the image's size, and every pixel outside of the mask is the image's own; an image that
+    is larger than what suits the model is drawn at that size, or at ``height`` and ``width``, and resized where it is
+    pasted.
 
     Args:
         given: the arguments of ``LatentFlowEditPipeline``'s call. Steps, guidance and solver that are None are the
@@ -43,36 +50,72 @@ def edit_by_reference(pipe: CallMixin, given: Mapping[str, Any]) -> Any:
     if pipe.model.image_input != "reference":
         raise UserError(
             "method 'reference' is given, but this model does not draw from images",
-            "Use method='flowedit', and describe the whole result in the prompt.",
+            "Use method 'flowedit', and describe the whole result in the prompt.",
         )
     for name in _OTHERS:
         if given[name] is not None:
             raise UserError(
-                f"{name} is given, but method 'reference' has no such setting",
-                "Leave it out, or choose another method, such as flowedit.",
+                f"{name}{_FLAGS.get(name, '')} is given, but method 'reference' has no such setting",
+                "Leave it out."
+                if pipe.model.needs_images
+                else "Leave it out, or choose another method, such as 'flowedit'.",
             )
-    image, mask, height, width = (given[name] for name in ("image", "mask_image", "height", "width"))
+    model = cast("ReferenceModel", pipe.model)
+    _check_rows(model, given)
+    image, height, width, margin = (given[name] for name in ("image", "height", "width", "padding_mask_crop"))
     # 1. The images that each prompt draws from
-    size = {"height": None, "width": None} if mask is None else {"height": height, "width": width}
     window = {name: given[name] for name in ("mask_image", "padding_mask_crop", "feather", "seamless")}
-    originals = read_masked_originals(pipe, image, None, **size, **window)
-    seen, drawn = originals.values, originals.canvas
-    if mask is None:
+    size = (None, None) if margin is None else (height, width)
+    originals = read_masked_originals(pipe, image, None, *size, **window)
+    seen = originals.values
+    if margin is None:  # else what is around the mask is drawn at the size of the canvas
         seen = seen[..., : originals.size[0], : originals.size[1]]  # without the padding
-        usual = cast("ReferenceModel", pipe.model).reference_size(seen[0])
-        drawn = height or usual[0], width or usual[1]
-        originals = replace(originals, size=drawn, canvas=drawn)
+        drawn = model.reference_size(seen[0])
+        too_large = math.prod(model.floored(*originals.size)) > math.prod(drawn)
+        if height or width:
+            drawn = fit_size(originals.size, height, width, model.size_multiple)
+        if originals.batch is None or height or width or too_large:
+            originals = originals.drawn_at(drawn)
+        seen = seen if originals.batch is None else originals.values
     further = _further(given["reference_images"])
     # 2. The conditions, one row per image
-    asked = replace(ConditionArguments.of(given), references=[[row, *further] for row in seen])
-    call = pipe.start_call(asked, *drawn, images=len(seen))
+    asked = ConditionArguments.of(given)
+    if not asked.refers:
+        asked = replace(asked, references=[[row, *further] for row in seen])
+    call = pipe.start_call(asked, *originals.canvas, images=len(seen))
     # 3. From noise to data
-    noise = pipe.prepare_noise(len(call.rows), *drawn, asked.generator)
+    noise = pipe.prepare_noise(len(call.rows), *originals.canvas, asked.generator)
     grid = given["num_inference_steps"], given["sigmas"], given["solver"]
     x1 = pipe.sample(call.velocity, noise, *grid, asked.generator, call.after_step)
     # 4. From latents to images
     images = originals.to_images(pipe, x1, given["output_type"], image)
     return pipe.finish_call(images, given["return_dict"])
+
+
+def _check_rows(model: ReferenceModel, given: Mapping[str, Any]) -> None:
+    """Refuse rows in the place of a prompt that draw from no images, or beside them what only a prompt can draw from.
+
+    Raises:
+        UserError: says which.
+    """
+    rows = given["prompt_embeds"]
+    if not isinstance(rows, Rows):
+        return
+    if "references" not in rows.kept:
+        raise UserError(
+            "prompt_embeds are rows that draw from no images",
+            "Encode the prompts with them: pipe.model.encode_prompt([...], images=[...]).",
+        )
+    if given["reference_images"] is not None:
+        raise UserError(
+            "reference_images are given beside prompt_embeds",
+            "Leave them out: rows draw from the images that they were encoded with.",
+        )
+    if given["negative_prompt"] is not None and model.text_sees_images:
+        raise UserError(
+            "a negative_prompt is given beside prompt_embeds, but has to be encoded with the same images",
+            "Pass negative_prompt_embeds=pipe.model.encode_negative([...], images=[...]).",
+        )
 
 
 def _further(images: Images) -> list[Tensor]:

@@ -165,7 +165,7 @@ class SamplingMixin:
                 images than the machine has memory for.
         """
         model, drawn = self.model, (height, width)
-        model.check_image_input(asked.control_image, fills)
+        model.check_image_input(asked.control_image, fills, asked.refers)
         control = None
         if asked.control_image is not None:
             from .images import read_images  # which imports the readers of data

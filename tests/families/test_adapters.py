@@ -76,18 +76,6 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return made
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("families")
-
-    def saved(name: str) -> Path:
-        if not (root / name).exists():
-            checkpoint(name).save_pretrained(root / name)
-        return root / name
-
-    return saved
-
-
 def over(name: str) -> Any:
     """Return a pipeline of ours over a checkpoint of its own, into which an adapter may be loaded."""
     pipe = LatentFlowPipeline(type(opened(name)[1])(deepcopy(checkpoint(name)), **opened(name)[2].call))

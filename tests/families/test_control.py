@@ -264,6 +264,24 @@ def test_a_call_draws_under_a_control_image(name: str) -> None:
     assert drawn(PROMPTS, arrays(large)).isfinite().all()  # resized to what is drawn
 
 
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_the_size_is_the_stock_pipeline_s(name: str) -> None:
+    """Stable Diffusion's InstructPix2Pix keeps the image's; the others have the size of their training."""
+    pipe, photo = over(LatentFlowPipeline, name), Image.new("RGB", (27, 37), "red")
+    if name != "StableDiffusionInstructPix2PixPipeline":
+        assert pipe.image_size(control_image=photo) == pipe.model.native_size
+        return
+    drawn = pipe(PROMPTS[0], control_image=photo, num_inference_steps=1).images[0]
+    stock_pipe = checkpoint(name)
+    assert drawn.size == stock_pipe(PROMPTS[0], image=photo, num_inference_steps=1).images[0].size
+    assert drawn.size[0] < drawn.size[1]
+    assert pipe.image_size(32, None, control_image=photo) == (32, 24)
+    assert pipe.image_size(32, 16, control_image=photo) == (32, 16)
+    assert pipe.image_size(control_image=Image.new("RGB", (1, 1)))[0] == pipe.model.size_multiple
+    with pytest.raises(UserError, match="several sizes"):
+        pipe(PROMPTS, control_image=[photo, photo.transpose(Image.Transpose.ROTATE_90)])
+
+
 # ---------------------------------------------------------------- what opens, and what is refused
 
 
@@ -340,19 +358,6 @@ def test_numbers_of_control_images() -> None:
 # ---------------------------------------------------------------- the programs
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Save a tiny checkpoint as its users have it, once."""
-    root = tmp_path_factory.mktemp("with_images")
-
-    def saved(name: str) -> Path:
-        if not (root / name).exists():
-            checkpoint(name).save_pretrained(root / name)
-        return root / name
-
-    return saved
-
-
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray[Any, Any]:
     """Write a.png, b.png and mask.png into the working folder; return the pixels of the first."""
@@ -399,6 +404,18 @@ def test_generate_with_control(
         main(["a red apple", "--control", "no-such.png", *line])
     with pytest.raises(UserError, match="takes no control image"):
         main(["red apple", "--control", "a.png", "-o", "out.png"])
+
+
+def test_the_command_keeps_the_size_of_the_photo(
+    folders: Callable[[str], Path], load_program: Program, files: np.ndarray[Any, Any]
+) -> None:
+    name = "StableDiffusionInstructPix2PixPipeline"
+    Image.new("RGB", (24, 40), "red").save("photo.png")
+    line = ["make it snow", "--control", "photo.png", "-o", "out.png", *common(name, folders(name))]
+    load_program("generate").main(line)
+    assert Image.open("out.png").size == (24, 40)
+    load_program("generate").main([*line, "--width", "48", "--overwrite"])
+    assert Image.open("out.png").size == (48, 80)
 
 
 @pytest.mark.parametrize("name", ["FluxFillPipeline", "FluxControlPipeline"])

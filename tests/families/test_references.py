@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers.pipelines.longcat_image.pipeline_longcat_image_edit as longcat_edit
-import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit as qwen_edit
-import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as qwen_edit_plus
 import numpy as np
 import pytest
 import torch
@@ -41,14 +38,7 @@ IN_JSON = ("BriaFiboEditPipeline",)
 each_family = pytest.mark.parametrize("name", IMAGES)
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have images seen at 32 pixels in the place of a megapixel."""
-    monkeypatch.setattr(longcat_edit, "calculate_dimensions", lambda area, ratio: (SIDE, SIDE))
-    monkeypatch.setattr(qwen_edit, "calculate_dimensions", lambda area, ratio: (SIDE, SIDE, None))
-    monkeypatch.setattr(qwen_edit_plus, "calculate_dimensions", lambda area, ratio: (SIDE, SIDE))
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("small_megapixel")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -264,19 +254,6 @@ def test_the_stock_pipeline_is_left_as_it_was() -> None:
 # ---------------------------------------------------------------- the command
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Save a tiny checkpoint as its users have it, once."""
-    root = tmp_path_factory.mktemp("references")
-
-    def saved(name: str) -> Path:
-        if not (root / name).exists():
-            checkpoint(name).save_pretrained(root / name)
-        return root / name
-
-    return saved
-
-
 def flags(name: str, folder: Path) -> list[str]:
     options = [f"{key}={json.dumps(value)}" for key, value in opened(name).options.items()]
     return ["--checkpoint", str(folder), *(["--family-options", *options] if options else []), "--steps", "2"]
@@ -304,7 +281,7 @@ def test_the_command(
         assert not np.array_equal(np.array(Image.open("both.png")), first)
         with pytest.raises(UserError, match="--method flowedit does not use --reference"):
             edit.main(["a.png", "red", "--reference", "b.png", "--method", "flowedit", *common])
-    with pytest.raises(UserError, match=r"source_prompt is given, but method 'reference'"):
+    with pytest.raises(UserError, match=r"source_prompt \(--from\) is given, but method 'reference'"):
         edit.main(["a.png", "make it red", "--from", "a hat", *common])
 
 
@@ -313,7 +290,7 @@ def test_generate_names_the_command_that_edits(
 ) -> None:
     name = "QwenImageEditPipeline"
     line = ["a red apple", "--height", "32", "--width", "32", "-o", str(tmp_path / "out.png")]
-    with pytest.raises(UserError, match="`latentflow edit IMAGE PROMPT`"):
+    with pytest.raises(UserError, match="latentflow edit IMAGE PROMPT"):
         load_program("generate").main([*line, *flags(name, folders(name))])
 
 
@@ -324,7 +301,7 @@ def test_bad_images() -> None:
     model = opened("QwenImageEditPipeline")
     with pytest.raises(UserError, match="draws from an image, and there is none"):
         model.encode_prompt(PROMPTS)
-    with pytest.raises(UserError, match="draws from an image, and there is none"):
+    with pytest.raises(UserError, match="edits an image by instruction, and does nothing else"):
         LatentFlowInpaintPipeline(model)(PROMPTS[0], image=image(), mask_image=image().convert("L"))
     with pytest.raises(
         UserError, match=r"2 images are given to a QwenImageEditPipeline\nIt draws from 1 image"
@@ -352,7 +329,9 @@ def test_bad_edits() -> None:
         text_only.model.encode_prompt(PROMPTS, images=[image()])
     edit = LatentFlowEditPipeline(opened("Flux2KleinPipeline"))
     for name, value in {"strength": 0.5, "source_prompt": "a hat", "draws": 2}.items():
-        with pytest.raises(UserError, match=rf"{name} is given, but method 'reference' has no such setting"):
+        with pytest.raises(
+            UserError, match=rf"{name}.* is given, but method 'reference' has no such setting"
+        ):
             edit(PROMPTS[0], image(), **{name: value})
     with pytest.raises(UserError, match="height 66 is not a multiple of 4"):
         edit(PROMPTS[0], image(), height=66)
