@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import DataConfig, LoopConfig
 from ..data import Source, cached_pixels, find_source, pixels_to_images, readable, split
 from ..data.sources.kinds import is_latent_folder
-from ..errors import UserError
+from ..errors import UserError, few
 from ..families import FlowModel
 from ..utils.files import read_yaml
 
@@ -95,7 +95,7 @@ def condition_kind(model: FlowModel, source: Source) -> ConditionKind:
     if model.takes_classes:
         described = "captions" if source.kind == "text" else "no classes"
         raise UserError(
-            f"the checkpoint takes classes ({', '.join(model.classes)}), and {source.name} has {described}",
+            f"the checkpoint takes classes ({few(model.classes)}), and {source.name} has {described}",
             "Give the images that it was trained on, or say where its classes are: --condition class.",
         )
     return "nothing"

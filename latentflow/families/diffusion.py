@@ -385,8 +385,9 @@ class ClassDiTModel(DiffusionModel):
         return dict(self.pipeline.labels)
 
     def class_ids(self, labels: Sequence[int | str]) -> list[int]:
-        """Return the ids of class names, ids or a mixture."""
-        ids = [lookup(self.labels, label, "class") if isinstance(label, str) else label for label in labels]
+        """Return the ids of class names, ids or a mixture; where a class has no name, its number is one."""
+        known = {**{name: number for number, name in enumerate(self.classes)}, **self.labels}
+        ids = [lookup(known, label, "class") if isinstance(label, str) else label for label in labels]
         for number in ids:
             if not 0 <= number < self._null:
                 raise UserError(f"class id {number} does not exist", f"Ids go from 0 to {self._null - 1}.")

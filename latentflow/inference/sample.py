@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import SamplingConfig
-from ..errors import UserError, finite, printable, whole
+from ..errors import UserError, few, finite, printable, whole
 from ..utils.files import (
     check_types,
     read_settings,
@@ -227,7 +227,7 @@ def _instead(pipe: Any) -> str:
     if pipe.takes_text:
         return 'It takes a prompt, such as "red apple"'
     if pipe.takes_classes:
-        return f"It takes --class NAME: {', '.join(pipe.labels) or 'a number'}"
+        return f"It takes --class NAME: {few(pipe.labels, 10) or 'a number'}"
     return "It is unconditional: leave it out."
 
 
