@@ -155,7 +155,7 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
     names = list(choices)
     guess = nearest(name, names)
     hint = f"did you mean '{guess}'? " if guess else ""
-    return UserError(f"unknown {kind} '{name}'", f"{hint}Choices: {', '.join(map(str, names))}")
+    return UserError(f"unknown {kind} '{name}'", f"{hint}Choices: {few(names, 40)}")
 
 
 def lookup(table: Mapping[str, T], name: str, kind: str) -> T:

@@ -158,7 +158,7 @@ def test_evaluate(
     generator = np.random.default_rng(0)
     for number in range(8):
         pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
-        folder = data / ("hat", "2")[number % 2] if name == "DiTPipeline" else data
+        folder = data / ("1", "2")[number % 2] if name == "DiTPipeline" else data
         folder.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         if name != "DiTPipeline":
