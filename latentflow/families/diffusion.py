@@ -43,7 +43,7 @@ class DiffusionModel(PretrainedModel):
                 "Name its own pipeline class in model_index.json: a network of 9 channels inpaints, one of 8 is of "
                 "InstructPix2Pix.",
             )
-        if self.network.config.get("time_cond_proj_dim") is not None:
+        if self.network is not None and self.network.config.get("time_cond_proj_dim") is not None:
             raise UserError(
                 "the network takes its guidance scale as an input: it is a latent consistency model",
                 "It jumps to the image from any noise: use it with diffusers' LatentConsistencyModelPipeline.",
@@ -52,7 +52,7 @@ class DiffusionModel(PretrainedModel):
     @property
     def network(self) -> Any:
         """The network, which some of the pipelines call ``unet``."""
-        return getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+        return getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
 
     @property
     def native_size(self) -> Size | None:
@@ -157,7 +157,7 @@ class InpaintableModel(MaskedModel, DiffusionModel):
     @property
     def extra(self) -> tuple[str, ...]:  # type: ignore[override]
         """The mask and the known latents, for a network that was trained to inpaint."""
-        trained = self.network.config.in_channels == 9 and hasattr(self.pipeline, "prepare_mask_latents")
+        trained = extra_channels(self.pipeline) == 5 and hasattr(self.pipeline, "prepare_mask_latents")
         return ("mask", "known") if trained else ()
 
     def mask_channels(self, masks: Tensor, known: Tensor) -> Tensor:
@@ -210,8 +210,12 @@ class StableDiffusionXLModel(InpaintableModel):
 
     def null(self, n: int) -> Rows:
         """Return ``n`` rows of what the pipeline takes without a negative prompt."""
-        _, embeds, _, pooled = self.pipeline.encode_prompt([""])
-        return Rows(self, {"embeds": embeds, "pooled": pooled}).repeat(n)
+
+        def negative(prompts: list[str], **options: Any) -> dict[str, Values]:
+            _, embeds, _, pooled = self.pipeline.encode_prompt(prompts, **options)
+            return {"embeds": embeds, "pooled": pooled}
+
+        return self._encoded(negative, [""], (), {}).repeat(n)
 
     def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
         factor = downscale_factor(self.vae)

@@ -10,8 +10,8 @@
 
 A new family is one subclass of `FlowModel` in a file of its own, and one line in ``FAMILIES``. It says how a prompt
 becomes rows (`FlowModel.encode_prompt`) and how its network is evaluated once (`FlowModel.predict`: time, sign and
-layout); the rest is overridden where the family differs. Everything here may be differentiated: sample under
-``torch.no_grad()``.
+layout); the rest is overridden where the family differs. Everything here may be differentiated, except that
+pretrained text encoders encode without gradients: sample under ``torch.no_grad()``.
 """
 
 from __future__ import annotations
@@ -296,6 +296,10 @@ class FlowModel(OpeningMixin, ABC):
         """Return ``count`` rows of what `prepare` returns."""
         rows: Rows = condition
         return rows
+
+    def adopt(self, rows: Rows) -> Rows:
+        """Return rows of another model of this class as rows of this one."""
+        return replace(rows, model=self)
 
     def null(self, n: int) -> Rows:
         """Return ``n`` rows without a condition."""

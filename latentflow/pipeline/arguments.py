@@ -407,16 +407,18 @@ def check_embeds(
             f"{name}_attention_mask has shape {tuple(mask.shape)}, {name}_embeds {shape}",
             "Pass both as encode_prompt returns them: (B, L) and (B, L, D).",
         )
-    if shape is not None and model.text_width not in (None, shape[-1]):
-        raise UserError(f"{name}_embeds has shape {shape}", f"The network takes (B, L, {model.text_width}).")
+    if embeds is not None:
+        _check_width(model, name, embeds)
 
 
 def check_rows(model: FlowModel, name: str, rows: Rows, mask: Tensor | None) -> None:
-    """Refuse rows ``name``_embeds that another kind of model has made, or a mask beside them.
+    """Refuse rows ``name``_embeds that another kind of model has made, none at all, or a mask beside them.
 
     Raises:
         UserError: says which.
     """
+    if not len(rows):
+        raise UserError(f"{name}_embeds hold no rows", "Pass at least one row.")
     if type(rows.model) is not type(model):
         raise UserError(
             f"{name}_embeds are rows of a {type(rows.model).__name__}, but the model is a {type(model).__name__}",
@@ -424,6 +426,16 @@ def check_rows(model: FlowModel, name: str, rows: Rows, mask: Tensor | None) -> 
         )
     if mask is not None:
         raise UserError(f"{name}_attention_mask is given beside rows", "Leave it out: rows have their own.")
+    text = rows.values.get("text")
+    if isinstance(text, Tensor):  # of our own models
+        _check_width(model, name, text)
+
+
+def _check_width(model: FlowModel, name: str, embeds: Tensor) -> None:
+    if model.text_width not in (None, embeds.shape[-1]):
+        raise UserError(
+            f"{name}_embeds has shape {tuple(embeds.shape)}", f"The network takes (B, L, {model.text_width})."
+        )
 
 
 def check_noise(

@@ -118,8 +118,10 @@ class ModelPipeline(CallMixin):
         )
         if asked.class_labels is not None:
             rows = model.encode_class(_listed(asked.class_labels))
+        elif embeds is not None:
+            rows = model.adopt(embeds)
         else:
-            rows = embeds or _encoded(model.encode_prompt, _listed(asked.prompt), asked.references, limit)
+            rows = _encoded(model.encode_prompt, _listed(asked.prompt), asked.references, limit)
         negative = None
         if asked.negative_prompt is not None or negative_embeds is not None:
             if model.true_guidance(self.guidance_scale) == 1.0:
@@ -128,11 +130,20 @@ class ModelPipeline(CallMixin):
                     f"{self.guidance_scale:g}",
                     model.describe_guidance(),
                 )
-            negative = negative_embeds
-            if negative is None:
+            if negative_embeds is not None:
+                negative = model.adopt(negative_embeds)
+            else:
                 texts = _listed(asked.negative_prompt)
                 negative = _encoded(model.encode_negative, texts, asked.references, limit)
             negative = negative.repeat(len(rows) // len(negative))
+        elif (
+            embeds is not None
+            and embeds.model is not model
+            and model.true_guidance(self.guidance_scale) != 1.0
+        ):
+            # By the model that has encoded the prompts: this one may have no text encoders.
+            unconditional = embeds.model.unconditional(embeds)
+            negative = None if unconditional is None else model.adopt(unconditional)
         places = [row for row in range(len(rows)) for _ in range(asked.num_images_per_prompt)]
         places *= count // len(places)
         return rows[places], None if negative is None else negative[places]
