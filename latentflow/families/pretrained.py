@@ -93,6 +93,8 @@ class PretrainedModel(FlowModel):
         super().__init__(text_to_image(pipeline))
         check_options(self, options)
         self.options = options
+        #: hashes of warnings about prompts, each of which is given once
+        self.reported: set[int] = set()
 
     def option(self, name: str) -> Any:
         """Return an argument of the pipeline's call: as given, or its default."""
@@ -215,7 +217,7 @@ class PretrainedModel(FlowModel):
             watched_tokenizers(self.pipeline) as seen,
         ):
             rows = Rows.cat([self.encode_part(embed, part, images, options) for part in parts])
-        report_lost_words(self.pipeline, texts, seen, self.kept_tokens(options))
+        report_lost_words(self, texts, seen, self.kept_tokens(options))
         for values in rows.values.values():
             for value in values if isinstance(values, list) else [values]:
                 if value.is_floating_point():

@@ -26,8 +26,10 @@ def check_memory_flags(memory: MemoryConfig, device: str) -> None:
 
     Raises:
         UserError: weights are to wait in main memory, but there is no GPU that they would wait for; a library is
-            missing.
+            missing; a variant has no name.
     """
+    if memory.variant == "":
+        raise UserError("--variant is empty", "Name the variant, such as fp16, or leave it out.")
     if memory.offload is not None and device == "cpu":
         raise UserError(
             f"--offload {memory.offload} needs a GPU: without one, all weights are in main memory already",

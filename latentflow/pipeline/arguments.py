@@ -239,7 +239,15 @@ def _interval(name: str, value: Any) -> tuple[float, float]:
 
 
 def _embeds(name: str, value: Any) -> Tensor | Rows:
-    return value if isinstance(value, Rows) else _tensor("(B, L, D)")(name, value)
+    if isinstance(value, Rows):
+        return value
+    if not isinstance(value, Tensor):
+        raise UserError(
+            f"{name} is {shown(value)}",
+            "Pass rows: pipe.model.encode_prompt([...]). Models of latentflow also take a floating-point tensor "
+            "(B, L, D).",
+        )
+    return _tensor("(B, L, D)")(name, value)
 
 
 def _autoencoder(name: str, value: Any) -> Any:
