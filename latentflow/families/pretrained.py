@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import flow
 from ..autoencoder import downscale_factor, latent_channels
-from ..errors import UserError
+from ..errors import UserError, with_article
 from ..flow import Velocity
 from ..flow.tensors import require_finite
 from ..utils.memory import inner_phase, release_memory
@@ -276,7 +276,7 @@ class PretrainedModel(FlowModel):
         """
         if images:
             raise UserError(
-                f"images are given to a {type(self).__name__}, which draws from prompts alone",
+                f"images are given to {with_article(type(self).__name__)}, which draws from prompts alone",
                 "Edit the image with another method, such as flowedit: see `latentflow edit --help`.",
             )
         return Rows(self, embed(prompts, **options))

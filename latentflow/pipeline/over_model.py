@@ -18,7 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from ..autoencoder import downscale_factor
-from ..errors import UserError
+from ..errors import UserError, with_article
 from ..families import FlowModel, Rows
 from ..families.model import Size
 from .arguments import ConditionArguments
@@ -104,7 +104,7 @@ class ModelPipeline(CallMixin):
         model, embeds, negative_embeds = self.model, asked.prompt_embeds, asked.negative_prompt_embeds
         if isinstance(embeds, Tensor) or isinstance(negative_embeds, Tensor):
             raise UserError(
-                f"embeddings of prompts are given to a {type(model).__name__} as a tensor",
+                f"embeddings of prompts are given to {with_article(type(model).__name__)} as a tensor",
                 "A pretrained model takes rows: prompt_embeds=pipe.model.encode_prompt([...]), "
                 "negative_prompt_embeds=pipe.model.encode_negative([...]).",
             )

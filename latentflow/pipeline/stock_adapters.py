@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import UserError, few, plural
+from ..errors import UserError, few, plural, with_article
 from ..utils.components import is_finite, library_reads, without_reports
 from ..utils.libraries import missing
 from .adapter_layouts import model_of
@@ -74,7 +74,7 @@ def _load(
     if not isinstance(source, Mapping):
         shown, hint = f"the adapter {source}", _made_for(Path(source))
     kind = type(pipeline).__name__
-    fix = f"Give a LoRA that was trained for this model, a {kind}.{hint}"
+    fix = f"Give a LoRA that was trained for this model, {with_article(kind)}.{hint}"
     before = _adapter_names(pipeline)
     with library_reads(shown, fix=fix), _absent_encoders_skipped(pipeline):
         pipeline.load_lora_weights(source, adapter_name=name, **options)

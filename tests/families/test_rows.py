@@ -266,6 +266,17 @@ def test_the_width_that_a_network_takes(name: str) -> None:
     )
 
 
+def test_what_are_no_rows_is_refused() -> None:
+    """With advice that holds for this model too."""
+    pipe = pipe_of(LatentFlowPipeline, own_model("AuraFlowPipeline"))
+    with pytest.raises(UserError, match=r"prompt_embeds is 'x'\nPass rows: pipe\.model\.encode_prompt"):
+        pipe(prompt_embeds="x", height=16, width=16)
+    with pytest.raises(
+        UserError, match=r"given to an AuraFlowModel as a tensor\nA pretrained model takes rows"
+    ):
+        pipe(prompt_embeds=torch.zeros(1, 4, 16), height=16, width=16)
+
+
 def test_no_rows_are_refused() -> None:
     model = own_model("StableDiffusion3Pipeline")
     rows = model.encode_prompt(PROMPTS[:1])
@@ -288,3 +299,12 @@ def test_an_error_is_not_blamed_on_an_encoder_that_may_be_absent(monkeypatch: py
     for error in (TypeError("unexpected keyword"), UserError("the prompt is refused", "Give another.")):
         with pytest.raises(type(error), match=str(error.args[0]).splitlines()[0]):
             model.encode_prompt(PROMPTS)
+
+
+def test_rows_of_another_width_are_refused_by_our_own_models() -> None:
+    pipe = LatentFlowPipeline.from_pretrained(SHIPPED_CHECKPOINTS / "emoji-64")
+    rows = pipe.model.encode_prompt(PROMPTS[:1])
+    width = rows.values["text"].shape[-1]  # type: ignore[union-attr]
+    wide = replace(rows, values={**rows.values, "text": torch.zeros(1, 4, width + 1)})
+    with pytest.raises(UserError, match=rf"shape \(1, 4, {width + 1}\)\nThe network takes \(B, L, {width}\)"):
+        pipe(prompt_embeds=wide)
