@@ -26,9 +26,8 @@ def use_tiles(vae: Autoencoder) -> None:
     """
     what, config = f"--vae-tiling: the autoencoder ({type(vae).__name__})", vae.config
     factor, frames = downscale_factor(vae) // _cells(vae), (1,) * _of_videos(vae)
-    channels = (
-        4 if config.get("in_channels") == 4 else 3
-    )  # with alpha; others join pixels into channels themselves
+    # with alpha; others that say more join pixels into channels themselves
+    channels = 4 if config.get("in_channels") == 4 else 3
     with torch.device("meta"), without_reports():
         try:
             trial = type(vae).from_config(config).eval()
@@ -45,14 +44,9 @@ def use_tiles(vae: Autoencoder) -> None:
         }
     for does, fine in works.items():
         if not fine:
-            fix = (
-                " In Python, pipe.vae.enable_tiling() is enough where no image is encoded."
-                if works["decode"]
-                else ""
-            )
-            raise UserError(
-                f"{what} cannot {does} in tiles in this version of diffusers", f"Leave it out.{fix}"
-            )
+            advice = " In Python, pipe.vae.enable_tiling() is enough where no image is encoded."
+            fix = f"Leave it out.{advice if works['decode'] else ''}"
+            raise UserError(f"{what} cannot {does} in tiles in this version of diffusers", fix)
     vae.enable_tiling()
 
 
