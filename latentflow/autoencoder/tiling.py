@@ -16,10 +16,13 @@ _FAILURES = (AttributeError, IndexError, NotImplementedError, RuntimeError, Type
 
 
 @torch.no_grad()
-def use_tiles(vae: Autoencoder) -> None:
+def use_tiles(vae: Autoencoder, *, encodes: bool = True) -> None:
     """Let an autoencoder encode and decode large images in tiles from now on.
 
     A copy without weights is tried first on an image of several tiles, which takes neither memory nor time.
+
+    Args:
+        encodes: it is to encode as well.
 
     Raises:
         UserError: it has no tiles, or diffusers' code for them fails.
@@ -40,7 +43,7 @@ def use_tiles(vae: Autoencoder) -> None:
         latents = torch.zeros(1, latent_channels(vae) // _cells(vae) ** 2, *frames, cells, cells)
         works = {
             "decode": _makes(image, lambda: trial.decode(latents, return_dict=False)[0]),
-            "encode": _makes(latents, lambda: encoded(trial, image)[0]),
+            "encode": not encodes or _makes(latents, lambda: encoded(trial, image)[0]),
         }
     for does, fine in works.items():
         if not fine:

@@ -124,7 +124,7 @@ def open_pipeline(
 
         check_latent_space(pipeline.vae, decoder.to(target))
         if memory.vae_tiling:
-            use_tiles(decoder)
+            use_tiles(decoder, encodes=False)
         use_decoder(pipeline.vae, decoder)
     return pipeline
 

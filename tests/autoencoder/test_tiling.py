@@ -78,6 +78,12 @@ def test_tiles_that_fail_are_refused(vae: Any, fails: str) -> None:
             vae.decode(torch.zeros(1, 4, side // factor, side // factor))
 
 
+def test_one_that_only_decodes_need_not_encode_in_tiles() -> None:
+    vae = hunyuan()
+    use_tiles(vae, encodes=False)
+    assert decode(vae, torch.zeros(1, 4, 12, 12)).shape == (1, 3, 24, 24)
+
+
 def test_an_autoencoder_without_tiles_is_refused() -> None:
     vae = diffusers.AsymmetricAutoencoderKL()
     pipe = diffusers.DiffusionPipeline()
