@@ -58,18 +58,14 @@ def load_adapter(
             f"an adapter named '{name}' is loaded already",
             f"Choose another name, or take that one out first: pipe.delete_adapters('{name}').",
         )
-    active = {
-        part: getattr(pipeline, part).active_adapters()
-        for part, names in pipeline.get_list_adapters().items()
-        if names
-    }
+    active = [(layer, layer.active_adapters) for _, layer in _layers(pipeline)]
     try:
         _load(pipeline, source, name, options)
     except BaseException:
         if new := _adapter_names(pipeline) - before:
             pipeline.delete_adapters([*new])
-            for part, names in active.items():
-                getattr(pipeline, part).set_adapter(names)
+            for layer, names in active:
+                layer.set_adapter(names)
         raise
 
 

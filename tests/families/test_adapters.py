@@ -259,8 +259,9 @@ def test_an_adapter_that_fails_midway_is_taken_out(
     file = with_text_encoder(adapters(name), tmp_path / "both.safetensors")
     few: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
     pipe = over(name)
-    for number in (1, 2):
-        pipe.load_lora_weights(adapters(name, number), adapter_name=f"kept-{number}")
+    kept = with_text_encoder(adapters(name, 1), tmp_path / "kept.safetensors")
+    for number, source in ((1, kept), (2, adapters(name, 2))):
+        pipe.load_lora_weights(source, adapter_name=f"kept-{number}")
     pipe.set_adapters(["kept-1", "kept-2"], [0.5, 0.25])
     before = pipe("red apple", generator=seeded(), **few).images
 
@@ -268,7 +269,7 @@ def test_an_adapter_that_fails_midway_is_taken_out(
         monkeypatch.setattr(type(pipe.text_encoder), "load_adapter", Mock(side_effect=error))
         with pytest.raises(raised):
             pipe.load_lora_weights(file, adapter_name="new")
-        assert pipe.get_list_adapters() == {"unet": ["kept-1", "kept-2"]}
+        assert pipe.get_list_adapters() == {"unet": ["kept-1", "kept-2"], "text_encoder": ["kept-1"]}
         assert pipe.get_active_adapters() == ["kept-1", "kept-2"]
         assert torch.equal(pipe("red apple", generator=seeded(), **few).images, before)
 
