@@ -138,6 +138,11 @@ def reading(file: object, *failures: type[BaseException], fix: str = "") -> Iter
         raise UserError(f"{file} cannot be read: {reason(error)}", fix) from error
 
 
+def with_article(name: object) -> str:
+    """Return the name of a class, or another, behind its article: a FluxPipeline, an AuraFlowPipeline, a UNet."""
+    return f"{'an' if str(name)[:1] in 'AEIO' else 'a'} {name}"
+
+
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the choice that ``name`` was probably meant to be, or None when none is as alike as ``cutoff`` (difflib's
     ratio, from 0 to 1)."""

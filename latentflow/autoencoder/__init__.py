@@ -25,3 +25,4 @@ from .masked import mask_channels as mask_channels
 from .masked import masked_condition as masked_condition
 from .masked import masked_latents as masked_latents
 from .masked import masked_source as masked_source
+from .tiling import use_tiles as use_tiles

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,13 +67,18 @@ def use_decoder(vae: Autoencoder, decoder: Autoencoder) -> None:
     DECODERS[vae] = decoder
 
 
-def open_decoder(name_or_path: str, vae: Autoencoder, device: str | torch.device) -> Autoencoder:
+def open_decoder(
+    name_or_path: str, vae: Autoencoder, device: str | torch.device, **options: Any
+) -> Autoencoder:
     """Open an autoencoder that is to decode the latents of ``vae``, on a device.
+
+    Args:
+        options: of `load_autoencoder`.
 
     Raises:
         UserError: it cannot be loaded, or its latents are others; see `check_latent_space`.
     """
-    decoder = load_autoencoder(name_or_path).to(device)
+    decoder = load_autoencoder(name_or_path, **options).to(device)
     check_latent_space(vae, decoder)
     return decoder
 

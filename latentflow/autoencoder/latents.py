@@ -231,6 +231,14 @@ def check_statistics(vae: Autoencoder) -> None:
             )
 
 
+def encoded(vae: Autoencoder, images: Tensor) -> tuple[Tensor, ...]:
+    """Return what the autoencoder's own ``encode`` makes of images: mean and standard deviation, or latents alone."""
+    result = vae.encode(images)
+    if hasattr(result, "latent_dist"):
+        return result.latent_dist.mean, result.latent_dist.std
+    return (result.latents if hasattr(result, "latents") else result.latent,)
+
+
 def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Encode images into raw latents.
 
@@ -248,12 +256,8 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
     def moments(rows: Tensor) -> tuple[Tensor, ...]:
         placed = _placed(vae, rows / 2.0 + 0.5 if _normalises_itself(vae) else rows)
-        encoded = vae.encode(placed.unsqueeze(2) if video else placed)
-        if hasattr(encoded, "latent_dist"):
-            both = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-            return tuple(part.squeeze(2) for part in both) if video else both
-        raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-        return (raw.float(),)
+        found = encoded(vae, placed.unsqueeze(2) if video else placed)
+        return tuple(part.squeeze(2).float() if video else part.float() for part in found)
 
     require_finite(images, "an image to encode", "Check where it comes from.")
     mean, *std = _finite(vae, moments, images, "latent")

@@ -43,7 +43,10 @@ class DiffusionModel(PretrainedModel):
                 "Name its own pipeline class in model_index.json: a network of 9 channels inpaints, one of 8 is of "
                 "InstructPix2Pix.",
             )
-        if self.has_velocity and self.network.config.get("time_cond_proj_dim") is not None:
+        embeds_guidance = (
+            self.network is not None and self.network.config.get("time_cond_proj_dim") is not None
+        )
+        if self.has_velocity and embeds_guidance:
             raise UserError(
                 "the network takes its guidance scale as an input: it is a latent consistency model",
                 "Of Stable Diffusion 1 or 2: name LatentConsistencyModelPipeline in its model_index.json, and it "
@@ -54,7 +57,7 @@ class DiffusionModel(PretrainedModel):
     def network(self) -> Any:
         """The network, which some of the pipelines call ``unet``."""
         unet = getattr(self.pipeline, "unet", None)
-        return self.pipeline.transformer if unet is None else unet
+        return getattr(self.pipeline, "transformer", None) if unet is None else unet
 
     @property
     def native_size(self) -> Size | None:
@@ -159,7 +162,7 @@ class InpaintableModel(MaskedModel, DiffusionModel):
     @property
     def extra(self) -> tuple[str, ...]:  # type: ignore[override]
         """The mask and the known latents, for a network that was trained to inpaint."""
-        trained = self.network.config.in_channels == 9 and hasattr(self.pipeline, "prepare_mask_latents")
+        trained = extra_channels(self.pipeline) == 5 and hasattr(self.pipeline, "prepare_mask_latents")
         return ("mask", "known") if trained else ()
 
     def mask_channels(self, masks: Tensor, known: Tensor) -> Tensor:
@@ -212,8 +215,12 @@ class StableDiffusionXLModel(InpaintableModel):
 
     def null(self, n: int) -> Rows:
         """Return ``n`` rows of what the pipeline takes without a negative prompt."""
-        _, embeds, _, pooled = self.pipeline.encode_prompt([""])
-        return Rows(self, {"embeds": embeds, "pooled": pooled}).repeat(n)
+
+        def negative(prompts: list[str], **options: Any) -> dict[str, Values]:
+            _, embeds, _, pooled = self.pipeline.encode_prompt(prompts, **options)
+            return {"embeds": embeds, "pooled": pooled}
+
+        return self._encoded(negative, [""], (), {}).repeat(n)
 
     def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
         factor = downscale_factor(self.vae)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Words in names of step-distilled checkpoints.
-_WORDS = ("turbo", "schnell", "lightning", "hyper-sd", "dmd")
+# Words in names of step-distilled checkpoints -> how they are written as whole words.
+_WORDS = {
+    "turbo": "turbo", "schnell": "schnell", "lightning": "lightning", "hyper-sd": "hyper (sd|sdxl)", "dmd": "dmd",
+}  # fmt: skip
+# Words in names such as Z-Image-Turbo, dreamshaperXL_v21TurboDPMSDE and SDXL-DMD2; digits are none.
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 # Steps asked for that are more than this many times those of the checkpoint are reported.
 _FAR = 5
 
@@ -68,13 +73,18 @@ def recognised(pipeline: Any) -> Distilled | None:
         return Distilled(f"the scheduler {scheduled} says that this is", 2, guided=True)
     if scheduled == "EulerAncestralDiscreteScheduler" and settings.get("timestep_spacing") == "trailing":
         return Distilled(f"the scheduler {scheduled} with trailing timesteps says that this is", 4)
-    name = Path(str(config.get("_name_or_path") or "")).name.lower()
-    word = next((word for word in _WORDS if word in name), None)
+    word = word_in(Path(str(config.get("_name_or_path") or "")).name)
     if word is None:
         return None
     steps = 4 if kind.startswith("StableDiffusion") or word == "schnell" else 8
     guided = bool(built.get("guidance_embeds"))
     return Distilled(f"'{word}' in its name suggests", steps, guided, certain=False)
+
+
+def word_in(name: str) -> str | None:
+    """Return the word of a step-distilled checkpoint that the name of a folder or repository has as a whole word."""
+    words = " ".join(_WORD.findall(name)).lower()
+    return next((word for word, written in _WORDS.items() if re.search(rf"\b({written})\b", words)), None)
 
 
 def warn_of_guidance(model: FlowModel, scale: float) -> None:

@@ -62,12 +62,16 @@ class HunyuanImageModel(PretrainedModel):
 
     guidance_argument = "distilled_guidance_scale"
     prompt_options = ()
-    sampling_options = ("distilled_guidance_scale",)
 
     @property
     def embeds_guidance(self) -> bool:  # type: ignore[override]
         """True for the distilled checkpoint."""
-        return bool(self.network.config.guidance_embeds)
+        return self.network is not None and bool(self.network.config.guidance_embeds)
+
+    @property
+    def sampling_options(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The option of the distilled checkpoint; the scale of the other is its guider's."""
+        return ("distilled_guidance_scale",) if self.embeds_guidance else ()
 
     @property
     def usual_guidance(self) -> float:

@@ -10,8 +10,8 @@
 
 A new family is one subclass of `FlowModel` in a file of its own, and one line in ``FAMILIES``. It says how a prompt
 becomes rows (`FlowModel.encode_prompt`) and how its network is evaluated once (`FlowModel.predict`: time, sign and
-layout); the rest is overridden where the family differs. Everything here may be differentiated: sample under
-``torch.no_grad()``.
+layout); the rest is overridden where the family differs. Everything here may be differentiated, except that
+pretrained text encoders encode without gradients: sample under ``torch.no_grad()``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from ..utils.names import as_spelled
 from .distilled import Distilled
 from .edit_defaults import EditDefaults
 from .few_steps import FewSteps
+from .image_input import ImageInputMixin
 from .opening import OpeningMixin
 from .rows import Rows as Rows
 from .rows import Values as Values
@@ -48,7 +49,7 @@ Size: TypeAlias = tuple[int, int]
 _NUMBERS = itertools.count()
 
 
-class FlowModel(OpeningMixin, ABC):
+class FlowModel(OpeningMixin, ImageInputMixin, ABC):
     """A velocity network with its conditioning, latents, path and prediction, guidance, time grid and saving.
 
     It holds no state beside its pipeline's: where adapters, devices or precisions of that change, it follows.
@@ -67,15 +68,8 @@ class FlowModel(OpeningMixin, ABC):
     embeds_guidance: bool = False
     #: the guidance scale that is none
     unguided: float = 1.0
-    #: images beside the noise that the network draws from: those that a prompt speaks of, one that guides it, or one
-    #: whose hole it fills
-    image_input: Literal["none", "reference", "control", "mask"] = "none"
-    #: it cannot draw without a reference
-    needs_images: bool = False
     #: a consistency model alone has none: it jumps to the data
     has_velocity: bool = True
-    #: it draws at the size of the control image where nobody asks for a size, as its stock pipeline does
-    sized_by_control: bool = False
 
     def __init__(self, pipeline: Any, **family_options: Any) -> None:
         if family_options:
@@ -93,11 +87,6 @@ class FlowModel(OpeningMixin, ABC):
     @property
     def takes_classes(self) -> bool:
         """True for a network that is conditioned on a class."""
-        return False
-
-    @property
-    def takes_masks(self) -> bool:
-        """True for a network that was trained to inpaint."""
         return False
 
     @property
@@ -139,29 +128,6 @@ class FlowModel(OpeningMixin, ABC):
     def describe_guidance(self) -> str:
         """Return how a negative prompt takes effect, as the second half of an error."""
         return "Leave it out, or give a guidance scale above 1."
-
-    def check_image_input(self, control: Any = None, fills: bool = False, refers: bool = False) -> None:
-        """Refuse a call without the image that the network needs, or with a control image that it does not take.
-
-        Args:
-            control: the control image of the call; None = not given.
-            fills: the call fills the hole of an image.
-            refers: the prompts of the call draw from images.
-
-        Raises:
-            UserError: says what the checkpoint takes.
-        """
-        wrong = None
-        if self.needs_images and not refers:
-            wrong = "this checkpoint edits an image by instruction, and does nothing else"
-        elif self.image_input == "mask" and not fills:
-            wrong = "this checkpoint fills the hole of an image, and does nothing else"
-        elif self.image_input == "control" and control is None:
-            wrong = "this checkpoint draws under a control image, and none is given"
-        elif self.image_input != "control" and control is not None:
-            wrong = "control_image is given, but this checkpoint takes no control image"
-        if wrong:
-            raise UserError(wrong, self.describe_condition())
 
     def check_condition(
         self, prompt: Any = None, negative_prompt: Any = None, class_labels: Any = None
@@ -304,6 +270,10 @@ class FlowModel(OpeningMixin, ABC):
         rows: Rows = condition
         return rows
 
+    def adopt(self, rows: Rows) -> Rows:
+        """Return rows of another model of this class as rows of this one."""
+        return replace(rows, model=self)
+
     def null(self, n: int) -> Rows:
         """Return ``n`` rows without a condition."""
         return self.encode_prompt([""]).repeat(n)
@@ -311,22 +281,6 @@ class FlowModel(OpeningMixin, ABC):
     def unconditional(self, rows: Rows) -> Rows | None:
         """Return what guidance leads away from by default; None where ``rows`` have nothing to leave out."""
         return replace(self.null(len(rows)), kept=rows.kept)
-
-    def with_known(self, rows: Rows, images: Tensor, masks: Tensor, known: Tensor | None = None) -> Rows:
-        """See `Rows.with_known`.
-
-        Args:
-            known: latents (P, C, h, w) of the images with their holes hidden; default: made from them.
-        """
-        raise UserError("this checkpoint was not trained with masks", "Steer it: latentflow.flow.INPAINTING.")
-
-    def with_control(self, rows: Rows, images: Tensor) -> Rows:
-        """See `Rows.with_control`."""
-        raise UserError("this checkpoint takes no control image", self.describe_condition())
-
-    def known_latents(self, rows: Rows) -> Tensor:
-        """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""
-        raise UserError("these rows have no known images", "Add them: rows.with_known(images, masks).")
 
     # ---------------------------------------------------------------- images and latents
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..errors import UserError, few
+from ..errors import UserError, few, with_article
 from ..utils.components import library_reads, reported_missing
 from ..utils.files import FETCH_AGAIN
 from ..utils.weight_files import check_weight_files
@@ -51,7 +51,7 @@ class OpeningMixin:
         if family is None:
             unknown = f", which is none of the {len(FAMILIES)} pipelines that open"
             more = "" if str(kind) in LEFT_OUT else unknown
-            raise UserError(f"{name_or_path} is a {kind}{more}", what_to_do(str(kind)))
+            raise UserError(f"{name_or_path} is {with_article(kind)}{more}", what_to_do(str(kind)))
         return family(family.open_pipeline(name_or_path, **options), **(family_options or {}))
 
     @classmethod

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import flow
 from ..autoencoder import downscale_factor, latent_channels
-from ..errors import UserError
+from ..errors import UserError, with_article
 from ..flow import Velocity
 from ..flow.tensors import require_finite
 from ..utils.memory import inner_phase, release_memory
@@ -29,12 +29,10 @@ from .distilled import Distilled, recognised
 from .edit_defaults import EditDefaults
 from .model import FlowModel, Generators, Rows, Size, Values
 from .sizes import check_size
+from .text_encoders import TEXT_ENCODERS, absent_encoders_named, embeds_width
 from .truncation import report_lost_words, watched_tokenizers
 
 log = logging.getLogger(__name__)
-
-#: beginnings of the names of components that only encode prompts
-TEXT_ENCODERS = ("text_encoder", "vision_language_encoder")
 
 
 def text_to_image(pipeline: Any) -> Any:
@@ -95,6 +93,8 @@ class PretrainedModel(FlowModel):
         super().__init__(text_to_image(pipeline))
         check_options(self, options)
         self.options = options
+        #: hashes of warnings about prompts, each of which is given once
+        self.reported: set[int] = set()
 
     def option(self, name: str) -> Any:
         """Return an argument of the pipeline's call: as given, or its default."""
@@ -173,7 +173,9 @@ class PretrainedModel(FlowModel):
     # ---------------------------------------------------------------- conditions
 
     def encode_prompt(self, prompts: Sequence[str], images: Sequence[Any] = (), **options: Any) -> Rows:
-        """Return one row for each prompt.
+        """Return one row for each prompt, without gradients: a graph would keep the text encoders in memory.
+
+        ``Rows(model, model.embed(prompts))`` can be differentiated.
 
         Args:
             images: for networks that draw from images, see `ReferenceModel`.
@@ -208,23 +210,14 @@ class PretrainedModel(FlowModel):
         check_prompt_options(self, options)
         # lists of their own, since some pipelines change them
         parts = [[text] for text in texts] if self.one_by_one else [[*texts]]
-        try:
-            with inner_phase("encode prompts"), watched_tokenizers(self.pipeline) as seen:
-                rows = Rows.cat([self.encode_part(embed, part, images, options) for part in parts])
-        except (AttributeError, TypeError, ValueError) as error:  # as the stock pipelines call what is None
-            absent = [
-                name
-                for name, part in self.pipeline.components.items()
-                if part is None and name.startswith((*TEXT_ENCODERS, "tokenizer"))
-            ]
-            if not absent:
-                raise
-            raise UserError(
-                f"prompts are to be encoded, but the pipeline has no {' and no '.join(absent)}",
-                "Load what is missing. Prompts that were encoded before are passed as rows: "
-                "rows = model.encode_prompt([...]), pipe(prompt_embeds=rows).",
-            ) from error
-        report_lost_words(self.pipeline, texts, seen, self.kept_tokens(options))
+        with (
+            torch.no_grad(),
+            inner_phase("encode prompts"),
+            absent_encoders_named(self.pipeline),
+            watched_tokenizers(self.pipeline) as seen,
+        ):
+            rows = Rows.cat([self.encode_part(embed, part, images, options) for part in parts])
+        report_lost_words(self, texts, seen, self.kept_tokens(options))
         for values in rows.values.values():
             for value in values if isinstance(values, list) else [values]:
                 if value.is_floating_point():
@@ -246,14 +239,28 @@ class PretrainedModel(FlowModel):
         What guidance leads away from by default is encoded once more before, and kept.
         """
         if not self.needs_images:  # rows of the others bring it along
-            vars(self)["null"] = self.null(
-                1
-            ).repeat  # in the place of the method, which would need an encoder
+            # in the place of the method, which would need an encoder
+            vars(self)["null"] = self.null(1).repeat
         for name in self.pipeline.components:
             if name.startswith(TEXT_ENCODERS):
                 setattr(self.pipeline, name, None)
         self.pipeline.maybe_free_model_hooks()  # which forgets those that moved them
         release_memory()
+
+    def adopt(self, rows: Rows) -> Rows:
+        """Return rows of another model of this class as rows of this one; see `FlowModel.adopt`.
+
+        Raises:
+            UserError: their embeddings are of another width than the network takes.
+        """
+        width, embeds = embeds_width(self.network.config), rows.values.get("embeds")
+        if rows.model is not self and width and embeds is not None and embeds[0].shape[-1] != width:
+            raise UserError(
+                f"rows of another {type(self).__name__} have embeddings of width {embeds[0].shape[-1]}, but this "
+                f"network takes {width}",
+                "Encode the prompts with this model, or with one that has the same text encoders.",
+            )
+        return super().adopt(rows)
 
     def encode_part(
         self,
@@ -269,7 +276,7 @@ class PretrainedModel(FlowModel):
         """
         if images:
             raise UserError(
-                f"images are given to a {type(self).__name__}, whose prompts do not draw from images",
+                f"images are given to {with_article(type(self).__name__)}, whose prompts do not draw from images",
                 "Edit the image with another method, such as flowedit: see `latentflow edit --help`."
                 if self.image_input == "none"
                 else self.describe_condition(),

@@ -21,7 +21,7 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UserError, few
+from ..errors import UserError, few, with_article
 from ..utils.components import library_reads
 from ..utils.single_files import DOWNLOAD, check_single_file, is_original
 from ..utils.weight_files import weight_files
@@ -56,7 +56,7 @@ def open_single_file(
             f"{source} is a checkpoint of latentflow", "Its folder is the checkpoint: give it alone."
         )
     if family is None:
-        raise UserError(f"{path} belongs to a {kind}, which has no family", what_to_do(kind))
+        raise UserError(f"{path} belongs to {with_article(kind)}, which has no family", what_to_do(kind))
     index = read_index(source, **options)
     network = next((name for name in ("transformer", "unet") if name in index), None)
     if network is None:
@@ -190,7 +190,7 @@ def _network(file: Path, source: str, name: str, kind: str, options: Mapping[str
     """Open a file that holds the network alone, of the class ``kind`` of diffusers."""
     network = getattr(diffusers, kind, None)
     if network is None or kind not in SINGLE_FILE_LOADABLE_CLASSES:
-        raise UserError(f"{file}: diffusers opens no single file of a {kind}", _FOLDER)
+        raise UserError(f"{file}: diffusers opens no single file of {with_article(kind)}", _FOLDER)
     given = _with_dtype({**hub_options(options), **_dtype(options)})
     if file.suffix.lower() == ".gguf":
         given |= {"torch_dtype": torch.bfloat16, **_dtype(options)}

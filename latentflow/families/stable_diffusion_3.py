@@ -61,20 +61,28 @@ class StableDiffusion3Model(PretrainedModel):
         times: Tensor | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> Velocity:
-        """Return the velocity; see `FlowModel.velocity`. Skip-layer guidance takes two more evaluations."""
-        guided = super().velocity(rows, guidance_scale, negative, times, interval)
+        """Return the velocity; see `FlowModel.velocity`. Skip-layer guidance takes one more evaluation."""
         layers = self.option("skip_guidance_layers")
         scale = self.guidance(guidance_scale)
         if not layers or scale == self.unguided:
-            return guided
+            return super().velocity(rows, guidance_scale, negative, times, interval)
         blocks = len(self.network.transformer_blocks)
         if not all(isinstance(layer, int) and 0 <= layer < blocks for layer in layers):
             raise UserError(
                 f"skip_guidance_layers is {shown(layers)}", f"Give numbers of blocks, 0 to {blocks - 1}."
             )
-        without = copy(self)
+        without, keeping, kept = copy(self), copy(self), {}
         without.skipped = layers
-        alone, led_from = self._bound(rows, times, scale), without._bound(rows, times, scale)
+        led_from = without._bound(rows, times, scale)
+
+        def keep(guided: Tensor, alone: Tensor) -> Tensor:
+            kept["alone"] = alone
+            return guided
+
+        keeping.adjust_guided = keep
+        guided = super(StableDiffusion3Model, keeping).velocity(
+            rows, guidance_scale, negative, times, interval
+        )
         strength = float(self.option("skip_layer_guidance_scale"))
         start, stop = (self.option(f"skip_layer_guidance_{name}") for name in ("start", "stop"))
         side = self.native_side or 1024
@@ -87,7 +95,7 @@ class StableDiffusion3Model(PretrainedModel):
             step = int((grid <= now + 1e-6).sum()) - 1
             if not (start * steps < step < stop * steps and interval[0] <= now <= interval[1]):
                 return velocity
-            away: Tensor = alone(x, t) - led_from(x, t)
+            away: Tensor = kept.pop("alone") - led_from(x, t)
             return velocity + strength * away
 
         return led

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import few, shown
+
+if TYPE_CHECKING:
+    from .pretrained import PretrainedModel
 
 log = logging.getLogger(__name__)
 #: name of a text encoder that is not known
@@ -42,21 +44,26 @@ def watched_tokenizers(pipeline: Any) -> Iterator[list[Tokenized]]:
 
 
 def report_lost_words(
-    pipeline: Any, prompts: Sequence[str], seen: Sequence[Tokenized], limits: Mapping[str, int]
+    model: PretrainedModel, prompts: Sequence[str], seen: Sequence[Tokenized], limits: Mapping[str, int]
 ) -> None:
-    """Log one warning that quotes the words that encoders do not see; the same warning only once.
+    """Log one warning that quotes the words that encoders do not see; the same warning only once for a model.
 
     Args:
+        model: its ``reported`` keeps a hash of each warning.
         seen: see `watched_tokenizers`.
         limits: name of a tokenizer -> number of tokens of a text that the pipeline itself keeps.
     """
+    pipeline = model.pipeline
     lost = lost_words(pipeline, prompts, seen, limits)
     if lost:
         unseen = [f"{_encoder(pipeline, part)} does not see {shown(words)}" for part, words in lost]
         blind = {_encoder(pipeline, part) for part, _ in lost}
         whole = sorted({_encoder(pipeline, entry.part) for entry in seen} - blind - {ANY})
         rest = [f"{few(whole)} sees all of it"] if whole else []
-        _warn(f"the prompt is too long: {'; '.join([*unseen, *rest])}")
+        line = f"the prompt is too long: {'; '.join([*unseen, *rest])}"
+        if hash(line) not in model.reported:
+            model.reported.add(hash(line))
+            log.warning("%s", line)
 
 
 def lost_words(
@@ -73,11 +80,6 @@ def lost_words(
         if words := _lost_words(tokenizers[entry.part], prompts, entry, kept):
             lost[entry.part, words] = None
     return [*lost]
-
-
-@lru_cache(maxsize=1024)
-def _warn(line: str) -> None:
-    log.warning(line)
 
 
 def _tokenizers(pipeline: Any) -> dict[str, Any]:

@@ -26,8 +26,10 @@ def check_memory_flags(memory: MemoryConfig, device: str) -> None:
 
     Raises:
         UserError: weights are to wait in main memory, but there is no GPU that they would wait for; a library is
-            missing.
+            missing; a variant has no name.
     """
+    if memory.variant == "":
+        raise UserError("--variant is empty", "Name the variant, such as fp16, or leave it out.")
     if memory.offload is not None and device == "cpu":
         raise UserError(
             f"--offload {memory.offload} needs a GPU: without one, all weights are in main memory already",
@@ -75,6 +77,13 @@ def loading_options(memory: MemoryConfig, source: str, device: str) -> dict[str,
     if memory.quantize is not None:
         options["quantization_config"] = quantization(memory.quantize, source)
     return options
+
+
+def decoder_options(memory: MemoryConfig) -> dict[str, Any]:
+    """Return the options of ``load_autoencoder`` that the flags ask for, of an autoencoder beside the checkpoint's."""
+    import torch
+
+    return {} if memory.dtype == "auto" else {"torch_dtype": getattr(torch, memory.dtype)}
 
 
 def quantization(kind: str, source: str) -> PipelineQuantizationConfig:
@@ -125,10 +134,11 @@ def place(pipe: Any, device: str, memory: MemoryConfig) -> Any:
     """
     import torch
 
+    from ..autoencoder import use_tiles
     from ..utils.memory import memory_phase
 
     if memory.vae_tiling:
-        tile(pipe.vae)
+        use_tiles(pipe.vae)
     with memory_phase("load"):
         if memory.offload is None:
             pipe.to(device)
@@ -140,17 +150,3 @@ def place(pipe: Any, device: str, memory: MemoryConfig) -> Any:
             stream = torch.device(device).type == "cuda"  # the next layers are fetched while these compute
             pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=stream)
     return pipe
-
-
-def tile(vae: Any) -> None:
-    """Let an autoencoder work on large images in tiles.
-
-    Raises:
-        UserError: it cannot.
-    """
-    try:
-        vae.enable_tiling()
-    except (AttributeError, NotImplementedError) as error:
-        raise UserError(
-            f"--vae-tiling: the autoencoder, a {type(vae).__name__}, has no tiles", "Leave it out."
-        ) from error

@@ -21,7 +21,7 @@ from ..utils.files import (
 )
 from ..utils.flags import parse_options
 from ..utils.single_files import check_single_file, is_single_file
-from .memory import check_memory_flags, loading_options, place, tile
+from .memory import check_memory_flags, decoder_options, loading_options, place
 
 if TYPE_CHECKING:
     from ..pipeline.base import FlowPipeline
@@ -90,6 +90,11 @@ def open_pipeline(
     target = fastest_device() if device == "auto" else check_device(device)
     check_memory_flags(memory, target)
     quiet_libraries()
+    decoder = None
+    if adapters is not None and adapters.vae is not None:
+        from ..autoencoder import load_autoencoder
+
+        decoder = load_autoencoder(adapters.vae, **decoder_options(memory))  # a wrong one is noticed at once
     pipeline: P
     if unfinished_run(source):
         if memory != replace(memory, dtype="auto", quantize=None, variant=None):
@@ -114,12 +119,12 @@ def open_pipeline(
     if adapters is not None:
         add_adapters(pipeline, adapters, source)
     pipeline = place(pipeline, target, memory)
-    if adapters is not None and adapters.vae is not None:
-        from ..autoencoder import open_decoder, use_decoder
+    if decoder is not None:
+        from ..autoencoder import check_latent_space, use_decoder, use_tiles
 
-        decoder = open_decoder(adapters.vae, pipeline.vae, target)
+        check_latent_space(pipeline.vae, decoder.to(target))
         if memory.vae_tiling:
-            tile(decoder)
+            use_tiles(decoder, encodes=False)
         use_decoder(pipeline.vae, decoder)
     return pipeline
 

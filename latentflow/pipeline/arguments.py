@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Self, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import UserError, finite, lookup, nearest, plural, shown, unknown, whole
+from ..errors import UserError, finite, lookup, nearest, plural, shown, unknown, whole, with_article
 from ..families.model import FlowModel, Generators, Rows, Size
 from ..families.sizes import check_size
 from ..flow import SOLVERS, Solver
@@ -239,7 +239,13 @@ def _interval(name: str, value: Any) -> tuple[float, float]:
 
 
 def _embeds(name: str, value: Any) -> Tensor | Rows:
-    return value if isinstance(value, Rows) else _tensor("(B, L, D)")(name, value)
+    if isinstance(value, Rows):
+        return value
+    if not isinstance(value, Tensor):
+        fix = "Pass rows: pipe.model.encode_prompt([...]). Models of latentflow also take a tensor (B, L, D)."
+        raise UserError(f"{name} is {shown(value)}", fix)
+    tensor: Tensor = _tensor("(B, L, D)")(name, value)
+    return tensor
 
 
 def _autoencoder(name: str, value: Any) -> Any:
@@ -404,10 +410,11 @@ def check_embeds(
     """
     if text is not None and embeds is not None:
         raise UserError(f"both {name} and {name}_embeds are given", "Pass one of them.")
+    text_embeds: Any = embeds
     if isinstance(embeds, Rows):
         check_rows(model, name, embeds, mask)
-        return
-    shape = None if embeds is None else tuple(embeds.shape)
+        text_embeds = embeds.values.get("text")  # of our own models
+    shape = None if text_embeds is None else tuple(text_embeds.shape)
     if mask is not None and (shape is None or tuple(mask.shape) != shape[:2]):
         raise UserError(
             f"{name}_attention_mask has shape {tuple(mask.shape)}, {name}_embeds {shape}",
@@ -418,14 +425,17 @@ def check_embeds(
 
 
 def check_rows(model: FlowModel, name: str, rows: Rows, mask: Tensor | None) -> None:
-    """Refuse rows ``name``_embeds that another kind of model has made, or a mask beside them.
+    """Refuse rows ``name``_embeds that another kind of model has made, none at all, or a mask beside them.
 
     Raises:
         UserError: says which.
     """
+    if not len(rows):
+        raise UserError(f"{name}_embeds hold no rows", "Pass at least one row.")
     if type(rows.model) is not type(model):
+        theirs, own = (with_article(type(each).__name__) for each in (rows.model, model))
         raise UserError(
-            f"{name}_embeds are rows of a {type(rows.model).__name__}, but the model is a {type(model).__name__}",
+            f"{name}_embeds are rows of {theirs}, but the model is {own}",
             "Encode the prompts with this model: pipe.model.encode_prompt([...]).",
         )
     if mask is not None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..autoencoder import downscale_factor, latent_channels
 from ..autoencoder.latents import check_statistics
-from ..errors import UserError, reason
+from ..errors import UserError, reason, with_article
 from ..families import FAMILIES, FlowModel, family_of
 from ..families.few_steps import FewSteps
 from ..families.index import hub_options, pipeline_class
@@ -296,7 +296,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         kind = index.get("_class_name")
         if kind not in (*FAMILY, cls.__name__):
             raise UserError(
-                f"{folder} is a {kind}, no checkpoint of latentflow"
+                f"{folder} is {with_article(kind)}, no checkpoint of latentflow"
                 if isinstance(kind, str)
                 else f"{file} does not say of which class the pipeline is",
                 "Give a folder that latentflow has written, such as RUN/pipeline.",
@@ -355,7 +355,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         if model is not None:
             if kwargs:
                 raise UserError(
-                    f"{next(iter(kwargs))} is given beside a {type(model.pipeline).__name__}",
+                    f"{next(iter(kwargs))} is given beside {with_article(type(model.pipeline).__name__)}",
                     "Change that pipeline itself, and pass it alone.",
                 )
             return over_model(cls, model)
@@ -363,7 +363,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         if not isinstance(pipeline, FlowPipeline) and not isinstance(network, tuple(MODELS.values())):
             kind = type(pipeline).__name__
             raise UserError(
-                f"a {kind} is none of the {len(FAMILIES)} pipelines that open",
+                f"{with_article(kind)} is none of the {len(FAMILIES)} pipelines that open",
                 what_to_do(kind),
             )
         if not isinstance(pipeline, FlowPipeline) and "torch_dtype" not in kwargs:

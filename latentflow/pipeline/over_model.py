@@ -18,7 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from ..autoencoder import downscale_factor
-from ..errors import UserError
+from ..errors import UserError, with_article
 from ..families import FlowModel, Rows
 from ..families.model import Size
 from .arguments import ConditionArguments
@@ -104,7 +104,7 @@ class ModelPipeline(CallMixin):
         model, embeds, negative_embeds = self.model, asked.prompt_embeds, asked.negative_prompt_embeds
         if isinstance(embeds, Tensor) or isinstance(negative_embeds, Tensor):
             raise UserError(
-                f"embeddings of prompts are given to a {type(model).__name__} as a tensor",
+                f"embeddings of prompts are given to {with_article(type(model).__name__)} as a tensor",
                 "A pretrained model takes rows: prompt_embeds=pipe.model.encode_prompt([...]), "
                 "negative_prompt_embeds=pipe.model.encode_negative([...]).",
             )
@@ -118,6 +118,8 @@ class ModelPipeline(CallMixin):
         )
         if asked.class_labels is not None:
             rows = model.encode_class(_listed(asked.class_labels))
+        elif embeds is not None:
+            rows = model.adopt(embeds)
         else:
             encode: Callable[..., Rows] = model.encode_prompt
             if asked.references is not None:
@@ -125,7 +127,7 @@ class ModelPipeline(CallMixin):
                 # a callback may switch guidance on
                 guided = model.true_guidance(self.guidance_scale) != 1.0 or bool(asked.callback_on_step_end)
                 encode = partial(encode, guided=guided and not given)
-            rows = embeds or _encoded(encode, _listed(asked.prompt), asked.references, limit)
+            rows = _encoded(encode, _listed(asked.prompt), asked.references, limit)
         negative = None
         if asked.negative_prompt is not None or negative_embeds is not None:
             if model.true_guidance(self.guidance_scale) == 1.0:
@@ -134,11 +136,20 @@ class ModelPipeline(CallMixin):
                     f"{self.guidance_scale:g}",
                     model.describe_guidance(),
                 )
-            negative = negative_embeds
-            if negative is None:
+            if negative_embeds is not None:
+                negative = model.adopt(negative_embeds)
+            else:
                 texts = _listed(asked.negative_prompt)
                 negative = _encoded(model.encode_negative, texts, asked.references, limit)
             negative = negative.repeat(len(rows) // len(negative))
+        elif (
+            embeds is not None
+            and embeds.model is not model
+            and model.true_guidance(self.guidance_scale) != 1.0
+        ):
+            # By the model that has encoded the prompts: this one may have no text encoders.
+            unconditional = embeds.model.unconditional(embeds)
+            negative = None if unconditional is None else model.adopt(unconditional)
         places = [row for row in range(len(rows)) for _ in range(asked.num_images_per_prompt)]
         places *= count // len(places)
         return rows[places], None if negative is None else negative[places]

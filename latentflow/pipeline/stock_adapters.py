@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import UserError, few, plural
+from ..errors import UserError, few, plural, with_article
 from ..utils.components import is_finite, library_reads, without_reports
 from ..utils.libraries import missing
 from .adapter_layouts import model_of
@@ -31,7 +32,9 @@ _FIRST_FACTOR = re.compile(r"[._](lora_A|lora_down|lora\.down|lora_linear_layer\
 def load_adapter(
     pipeline: Any, source: str | os.PathLike[str] | Mapping[str, Tensor], name: str | None, **options: Any
 ) -> None:
-    """Load an adapter into a stock pipeline.
+    """Load an adapter into a stock pipeline; one that is refused leaves the pipeline as it was.
+
+    Layers of text encoders that the pipeline lacks are left out, with a warning.
 
     Args:
         pipeline: a pipeline of diffusers.
@@ -40,33 +43,61 @@ def load_adapter(
         options: of the pipeline's own ``load_lora_weights``.
 
     Raises:
-        UserError: peft is missing; the pipeline has no loader; the adapter cannot be read, is not finite,
-            or half of its layers or more have no place in this model; the model that it was made for is named where
-            its names tell it.
+        UserError: peft is missing; the pipeline has no loader; the name is taken; the adapter cannot be read, is not
+            finite, or half of its layers or more have no place in this model; the model that it was made for is named
+            where its names tell it.
     """
     if not USE_PEFT_BACKEND:
         raise missing("adapters need", "peft")
     kind = type(pipeline).__name__
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"diffusers' {kind} loads no adapters", "Leave the adapter out.")
+    before = _adapter_names(pipeline)
+    if name in before:
+        raise UserError(
+            f"an adapter named '{name}' is loaded already",
+            f"Choose another name, or take that one out first: pipe.delete_adapters('{name}').",
+        )
+    active = [(layer, layer.active_adapters) for _, layer in _layers(pipeline)]
+    try:
+        _load(pipeline, source, name, options)
+    except BaseException:
+        if new := _adapter_names(pipeline) - before:
+            pipeline.delete_adapters([*new])
+            for layer, names in active:
+                layer.set_adapter(names)
+        raise
+
+
+def _load(
+    pipeline: Any, source: str | os.PathLike[str] | Mapping[str, Tensor], name: str | None, options: Any
+) -> None:
+    """Load an adapter and check it; see `load_adapter`. An adapter that is refused may still be there afterwards."""
     shown, hint = "the adapter", ""
     if not isinstance(source, Mapping):
         shown, hint = f"the adapter {source}", _made_for(Path(source))
-    fix = f"Give a LoRA that was trained for this model, a {kind}.{hint}"
-    names = {name for part in pipeline.get_list_adapters().values() for name in part}
-    with library_reads(shown, fix=fix):
+    kind = type(pipeline).__name__
+    fix = f"Give a LoRA that was trained for this model, {with_article(kind)}.{hint}"
+    before = _adapter_names(pipeline)
+    with library_reads(shown, fix=fix), _absent_encoders_skipped(pipeline):
         pipeline.load_lora_weights(source, adapter_name=name, **options)
-    new = {name for part in pipeline.get_list_adapters().values() for name in part} - names
+    new = _adapter_names(pipeline) - before
     loaded = [(where, layer) for where, layer in _layers(pipeline) if new & {*layer.lora_A}]
-    if not loaded:
-        raise UserError(f"{shown} has no layer of this model", fix)
     with without_reports():
         state = pipeline.lora_state_dict({**source} if isinstance(source, Mapping) else source, **options)
-    state = state[0] if isinstance(state, tuple) else state
-    asked = sum(_FIRST_FACTOR.search(key) is not None for key in state)
+    keys = [key for key in (state[0] if isinstance(state, tuple) else state) if _FIRST_FACTOR.search(key)]
+    absent = {part for part, value in pipeline.components.items() if value is None}
+    skipped = [key for key in keys if key.partition(".")[0] in absent]
+    if skipped:
+        lacking = few(sorted({key.partition(".")[0] for key in skipped}))
+        log.warning(
+            "left out, as the pipeline has no %s: %s of %s", lacking, plural(len(skipped), "layer"), shown
+        )
+    if not loaded:
+        raise UserError(f"{shown} has no layer of this model", fix)
+    asked = len(keys) - len(skipped)
     left_out = plural(asked - len(loaded), "layer")
     if len(loaded) <= asked / 2:  # families name some layers alike
-        pipeline.delete_adapters([*new])
         raise UserError(f"{left_out} of {shown} have no place in this model, {len(loaded)} have", fix)
     damaged = [
         where
@@ -76,10 +107,29 @@ def load_adapter(
         if not is_finite(factors[adapter].weight)
     ]
     if damaged:
-        pipeline.delete_adapters([*new])
         raise UserError(f"{shown} is not finite in {few(damaged, 3)}", "Copy or download it again.")
     if len(loaded) < asked:
         log.warning("left out for lack of a place in this %s: %s of %s", kind, left_out, shown)
+
+
+def _adapter_names(pipeline: Any) -> set[str]:
+    return {name for part in pipeline.get_list_adapters().values() for name in part}
+
+
+@contextmanager
+def _absent_encoders_skipped(pipeline: Any) -> Iterator[None]:
+    """Let the pipeline's loader pass over the layers of text encoders that the pipeline lacks, within."""
+    load = getattr(pipeline, "load_lora_into_text_encoder", None)
+
+    def load_if_there(*given: Any, text_encoder: Any, **options: Any) -> None:
+        if text_encoder is not None and load is not None:
+            load(*given, text_encoder=text_encoder, **options)
+
+    vars(pipeline)["load_lora_into_text_encoder"] = load_if_there
+    try:
+        yield
+    finally:
+        del vars(pipeline)["load_lora_into_text_encoder"]
 
 
 def _layers(pipeline: Any) -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import AdapterChoice, MemoryConfig
 from ..errors import UserError, finite, unknown, whole
 from ..inference.images import read_image
+from ..inference.memory import decoder_options
 from ..inference.opening import SHIPPED, local_folder, open_pipeline
 from ..inference.sample import (
     BATCH,
@@ -375,12 +376,19 @@ class InferenceServer:
         Raises:
             UserError: it cannot be loaded, or its latents are not the checkpoint's.
         """
-        if self.preview_vae is not None and self.preview_vae not in self._previews:
-            from ..autoencoder import open_decoder
+        if self.preview_vae is None:
+            return None
+        with self._sampling:  # while it is tried, it decodes in the place of the checkpoint's own
+            if self.preview_vae not in self._previews:
+                from ..autoencoder import open_decoder
 
-            device = pipe._execution_device
-            self._previews[self.preview_vae] = open_decoder(self.preview_vae, pipe.vae, device)
-        return self._previews.get(self.preview_vae)
+                self._previews[self.preview_vae] = open_decoder(
+                    self.preview_vae,
+                    pipe.vae,
+                    pipe._execution_device,
+                    **decoder_options(self._memory or MemoryConfig()),
+                )
+        return self._previews[self.preview_vae]
 
     def _sample(
         self, kind: str, request: GenerationRequest, progress: Progress, **settings: Any

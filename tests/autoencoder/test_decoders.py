@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,12 +14,22 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow import LatentFlowPipeline, load_autoencoder
-from latentflow.autoencoder import check_latent_space, decode, decoded_by, encode, use_decoder
+from latentflow.autoencoder import (
+    check_latent_space,
+    decode,
+    decoded_by,
+    encode,
+    latent_channels,
+    use_decoder,
+)
+from latentflow.autoencoder.latents import DECODERS
 from latentflow.autoencoder.tiny import AutoencoderTinyGroupNorm
+from latentflow.config import AdapterChoice, MemoryConfig
 from latentflow.errors import UserError
+from latentflow.inference.opening import open_pipeline
 
 from ..families.test_pretrained import opened
-from ..families.tiny import TINY
+from ..families.tiny import TINY, checkpoint
 from .tiny import AUTOENCODERS
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "emoji-64"
@@ -152,3 +163,28 @@ def test_images_are_decoded_by_another_autoencoder(load_program: Any, tmp_path: 
     tiny(8, 8).save_pretrained(tmp_path / "tiny")
     with pytest.raises(UserError, match="8 channels and cells of 8 x 8 pixels"):
         load_program("generate").main([*line, str(tmp_path / "no.png"), "--vae", str(tmp_path / "tiny")])
+
+
+def test_the_other_autoencoder_has_the_precision_that_is_asked_for(tmp_path: Path) -> None:
+    checkpoint("StableDiffusion3Pipeline").save_pretrained(tmp_path / "sd3")
+    vae = tiny(latent_channels(checkpoint("StableDiffusion3Pipeline").vae), 2)
+    vae.save_pretrained(tmp_path / "tiny")
+    for flag, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        pipe = open_pipeline(
+            LatentFlowPipeline,
+            str(tmp_path / "sd3"),
+            "cpu",
+            AdapterChoice(vae=str(tmp_path / "tiny")),
+            MemoryConfig(dtype=flag),
+        )
+        assert DECODERS[pipe.vae].dtype == dtype
+        pipe.set_progress_bar_config(disable=True)
+        drawn = pipe("red apple", num_inference_steps=1, height=16, width=16, output_type="pt").images
+        assert drawn.shape == (1, 3, 16, 16) and torch.isfinite(drawn).all()
+
+
+def test_another_autoencoder_that_is_missing_is_noticed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the checkpoint is loaded, which may take minutes."""
+    monkeypatch.setattr(LatentFlowPipeline, "from_pretrained", Mock(side_effect=AssertionError("loaded")))
+    with pytest.raises(UserError, match="no autoencoder at '/nowhere/taesd'"):
+        open_pipeline(LatentFlowPipeline, None, "cpu", AdapterChoice(vae="/nowhere/taesd"))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -201,6 +202,72 @@ def test_an_adapter_that_is_damaged(adapters: Callable[..., Path], tmp_path: Pat
     with pytest.raises(UserError, match=r"nan\.safetensors is not finite in transformer\."):
         pipe.load_lora_weights(tmp_path / "nan.safetensors")
     assert not any(pipe.get_list_adapters().values())
+
+
+def with_text_encoder(folder: Path, to: Path) -> Path:
+    """Write the adapter of a folder with a layer of the first text encoder added."""
+    tensors = load_file(next(folder.iterdir()))
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    width = checkpoint("StableDiffusionXLPipeline").text_encoder.config.hidden_size
+    tensors |= {
+        f"{layer}.lora_A.weight": torch.ones(2, width),
+        f"{layer}.lora_B.weight": torch.ones(width, 2),
+    }
+    save_file(tensors, to, {"format": "pt"})
+    return to
+
+
+def test_layers_of_text_encoders_that_were_dropped_are_left_out(
+    adapters: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rest is loaded, and draws what the adapter without them does."""
+    name = "StableDiffusionXLPipeline"
+    file = with_text_encoder(adapters(name), tmp_path / "both.safetensors")
+    few: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
+    images = []
+    for source in (load_file(next(adapters(name).iterdir())), file):
+        pipe = over(name)
+        rows = pipe.model.encode_prompt(["red apple"])
+        pipe.model.drop_text_encoders()
+        base = pipe(prompt_embeds=rows, generator=seeded(), **few).images
+        with caplog.at_level(logging.WARNING, logger="latentflow"):
+            pipe.load_lora_weights(source)
+        images.append(pipe(prompt_embeds=rows, generator=seeded(), **few).images)
+    assert torch.equal(*images) and (images[0] - base).abs().max() > 0.01
+    assert caplog.messages == [
+        f"left out, as the pipeline has no text_encoder: 1 layer of the adapter {file}"
+    ]
+
+
+def test_an_adapter_that_fails_midway_is_taken_out(
+    adapters: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader changes one component after the other: an error in the second leaves nothing of the first."""
+    name = "StableDiffusionXLPipeline"
+    file = with_text_encoder(adapters(name), tmp_path / "both.safetensors")
+    few: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
+    pipe = over(name)
+    kept = with_text_encoder(adapters(name, 1), tmp_path / "kept.safetensors")
+    for number, source in ((1, kept), (2, adapters(name, 2))):
+        pipe.load_lora_weights(source, adapter_name=f"kept-{number}")
+    pipe.set_adapters(["kept-1", "kept-2"], [0.5, 0.25])
+    before = pipe("red apple", generator=seeded(), **few).images
+
+    for error, raised in ((ValueError("no such layer"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        monkeypatch.setattr(type(pipe.text_encoder), "load_adapter", Mock(side_effect=error))
+        with pytest.raises(raised):
+            pipe.load_lora_weights(file, adapter_name="new")
+        assert pipe.get_list_adapters() == {"unet": ["kept-1", "kept-2"], "text_encoder": ["kept-1"]}
+        assert pipe.get_active_adapters() == ["kept-1", "kept-2"]
+        assert torch.equal(pipe("red apple", generator=seeded(), **few).images, before)
+
+
+def test_a_name_that_is_taken_is_refused(adapters: Callable[..., Path]) -> None:
+    pipe = over("FluxPipeline")
+    pipe.load_lora_weights(adapters("FluxPipeline"), adapter_name="one")
+    with pytest.raises(UserError, match=r"named 'one' is loaded already\nChoose another name"):
+        pipe.load_lora_weights(adapters("FluxPipeline", 1), adapter_name="one")
+    assert pipe.get_list_adapters() == {"transformer": ["one"]}
 
 
 def test_the_page_holds_one_pretrained_model(

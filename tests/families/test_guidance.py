@@ -15,6 +15,7 @@ from torch import Tensor
 from latentflow import FlowModel, LatentFlowPipeline
 from latentflow.errors import UserError
 from latentflow.families import FAMILIES
+from latentflow.families.distilled import word_in
 from latentflow.families.pretrained import PretrainedModel
 from latentflow.flow import integrate
 
@@ -58,6 +59,24 @@ def test_skip_layer_guidance_is_the_stock_pipeline_s() -> None:
     assert (ours - plain).abs().max() > 1e-3
     alone = images(name, drawn(name, model.velocity(rows, 1.0, times=times), times))
     torch.testing.assert_close(alone, stock(name, guidance_scale=1.0, **SKIPPED), rtol=0.0, atol=1e-5)
+
+
+def test_skip_layer_guidance_costs_what_it_costs_the_stock_pipeline() -> None:
+    """One evaluation more in a step where it leads, none elsewhere."""
+    name, calls = "StableDiffusion3Pipeline", [0, 0]
+    model, times = model_of(checkpoint(name), **SKIPPED), grid(name, 10)
+
+    def count(*given: Any) -> None:
+        calls[ours] += 1
+
+    handle = model.network.register_forward_hook(count)
+    for ours in (False, True):
+        if ours:
+            drawn(name, model.velocity(model.encode_prompt(PROMPTS), times=times), times)
+        else:
+            stock(name, PROMPTS[:1], **SKIPPED, num_inference_steps=10)
+    handle.remove()
+    assert calls == [16, 16]
 
 
 def test_skip_layer_guidance_on_any_solver_s_grid_is_of_the_same_times() -> None:
@@ -267,6 +286,36 @@ def test_a_name_that_says_turbo_is_a_warning(tmp_path: Path, caplog: pytest.LogC
         "'turbo' in its name suggests a step-distilled checkpoint: it draws in about 8 steps, without guidance, "
         "and guidance_scale is 5 (none is 0)"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("Z-Image-Turbo", "turbo"),
+        ("sd_xl_turbo_1.0", "turbo"),
+        ("dreamshaperXL_v21TurboDPMSDE", "turbo"),
+        ("FLUX.1-schnell", "schnell"),
+        ("SDXL-Lightning-4steps", "lightning"),
+        ("Hyper-SD", "hyper-sd"),
+        ("Hyper-SDXL-8steps", "hyper-sd"),
+        ("dmd2-sdxl", "dmd"),
+        ("turbofan-photos", None),
+        ("turboprops", None),
+        ("admd", None),
+        ("hyper-sdr", None),
+        ("", None),
+    ],
+)
+def test_words_in_names_are_whole_words(name: str, word: str | None) -> None:
+    assert word_in(name) == word
+
+
+def test_an_option_without_effect_is_refused() -> None:
+    """HunyuanImage takes the scale as an input only where it is distilled."""
+    options = {"distilled_guidance_scale": 2.0}
+    with pytest.raises(UserError, match="distilled_guidance_scale is no option of HunyuanImagePipeline here"):
+        model_of(checkpoint("HunyuanImagePipeline"), **options)
+    assert model_of(checkpoint("HunyuanImagePipeline-distilled"), **options).usual_guidance == 2.0
 
 
 # ---------------------------------------------------------------- encoders that are left out

@@ -73,6 +73,16 @@ def test_each_encoder_is_named_and_the_words_quoted(caplog: pytest.LogCaptureFix
     )
 
 
+def test_each_pipeline_reports_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A second one of the same class reports the same prompt anew; none keeps it."""
+    prompt, pipe = "house " * 90, checkpoint("StableDiffusionPipeline")
+    first, second = (type(opened("StableDiffusionPipeline")[1])(pipe) for _ in range(2))
+    for model in (first, first, second):
+        model.encode_prompt([prompt])
+    assert len([record for record in caplog.records if "too long" in record.getMessage()]) == 2
+    assert all(isinstance(entry, int) for entry in first.reported)
+
+
 def test_a_prompt_that_fits_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), torch.no_grad():
         for name in TEXT:

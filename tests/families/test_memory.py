@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentflow import FlowModel, LatentFlowEditPipeline, LatentFlowInpaintPipeline, LatentFlowPipeline
+from latentflow.config import MemoryConfig
 from latentflow.errors import UserError
 from latentflow.families import FAMILIES
+from latentflow.inference.memory import check_memory_flags
 from latentflow.utils.files import SHIPPED_CHECKPOINTS
 from latentflow.utils.memory import OutOfMemory, memory_phase
 
@@ -123,6 +125,11 @@ def test_a_folder_of_a_variant_alone_names_it(folders: Callable[..., Path]) -> N
         load(folders(name), name, variant="fp16")
     with pytest.raises(UserError, match=r"variant=bf16.*has none\nThere are fp16\."):
         load(half, name, variant="bf16")
+
+
+def test_a_variant_without_a_name_is_refused() -> None:
+    with pytest.raises(UserError, match="--variant is empty"):
+        check_memory_flags(MemoryConfig(variant=""), "cpu")
 
 
 def test_components_that_are_placed(folders: Callable[..., Path]) -> None:
@@ -362,7 +369,6 @@ def test_flags_of_precision(
 
 
 def test_a_pretrained_model_is_as_stored_on_a_gpu(folders: Callable[..., Path]) -> None:
-    from latentflow.config import MemoryConfig
     from latentflow.inference.memory import loading_options
 
     folder = str(folders("FluxPipeline"))
@@ -372,7 +378,6 @@ def test_a_pretrained_model_is_as_stored_on_a_gpu(folders: Callable[..., Path]) 
 
 
 def test_a_single_file_as_it_is_stored(folders: Callable[..., Path], tmp_path: Path) -> None:
-    from latentflow.config import MemoryConfig
     from latentflow.inference.memory import loading_options
 
     name, file = "ZImagePipeline", tmp_path / "network.safetensors"

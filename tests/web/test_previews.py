@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
 
-from latentflow import load_autoencoder
-from latentflow.autoencoder import downscale_factor, latent_channels
+from latentflow import autoencoder, load_autoencoder
+from latentflow.autoencoder import downscale_factor, latent_channels, open_decoder
 from latentflow.errors import UserError
 from latentflow.web.inference_server import GenerationRequest, InferenceServer
 
@@ -54,6 +56,28 @@ def test_an_autoencoder_of_other_latents_is_refused(caption_checkpoint: Path, tm
     )
     with pytest.raises(UserError, match="7 channels"):
         server.generate(GenerationRequest(prompt="red", steps=1), lambda done, total, what: None)
+
+
+def test_two_first_requests_open_it_once(
+    caption_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not while another image is drawn: its check lets it decode for the checkpoint's own for a moment."""
+    server = InferenceServer(
+        str(caption_checkpoint), "cpu", preview_vae=tiny(caption_checkpoint, tmp_path / "v")
+    )
+    opened = []
+
+    def opening(*given: Any, **options: Any) -> Any:
+        opened.append(server._sampling.locked())
+        time.sleep(0.2)
+        return open_decoder(*given, **options)
+
+    monkeypatch.setattr(autoencoder, "open_decoder", opening)
+    asked = GenerationRequest(prompt="red", steps=1)
+    with ThreadPoolExecutor() as pool:
+        requests = [pool.submit(server.generate, asked, lambda *given: None) for _ in range(2)]
+        first, second = (request.result()[0].tobytes() for request in requests)
+    assert opened == [True] and first == second
 
 
 def test_the_page_shows_previews_before_the_images(caption_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""Images that a network takes beside the noise: to fill a hole, to draw under, or for a prompt to speak of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .rows import Rows
+
+
+class ImageInputMixin:
+    """The part of a `FlowModel` that takes images. By default it takes none."""
+
+    #: images beside the noise that the network draws from: those that a prompt speaks of, one that guides it, or one
+    #: whose hole it fills
+    image_input: Literal["none", "reference", "control", "mask"] = "none"
+    #: it cannot draw without a reference
+    needs_images: bool = False
+    #: it draws at the size of the control image where nobody asks for a size, as its stock pipeline does
+    sized_by_control: bool = False
+
+    @property
+    def takes_masks(self) -> bool:
+        """True for a network that was trained to inpaint."""
+        return False
+
+    def describe_condition(self) -> str:
+        """Return what the checkpoint takes, as the second half of an error."""
+        raise NotImplementedError
+
+    def check_image_input(self, control: Any = None, fills: bool = False, refers: bool = False) -> None:
+        """Refuse a call without the image that the network needs, or with a control image that it does not take.
+
+        Args:
+            control: the control image of the call; None = not given.
+            fills: the call fills the hole of an image.
+            refers: the prompts of the call draw from images.
+
+        Raises:
+            UserError: says what the checkpoint takes.
+        """
+        wrong = None
+        if self.needs_images and not refers:
+            wrong = "this checkpoint edits an image by instruction, and does nothing else"
+        elif self.image_input == "mask" and not fills:
+            wrong = "this checkpoint fills the hole of an image, and does nothing else"
+        elif self.image_input == "control" and control is None:
+            wrong = "this checkpoint draws under a control image, and none is given"
+        elif self.image_input != "control" and control is not None:
+            wrong = "control_image is given, but this checkpoint takes no control image"
+        if wrong:
+            raise UserError(wrong, self.describe_condition())
+
+    def with_known(self, rows: Rows, images: Tensor, masks: Tensor, known: Tensor | None = None) -> Rows:
+        """See `Rows.with_known`.
+
+        Args:
+            known: latents (P, C, h, w) of the images with their holes hidden; default: made from them.
+        """
+        raise UserError("this checkpoint was not trained with masks", "Steer it: latentflow.flow.INPAINTING.")
+
+    def with_control(self, rows: Rows, images: Tensor) -> Rows:
+        """See `Rows.with_control`."""
+        raise UserError("this checkpoint takes no control image", self.describe_condition())
+
+    def known_latents(self, rows: Rows) -> Tensor:
+        """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""
+        raise UserError("these rows have no known images", "Add them: rows.with_known(images, masks).")
