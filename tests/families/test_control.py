@@ -431,5 +431,6 @@ def test_programs_that_cannot_use_such_a_model_say_so(
         load_program("interpolate").main(["red apple", "green hat", *line])
     with pytest.raises(UserError, match="this checkpoint"):
         load_program("evaluate").main([str(folders(name)), ".", "--features", "pixels-16", "-n", "2"])
-    with pytest.raises(UserError, match="this checkpoint"):
-        InferenceServer(str(folders(name)), "cpu")
+    if name == "FluxControlPipeline":  # the page has a tab for what fills a hole
+        with pytest.raises(UserError, match="this checkpoint"):
+            InferenceServer(str(folders(name)), "cpu")

@@ -237,9 +237,10 @@ def test_no_lost_words_are_reported_where_none_are(name: str, caplog: pytest.Log
 
 def test_an_encoder_that_has_no_name_is_none(caplog: pytest.LogCaptureFixture) -> None:
     """LongCat's processor belongs to no component that is called after it."""
-    pipe, text = checkpoint("LongCatImageEditPipeline"), "red green blue apple"
+    model: Any = opened("LongCatImageEditPipeline")
+    text = "red green blue apple"
     seen = [Tokenized("text_processor", text, 2, False), Tokenized("tokenizer", text, None, False)]
-    report_lost_words(pipe, [text], seen, {})
+    report_lost_words(model, [text], seen, {})
     encoder = "text_encoder (Qwen2_5_VLForConditionalGeneration)"
     assert caplog.messages == [
         f"the prompt is too long: the text encoder does not see 'blue apple'; {encoder} sees all of it"
