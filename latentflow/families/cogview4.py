@@ -47,6 +47,10 @@ class CogView4Model(PretrainedModel):
         names = {"base_image_seq_len": 256, "base_shift": 0.25, "max_shift": 0.75}
         return float(calculate_shift(tokens, *(config.get(name, usual) for name, usual in names.items())))
 
+    def training_mu(self, tokens: int) -> float:
+        """Return the shift for so many tokens; see `PretrainedModel.training_mu`."""
+        return self.mu(0, tokens)
+
     def timestep(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the network's time (B,): 1000 times the noise level before its shift."""
         scheduler = self.pipeline.scheduler.config

@@ -8,6 +8,7 @@ predicts. Euler's method on it is DDIM without noise (arXiv:2010.02502), step fo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,23 @@ from ..flow.tensors import expand_t
 from .extra_channels import MaskedModel
 from .model import Rows, Size, Values
 from .pretrained import PretrainedModel, extra_channels
+
+
+@dataclass(frozen=True)
+class TableTimes(flow.TimeDensity):
+    """Times of a table (K,), increasing, each with the same probability."""
+
+    times: tuple[float, ...]
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        table = torch.tensor(self.times, dtype=torch.float64, device=u.device)
+        return table[(u * len(table)).long().clamp(max=len(table) - 1)]
+
+    def _slope(self, u: Tensor, t: Tensor) -> Tensor:
+        raise UserError(
+            "a weighting is given to a diffusion model, whose times are those of a table",
+            "Leave --weighting out.",
+        )
 
 
 class DiffusionModel(PretrainedModel):
@@ -124,6 +142,21 @@ class DiffusionModel(PretrainedModel):
     def noise_of(self, state: Tensor, times: Tensor) -> Tensor:
         """Return the noise that takes the place of the state at the noisiest timestep."""
         return state / self._norm(times[0]).to(state)
+
+    def training_density(self, height: int, width: int) -> TableTimes:
+        """Return the density of the training times: those of the table, each as often."""
+        return TableTimes(tuple(self.table[0].tolist()))
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """Return factors (B,) that make the error of the velocity that of what the network predicts.
+
+        An error e of the velocity is one of t e in the noise, (1 - t) e in the data, and of the root of t^2 + (1 - t)^2
+        times e in diffusion's "v".
+        """
+        kind = self.pipeline.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return t.square()
+        return (1.0 - t).square() if kind == "sample" else self._norm(t).square()
 
     @staticmethod
     def _norm(t: Tensor) -> Tensor:

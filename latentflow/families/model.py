@@ -68,6 +68,8 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
     embeds_guidance: bool = False
     #: the guidance scale that is none
     unguided: float = 1.0
+    #: guidance scale that a network with such an input is given while it is trained
+    training_guidance: float = 1.0
     #: a consistency model alone has none: it jumps to the data
     has_velocity: bool = True
 
@@ -196,6 +198,16 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
     def usual_solver(self) -> str | flow.Solver:
         """The solver that suits `time_grid`, as ``latentflow.flow.integrate`` takes it."""
         return "heun"
+
+    # ---------------------------------------------------------------- training
+
+    def training_density(self, height: int, width: int) -> flow.TimeDensity:
+        """Return the density of the training times of images of this size in pixels."""
+        return flow.LogitNormal()
+
+    def loss_weight(self, t: Tensor) -> Tensor | None:
+        """Return factors (B,) on the squared errors of the velocity at times t (B,); None: 1."""
+        return None
 
     # ---------------------------------------------------------------- components
 

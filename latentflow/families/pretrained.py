@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -169,6 +170,26 @@ class PretrainedModel(FlowModel):
         """Return (C, h, w) of the latents of an image of this size in pixels."""
         factor = downscale_factor(self.vae)
         return latent_channels(self.vae), height // factor, width // factor
+
+    # ---------------------------------------------------------------- training
+
+    def training_density(self, height: int, width: int) -> flow.TimeDensity:
+        """Return the density of the training times of images of this size in pixels.
+
+        Uniform times before a fixed shift of the scheduler, as diffusers' own training programs draw them. Of a
+        scheduler whose shift depends on the size: logit-normal ones before the shift of this size, as FLUX.1 was
+        trained; those programs leave such a shift out.
+        """
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return flow.UniformTimes(shift=float(config.get("shift", config.get("flow_shift", 1.0))))
+        mu = self.training_mu(PretrainedModel.tokens(self, height, width))
+        linear = config.get("time_shift_type") == "linear"
+        return flow.LogitNormal(shift=mu if linear else math.exp(mu))
+
+    def training_mu(self, tokens: int) -> float:
+        """Return the ``mu`` of the scheduler's shift for so many tokens, from the ends that its config has."""
+        return float(PretrainedModel.mu(self, 0, tokens) or 0.0)
 
     # ---------------------------------------------------------------- conditions
 

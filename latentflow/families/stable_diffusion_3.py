@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError, shown
-from ..flow import Velocity
+from ..flow import LogitNormal, Velocity
 from .edit_defaults import EditDefaults
 from .model import Rows, Values
 from .pretrained import PretrainedModel
@@ -39,6 +39,10 @@ class StableDiffusion3Model(PretrainedModel):
         at t = 0.15 under SD3's shift of 3; guidance 3.5 and 13.5.
         """
         return EditDefaults(50, 0.85, 3.5, 13.5)
+
+    def training_density(self, height: int, width: int) -> LogitNormal:
+        """Return the density of the training times: logit-normal before the scheduler's shift (section 5.3.2)."""
+        return LogitNormal(shift=float(self.pipeline.scheduler.config.shift))
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

@@ -125,7 +125,11 @@ class FlowLoss(nn.Module):
         if "noise" in batch:
             return x0
         generator = seeded(self.seed, Stream.COUPLING, batch["sample_ids"][0])
-        return self.coupling(x0, x1, _compared_by(condition), generator)
+        return self.coupling(x0, x1, self.compared_by(condition), generator)
+
+    def compared_by(self, condition: Any) -> Tensor | None:
+        """Return what a condition-aware coupling compares rows by: labels (B,), or captions as mean tokens (B, D)."""
+        return _compared_by(condition)
 
     def condition(self, batch: dict[str, Any], drop: Tensor | None = None) -> Condition:
         """Return what the network is given beside the latents: prompts, and what a mask leaves of each image."""
