@@ -23,10 +23,17 @@ from ...utils.files import save_tensors
 
 _NAME = "default"  # the only adapter's, while it is trained
 
-# Layers of DiT, of diffusers' U-Nets and of T5, by their names.
+# Layers of DiT, of T5 and of diffusers' networks, by their names. Routed experts learn too little each to be adapted.
 _GROUPS = {
-    "attention": re.compile(r"\b(attn|cross_attn|SelfAttention)\.\w+$|\.to_(q|k|v|out\.0)$"),
-    "feed-forward": re.compile(r"^blocks\.\d+\.mlp\.|\.ff\.net\.|\.DenseReluDense\."),
+    "attention": re.compile(
+        r"\b(attn\d?|(cross_|self_)?attention|cross_attn|SelfAttention)\.\w+$|\.to_(q|k|v|out\.0)$"
+    ),
+    "feed-forward": re.compile(
+        r"^blocks\.\d+\.mlp\.|\.DenseReluDense\."
+        r"|\.ff(_context|_t)?\.|\.(feed_forward|ffn)\.|\.shared_experts?\."  # of most
+        r"|\.(img|txt)_mlp\.(net\.|proj$|out$|gate_layer$)|^layers\.\d+\.mlp\."  # Qwen-Image; ERNIE, OmniGen
+        r"|^single_transformer_blocks\.\d+\.proj_(mlp|out)$|^blocks\.\d+\.(gate|up|down)_proj$"  # FLUX; PRX
+    ),
     "all": re.compile(""),
 }
 
@@ -219,6 +226,8 @@ def chosen_layers(module: nn.Module, wanted: Sequence[str]) -> dict[str, nn.Line
     for word in wanted:
         pattern = _GROUPS.get(word) or re.compile(rf"(^|\.){re.escape(word)}(\.|$)")
         found = {name for name in linear if pattern.search(name)}
+        if not found and word in _GROUPS and tuple(wanted) == AdapterConfig().lora_layers:
+            continue  # nobody asked for it, and Sana has convolutions in its place
         if not found:
             kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})
             raise UserError(
