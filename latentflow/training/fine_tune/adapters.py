@@ -21,7 +21,8 @@ from ...families import FlowModel
 from ...pipeline.adapter_files import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
 from ...utils.files import save_tensors
 
-_NAME = "default"  # the only adapter's, while it is trained
+#: name of the only adapter, while it is trained
+ADAPTER = "default"
 
 # Layers of DiT, of T5 and of diffusers' networks, by their names. Routed experts learn too little each to be adapted.
 _GROUPS = {
@@ -92,11 +93,11 @@ class Adapter:
         if not base.network.config.get("interval_conditioning"):
             self._intervals = getattr(network, "length_embedder", None)
         self._whole = _count(network) + (_count(encoder) if trains_text else 0)
-        self._layers = _inject(network, config)
+        self._layers = inject(network, config)
         if encoder is not None:
             encoder.requires_grad_(False)
             if config.lora_text_encoder:
-                self._layers += _inject(encoder, config)
+                self._layers += inject(encoder, config)
             if words:
                 _learn_rows(encoder, encoder.get_input_embeddings(), [*words.values()])
         if names:
@@ -140,11 +141,11 @@ class Adapter:
         for part, module in self._modules().items():
             if not hasattr(module, "peft_config"):
                 continue
-            state = get_peft_model_state_dict(module, adapter_name=_NAME, save_embedding_layers=False)
+            state = get_peft_model_state_dict(module, adapter_name=ADAPTER, save_embedding_layers=False)
             tensors |= {f"{part}.{name}": value for name, value in state.items() if "lora_" in name}
             settings |= {
                 f"{part}.{name}": sorted(value) if isinstance(value, set) else value
-                for name, value in module.peft_config[_NAME].to_dict().items()
+                for name, value in module.peft_config[ADAPTER].to_dict().items()
             }
         tensors |= self._added_rows()
         if self._intervals is not None:
@@ -172,7 +173,9 @@ class Adapter:
         for part, key in (("text_encoder", WORDS), ("transformer", CLASSES)):
             for layer in modules[part].modules() if part in modules else ():
                 if isinstance(layer, TrainableTokensLayer):
-                    rows[key] = layer.trainable_tokens_delta[_NAME] - layer.trainable_tokens_original[_NAME]
+                    rows[key] = (
+                        layer.trainable_tokens_delta[ADAPTER] - layer.trainable_tokens_original[ADAPTER]
+                    )
         return rows
 
 
@@ -191,7 +194,7 @@ def _check_same_inputs(base: nn.Module, network: nn.Module, checkpoint: str) -> 
         )
 
 
-def _inject(module: nn.Module, config: AdapterConfig) -> int:
+def inject(module: nn.Module, config: AdapterConfig) -> int:
     """Freeze ``module``, put the adapter beside its layers, and return how many those are."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -211,7 +214,7 @@ def _inject(module: nn.Module, config: AdapterConfig) -> int:
         use_dora=config.lora_dora,
         target_modules=[*layers],
     )
-    inject_adapter_in_model(settings, module, _NAME)
+    inject_adapter_in_model(settings, module, ADAPTER)
     return len(layers)
 
 
@@ -252,8 +255,8 @@ def _learn_rows(module: nn.Module, table: nn.Embedding, rows: list[int]) -> None
     parent, _, leaf = name.rpartition(".")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        layer = TrainableTokensLayer(module.get_submodule(name), _NAME)
-        layer.update_layer(_NAME, token_indices=rows, init_weights=True)
+        layer = TrainableTokensLayer(module.get_submodule(name), ADAPTER)
+        layer.update_layer(ADAPTER, token_indices=rows, init_weights=True)
     table.requires_grad_(False)
     setattr(module.get_submodule(parent), leaf, layer)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,17 @@ class _Network(nn.Module):
         super().__init__()
         self.network = model.network
         self._model, self._guidance_scale = model, guidance_scale
+
+    def train(self, mode: bool = True) -> Self:
+        """Leave the network in evaluation mode, but for the dropout of an adapter: HiDream's has another output in
+        training mode, and no other network of diffusers a difference. As in diffusers' own training program, no
+        gradient passes HiDream's routed experts then."""
+        super().train(mode)
+        self.network.eval()
+        for name, part in self.network.named_modules():
+            if "lora_dropout" in name:
+                part.train(mode)
+        return self
 
     def forward(self, xt: Tensor, t: Tensor, rows: Rows) -> Tensor:
         x, condition = xt.to(self.network.dtype), self._model.prepare(rows)

@@ -1,0 +1,62 @@
+"""An adapter beside the frozen network of a pretrained model, saved as diffusers' loader of its family reads it."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from ...config import AdapterConfig
+from ...errors import UserError, with_article
+from ...families import FlowModel
+from .adapters import ADAPTER, inject
+
+
+class PretrainedAdapter:
+    """An adapter (LoRA, DoRA) in the network of a pretrained model.
+
+    Args:
+        model: its network is frozen; at first the adapter, which has gradients, changes nothing.
+        config: with a rank. Where ``lora_layers`` is the default, groups that the network lacks are passed over.
+
+    Attributes:
+        layers: number of layers with an adapter.
+
+    Raises:
+        UserError: diffusers has no loader of adapters for this pipeline; see also `inject`.
+    """
+
+    def __init__(self, model: FlowModel, config: AdapterConfig) -> None:
+        kind = type(model.pipeline)
+        if self._part(model.pipeline) is None:
+            raise UserError(
+                f"diffusers loads no adapters into {with_article(kind.__name__)}",
+                "Train all weights: leave --lora-rank out.",
+            )
+        self._model = model
+        self.layers = inject(model.network, config)
+
+    def save(self, folder: Path) -> None:
+        """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of the stock pipeline reads."""
+        from peft.utils import get_peft_model_state_dict
+
+        network, pipeline = self._model.network, self._model.pipeline
+        weights = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+        part, settings = self._part(pipeline), {}
+        if f"{part}_lora_adapter_metadata" in inspect.signature(pipeline.save_lora_weights).parameters:
+            found = network.peft_config[ADAPTER].to_dict()
+            settings[f"{part}_lora_adapter_metadata"] = {
+                name: sorted(value) if isinstance(value, set) else value for name, value in found.items()
+            }
+        pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": weights}, **settings)
+
+    @staticmethod
+    def _part(pipeline: Any) -> str | None:
+        """Return the name of the network as the pipeline's loader has it; None without a loader of its own.
+
+        PRX's is Stable Diffusion's, for a component that PRX has not.
+        """
+        save = getattr(pipeline, "save_lora_weights", None)
+        taken = {} if save is None else inspect.signature(save).parameters
+        parts = (name for name in ("transformer", "unet") if f"{name}_lora_layers" in taken)
+        return next((name for name in parts if name in pipeline.components), None)
