@@ -66,7 +66,24 @@ class LatentConsistencyModel(ConsistencyModel, StableDiffusionModel):
     """Flow model of Stable Diffusion 1 and 2 as a latent consistency model (Luo et al. 2023, arXiv:2310.04378).
 
     The guidance scale is an input of the network. Its rows have embeds (B, L, D).
+
+    Raises:
+        UserError: the network or the scheduler is that of another model.
     """
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        super().__init__(pipeline, **options)
+        scheduler = self.pipeline.scheduler
+        if not hasattr(scheduler, "get_scalings_for_boundary_condition_discrete"):
+            raise UserError(
+                f"the scheduler is a {type(scheduler).__name__}, which knows no consistency model",
+                "Put LCMScheduler into scheduler/scheduler_config.json and model_index.json.",
+            )
+        if self.network is not None and self.network.config.get("time_cond_proj_dim") is None:
+            raise UserError(
+                "the network has no input for the guidance scale: it is no latent consistency model",
+                "Name StableDiffusionPipeline in its model_index.json.",
+            )
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float

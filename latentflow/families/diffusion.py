@@ -67,8 +67,8 @@ class DiffusionModel(PretrainedModel):
         if self.has_velocity and embeds_guidance:
             raise UserError(
                 "the network takes its guidance scale as an input: it is a latent consistency model",
-                "Of Stable Diffusion 1 or 2: name LatentConsistencyModelPipeline in its model_index.json, and it "
-                "opens. Of SDXL: use it with diffusers itself.",
+                "Of Stable Diffusion 1 or 2: name LatentConsistencyModelPipeline and LCMScheduler in its "
+                "model_index.json, and it opens. Of SDXL: use it with diffusers itself.",
             )
 
     @property

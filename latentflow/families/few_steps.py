@@ -72,6 +72,7 @@ def require_velocity(model: FlowModel) -> None:
         raise UserError(
             "this checkpoint is a consistency model: it jumps to the image, and has no velocity that solvers, edits, "
             "inversion or interpolation could follow",
-            "Draw with it, vary images with LatentFlowImg2ImgPipeline or inpaint with method pnp-flow, all without a "
-            "solver; for the rest open the model that it was distilled from.",
+            "Without a solver, draw with it, vary an image (latentflow edit --method image-to-image, in Python "
+            "LatentFlowImg2ImgPipeline) or inpaint by method pnp-flow; for the rest open the model that it was "
+            "distilled from.",
         )

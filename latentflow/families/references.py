@@ -59,7 +59,7 @@ class ReferenceModel(PretrainedModel):
         Raises:
             UserError: the network needs an image and there is none, or it takes fewer or other images.
         """
-        images = [*images]
+        images = [images] if isinstance(images, Image | Tensor) else [*images]
         rows = super().encode_prompt(prompts, images, **options)
         if not (images and guided and self.text_sees_images):
             return rows

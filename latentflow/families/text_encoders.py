@@ -39,7 +39,8 @@ def absent_encoders_named(pipeline: Any) -> Iterator[None]:
         raise UserError(
             f"prompts are to be encoded, but the pipeline has no {' and no '.join(absent)}",
             "Load what is missing. Prompts that were encoded before are passed as rows: "
-            "rows = model.encode_prompt([...]), pipe(prompt_embeds=rows).",
+            "rows = model.encode_prompt([...]), pipe(prompt_embeds=rows), likewise negative_prompt_embeds and, in an "
+            "edit, source_prompt_embeds.",
         ) from error
 
 

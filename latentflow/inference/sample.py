@@ -77,7 +77,7 @@ class Capabilities:
         negative: it takes negative prompts.
         guidance: usual guidance scale of an image without a source.
         edit_guidance, edit_strength: usual ones of an edit.
-        image_input, needs_images: as of a ``FlowModel``.
+        image_input, needs_images, has_velocity: as of a ``FlowModel``.
     """
 
     text: bool
@@ -91,6 +91,7 @@ class Capabilities:
     edit_strength: float = 0.9
     image_input: str = "none"
     needs_images: bool = False
+    has_velocity: bool = True
 
     @property
     def condition(self) -> bool:
@@ -103,6 +104,11 @@ class Capabilities:
         if self.needs_images:
             return ("edit",)
         return ("inpaint",) if self.image_input == "mask" else ("generate", "inpaint", "edit")
+
+    @property
+    def edits_as_it_draws(self) -> bool:
+        """Return whether the usual edit takes the steps and the guidance with which the checkpoint draws."""
+        return self.instructions or not self.has_velocity
 
     @property
     def instructions(self) -> bool:
@@ -144,6 +150,7 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
 def model_capabilities(model: FlowModel) -> Capabilities:
     """Return the capabilities of an open checkpoint, of any family."""
     leads_away = model.true_guidance(model.guidance(2.0)) != 1.0
+    own = model.image_input == "reference" or not model.has_velocity  # edits draw as the model does
     return Capabilities(
         text=model.takes_text,
         labels=model.classes,
@@ -152,12 +159,11 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         distilled_guidance=not (model.embeds_guidance or leads_away),
         negative=leads_away,
         guidance=Capabilities.guidance if model.few_steps.folded_guidance != 1.0 else model.usual_guidance,
-        edit_guidance=model.usual_guidance
-        if model.image_input == "reference"
-        else model.edit_defaults.guidance,
-        edit_strength=model.edit_defaults.strength,
+        edit_guidance=model.usual_guidance if own else model.edit_defaults.guidance,
+        edit_strength=model.edit_defaults.strength if model.has_velocity else 0.6,  # of image-to-image
         image_input=model.image_input,
         needs_images=model.needs_images,
+        has_velocity=model.has_velocity,
     )
 
 

@@ -160,6 +160,9 @@ class EditCalls(InversionCalls):
             self.class_ids(source_class_labels)
         # 1. What the images should show, and what they show now, one row per image
         target = self._start(ConditionArguments.of(locals()), originals.canvas, len(originals))
+        unsaid = all(value is None for value in (source_prompt, source_prompt_embeds, source_class_labels))
+        if unsaid and isinstance(prompt_embeds, Rows) and prompt_embeds.model is not self.model:
+            source_prompt_embeds = prompt_embeds.model.null(1)  # this model may have no text encoders
         count = len(target.rows) // num_images_per_prompt
         source = self._start(
             ConditionArguments(

@@ -180,7 +180,7 @@ class InpaintCall(CallMixin):
             name = TRAINED if self.takes_masks and chosen else DEFAULT_INPAINTING
         if name not in (TRAINED, *INPAINTING):
             raise unknown("inpainting method", name, [TRAINED, *INPAINTING])
-        if name not in CONDITIONED:
+        if name not in CONDITIONED or solver is not None or (name == TRAINED and not self.takes_masks):
             require_velocity(self.model)
         if name == TRAINED and not self.takes_masks:
             raise UserError(

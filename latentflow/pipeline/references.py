@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from ..errors import UserError
+from ..families.few_steps import require_velocity
 from ..families.model import Rows
 from ..families.sizes import fit_size
 from .arguments import ConditionArguments
@@ -48,6 +49,7 @@ def edit_by_reference(pipe: CallMixin, given: Mapping[str, Any]) -> Any:
             method.
     """
     if pipe.model.image_input != "reference":
+        require_velocity(pipe.model)
         raise UserError(
             "method 'reference' is given, but this model does not draw from images",
             "Use method 'flowedit', and describe the whole result in the prompt.",

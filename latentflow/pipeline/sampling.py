@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError, few, shown
 from ..families.distilled import warn_of_guidance, warn_of_steps
+from ..families.few_steps import require_velocity
 from ..families.latentflow import USUAL_STEPS, LatentFlowModel
 from ..families.model import FlowModel, Generators, Rows, Size
 from ..flow import Solver, Velocity, integrate
@@ -253,6 +254,8 @@ class SamplingMixin:
             solver = None  # the default where there is one
         if solver == SCHEDULER and not model.has_velocity:
             solver = None  # its own steps are its scheduler's
+        if solver is not None:
+            require_velocity(model)
         scheduled = self.scheduler is not None and solver is None and sampler is None
         # A consistency model has no velocity but that which is bound to the grid.
         bound_to_grid = solver is None and (sampler is None or not model.has_velocity)

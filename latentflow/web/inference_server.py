@@ -253,7 +253,7 @@ class InferenceServer:
 
     @property
     def _edits_by_words(self) -> bool:
-        return self.capabilities.condition and self.pipe.model.has_velocity
+        return self.capabilities.condition and self.capabilities.has_velocity
 
     @property
     def choices(self) -> dict[str, list[str]]:
@@ -265,9 +265,12 @@ class InferenceServer:
         edits = [*(EDITING if self._edits_by_words else ()), IMAGE_TO_IMAGE]
         if self.capabilities.instructions:
             edits = [REFERENCE, *([] if self.capabilities.needs_images else edits)]
+        fills = [*(["trained"] if self.capabilities.masks else []), *INPAINTING]
+        if not self.capabilities.has_velocity:
+            return {"solver": [], "inpaint": ["pnp-flow"], "edit": [IMAGE_TO_IMAGE]}
         return {
             "solver": list(SOLVERS),
-            "inpaint": [*(["trained"] if self.capabilities.masks else []), *INPAINTING],
+            "inpaint": fills,
             "edit": edits,
         }
 

@@ -76,6 +76,7 @@ def lay_out_generate(tab: Tab) -> None:
 
 def lay_out_inpaint(tab: Tab) -> None:
     """Fill the tab "Inpaint"."""
+    usual = tab.server.capabilities
     with gr.Row(elem_classes=["workspace", "of-image"]):
         with gr.Column(elem_classes=["source"]):
             tab.add_upload()
@@ -104,7 +105,7 @@ def lay_out_inpaint(tab: Tab) -> None:
             tab.add_settings()
             with gr.Accordion("Advanced settings", open=False):
                 tab.add_prompt("negative_prompt", "Negative prompt", "What the area should not show")
-                tab.add_sampling(few_steps=tab.server.capabilities.masks)
+                tab.add_sampling(few_steps=usual.masks or not usual.has_velocity)
                 with gr.Row():
                     feather = gr.Slider(0, 32, 0, step=1, label="Mask feather (px)")
                     margin = gr.Slider(
@@ -141,7 +142,7 @@ def lay_out_edit(tab: Tab) -> None:
                 visible=False,
                 elem_id="edit-original",
             )
-            if not usual.needs_images:
+            if usual.has_velocity and not usual.needs_images:
                 tab.add_prompt(
                     "source_prompt",
                     "Source prompt" + " (not for reference)" * usual.instructions,
@@ -162,7 +163,7 @@ def lay_out_edit(tab: Tab) -> None:
             tab.add_settings()
             with gr.Accordion("Advanced settings", open=False):
                 tab.add_prompt("negative_prompt", "Negative prompt", "What the result should not show")
-                tab.add_sampling(guidance=usual.edit_guidance, few_steps=False)
+                tab.add_sampling(guidance=usual.edit_guidance, few_steps=usual.edits_as_it_draws)
                 strength = gr.Slider(
                     0,
                     1,

@@ -211,6 +211,7 @@ def test_its_usual_settings(name: str) -> None:
     assert model.distilled.certain and model.distilled.steps == steps
     offered = model_capabilities(model)
     assert (offered.steps, offered.guidance, offered.negative) == (steps, guidance, False)
+    assert (offered.edit_guidance, offered.edit_strength, offered.edits_as_it_draws) == (guidance, 0.6, True)
     seen: list[int] = []
 
     def after_step(pipe: Any, i: int, timestep: Any, tensors: Any) -> dict[str, Any]:
@@ -242,6 +243,9 @@ def test_what_follows_a_velocity_is_refused(name: str) -> None:
         "flowedit": lambda: edit(PROMPTS[0], image=image, source_prompt=PROMPTS[1], **call),
         "direct": lambda: edit(PROMPTS[0], image=image, method="direct", **call),
         "invert": lambda: edit.invert(image, PROMPTS[0], **call),
+        "reference": lambda: edit(PROMPTS[0], image=image, method="reference", **call),
+        "trained": lambda: fill(PROMPTS[0], image=image, mask_image=mask, method="trained", **call),
+        "solver of a hole": lambda: fill(PROMPTS[0], image=image, mask_image=mask, solver="heun", **call),
         "interpolate": lambda: edit.interpolate(PROMPTS, frames=2, **size(name), **call),
     }
     for method in INPAINTING.keys() - {"pnp-flow"}:
@@ -268,6 +272,18 @@ def test_other_bad_input() -> None:
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         with pytest.raises(UserError, match="is a consistency model"):
             pipe(PROMPTS[0], **size(name))
+
+
+def test_a_folder_of_another_model_says_what_it_is() -> None:
+    pipe = copy(checkpoint(LATENT))
+    pipe.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(UserError, match="DDIMScheduler, which knows no consistency model\nPut LCMScheduler"):
+        FAMILIES[LATENT](pipe)
+    unet = diffusers.UNet2DConditionModel.from_config(
+        {**checkpoint(LATENT).unet.config, "time_cond_proj_dim": None}
+    )
+    with pytest.raises(UserError, match="no input for the guidance scale"):
+        FAMILIES[LATENT](type(pipe)(**{**checkpoint(LATENT).components, "unet": unet}))
 
 
 # ---------------------------------------------------------------- the programs

@@ -145,6 +145,20 @@ def test_all_calls_take_rows() -> None:
         torch.testing.assert_close(image_by_text, image_by_rows, rtol=0.0, atol=1e-5)
 
 
+def test_an_edit_without_text_encoders_starts_from_the_empty_prompt() -> None:
+    name, image = "StableDiffusion3Pipeline", torch.rand(1, 3, 16, 16, generator=seeded(1))
+    whole, few = own_model(name), {"num_inference_steps": 2, "output_type": "pt"}
+    parts = {
+        part: None for part in whole.pipeline.components if part.startswith(("text_encoder", "tokenizer"))
+    }
+    bare = type(whole)(type(whole.pipeline)(**{**whole.pipeline.components, **parts}))
+    call: dict[str, Any] = {"image": image, **few}
+    expected = pipe_of(LatentFlowEditPipeline, whole)(PROMPTS[0], generator=seeded(), **call).images
+    rows = whole.encode_prompt(PROMPTS[:1])
+    drawn = pipe_of(LatentFlowEditPipeline, bare)(prompt_embeds=rows, generator=seeded(), **call).images
+    torch.testing.assert_close(drawn, expected, rtol=0.0, atol=1e-5)
+
+
 def test_our_own_checkpoints_take_rows_too() -> None:
     pipe = LatentFlowPipeline.from_pretrained(SHIPPED_CHECKPOINTS / "emoji-64")
     pipe.set_progress_bar_config(disable=True)
