@@ -31,6 +31,7 @@ from .adapter_layouts import OWN_LAYOUT, in_peft_names, layer_of, layout_of
 Layout = Literal["diffusers", "comfyui", "kohya"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 _SHOWN = {"comfyui": "ComfyUI's layout", "kohya": "kohya's layout"}
+_KEEP = "Leave it in diffusers' layout."
 Tensors: TypeAlias = dict[str, Tensor]
 Factors: TypeAlias = tuple[Tensor, Tensor]  # lora_A (rank, in) and lora_B (out, rank)
 # Layer of a model's original network -> that of diffusers, or its parts in order with their shares of the outputs.
@@ -183,9 +184,8 @@ def in_layout(
     if layout == OWN_LAYOUT:
         return {**state}
     if layout not in (there := layouts_of(kind)):
-        raise UserError(
-            f"no loader reads {_SHOWN[layout]} for {kind.__name__}", f"Its layouts: {', '.join(there)}."
-        )
+        what = f"diffusers' {kind.__name__} reads no adapter in {_SHOWN[layout]}"
+        raise UserError(what, f"Its layouts: {', '.join(there)}.")
     for key in state:
         for beginning, what in _ADDED.items():
             if key.startswith(beginning):
@@ -199,15 +199,16 @@ def in_layout(
     if odd := next((key for key in scaled if not key.endswith(ends)), None):
         what = "DoRA" if odd.endswith(_DORA) else odd
         raise UserError(f"{shown} has {what}, which is not read back from {_SHOWN[layout]}", _KEEP)
+    for layer in dict.fromkeys(map(layer_of, scaled)):
+        down, up = (scaled.get(f"{layer}{end}") for end in (_A, _B))
+        if down is None or up is None or len(down) != up.shape[1]:
+            raise UserError(f"{shown} lacks a factor of {layer}, or its factors differ in the rank", MEND)
     if kind is None:
         return _of_ours(scaled, layout)
     scaled = _of_one_rank(scaled)
     written = _of_pretrained(scaled, layout, _network_class(kind), shown)
     _check_read_back(written, scaled, layout, kind, shown)
     return written
-
-
-_KEEP = "Leave it in diffusers' layout."
 
 
 def write_in_layout(file: Path, target: Path, layout: str, kind: Any = None) -> None:
@@ -224,9 +225,8 @@ def write_in_layout(file: Path, target: Path, layout: str, kind: Any = None) -> 
     settings = None
     if layout != OWN_LAYOUT and LORA_ADAPTER_METADATA_KEY in metadata:
         name = f"{shown}: its settings ({LORA_ADAPTER_METADATA_KEY})"
-        settings = parse_json(
-            metadata.pop(LORA_ADAPTER_METADATA_KEY), name, MEND
-        )  # the tensors say it from now on
+        # Taken out: from now on the tensors say it.
+        settings = parse_json(metadata.pop(LORA_ADAPTER_METADATA_KEY), name, MEND)
         if not isinstance(settings, dict):
             raise UserError(f"{name} are no mapping", MEND)
     tensors = in_layout(state, settings, layout, kind, shown)
@@ -271,18 +271,14 @@ def _of_one_rank(state: Tensors) -> Tensors:
 
 def _of_ours(state: Tensors, layout: str) -> Tensors:
     """Return the tensors of one of our networks and its text encoder in kohya's or ComfyUI's layout."""
-    named = {}
-    for key, value in state.items():
-        if key.endswith(_DORA):  # peft's (out,), or (1, out, 1, 1), becomes (out, 1, ...)
-            key, value = (
-                key.replace(_DORA, _LENGTHS),
-                (value[:, None] if value.ndim == 1 else value.transpose(0, 1)),
-            )
-        named[key] = value
-    if layout == "kohya":
-        return _kohya(
-            {re.sub(r"^transformer\.(unet\.)?", "unet.", key): value for key, value in named.items()}
+    named = {**state}
+    for key in [key for key in named if key.endswith(_DORA)]:
+        lengths = named.pop(key)  # (out,) or (1, out, 1, 1), for others (out, 1, ...)
+        named[key.replace(_DORA, _LENGTHS)] = (
+            lengths[:, None] if lengths.ndim == 1 else lengths.transpose(0, 1)
         )
+    if layout == "kohya":
+        return _kohya({re.sub(r"^transformer\.(unet\.)?", "unet.", key): v for key, v in named.items()})
     return {re.sub(r"^transformer\.", "diffusion_model.", key): value for key, value in named.items()}
 
 
@@ -314,26 +310,23 @@ def _original(state: Tensors, names: Names, layout: str, shown: str) -> Tensors:
     """Return tensors by the layers of a model's original network, some of which are several of diffusers'."""
     parts = {name: {layers: 1} if isinstance(layers, str) else layers for name, layers in names.items()}
     places = {part: name for name, shares in parts.items() for part in shares}
-    found: dict[str, dict[str, Factors]] = {}
+    found: dict[tuple[str, str], dict[str, Factors]] = {}  # by the name and the number of the block
     named: Tensors = {}
-    for key in state:
-        layer = key.removesuffix(_A)
+    for key, value in state.items():
         if not key.startswith("transformer."):
-            named[key] = state[key]
-        elif layer != key:
+            named[key] = value
+        elif key.endswith(_A):
+            layer = key.removesuffix(_A)
             inside = layer.removeprefix("transformer.")
             block = re.search(r"\.(\d+)\.", inside)
-            number = block[1] if block else ""
             part = re.sub(r"\.\d+\.", ".N.", inside, count=1)
             if part not in places:
                 raise UserError(f"{_SHOWN[layout]} has no name for a layer of {shown}: {layer}", _KEEP)
-            place = f"{places[part]}|{number}"
-            found.setdefault(place, {})[part] = (state[key], state[f"{layer}{_B}"])
-    for place, factors in found.items():
-        name, _, number = place.partition("|")
-        down, up = _stacked(parts[name], factors)
+            place = places[part], block[1] if block else ""
+            found.setdefault(place, {})[part] = (value, state[f"{layer}{_B}"])
+    for (name, number), factors in found.items():
         layer = f"transformer.{name.replace('.N.', f'.{number}.')}"
-        named |= {f"{layer}{_A}": down, f"{layer}{_B}": up}
+        named[f"{layer}{_A}"], named[f"{layer}{_B}"] = _stacked(parts[name], factors)
     return named
 
 

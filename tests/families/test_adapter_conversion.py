@@ -194,10 +194,10 @@ def test_stacked_layers_at_their_published_width(
 @pytest.mark.parametrize(
     ("kind", "layout", "layer", "message"),
     [
-        ("SanaPipeline", "comfyui", "x", "no loader reads ComfyUI's layout for SanaPipeline\nIts layouts: diffusers."),
-        ("SanaPipeline", "kohya", "x", "no loader reads kohya's layout for SanaPipeline"),
-        ("StableDiffusion3Pipeline", "kohya", "x", "StableDiffusion3Pipeline\nIts layouts: diffusers, comfyui."),
-        ("OvisImagePipeline", "comfyui", "x", "no loader reads ComfyUI's layout for OvisImagePipeline"),
+        ("SanaPipeline", "comfyui", "x", "SanaPipeline reads no adapter in ComfyUI's layout\nIts layouts: diffusers."),
+        ("SanaPipeline", "kohya", "x", "SanaPipeline reads no adapter in kohya's layout"),
+        ("StableDiffusion3Pipeline", "kohya", "x", "in kohya's layout\nIts layouts: diffusers, comfyui."),
+        ("OvisImagePipeline", "comfyui", "x", "OvisImagePipeline reads no adapter in ComfyUI's layout"),
         ("FluxPipeline", "kohya", "x_embedder", "kohya's layout has no name for .*: transformer.x_embedder"),
         ("FluxPipeline", "kohya", "single_transformer_blocks.0.attn.to_q", "the adapter written in kohya's layout"),
         ("Flux2Pipeline", "comfyui", "norm_out.linear", "ComfyUI has no name for .*: transformer.norm_out.linear"),

@@ -88,6 +88,10 @@ def test_adapters_whose_strength_or_names_are_unknown() -> None:
     for settings in ({"transformer.r": 2}, {"transformer.r": 2, "transformer.lora_alpha": None}):
         with pytest.raises(UserError, match=r"its settings for the transformer lack an alpha \(lora_alpha\)"):
             in_layout(layer, settings, "kohya")
+    down, up = layer
+    for broken in ({down: layer[down]}, {up: layer[up]}, {**layer, up: torch.ones(4, 3)}):
+        with pytest.raises(UserError, match=r"lacks a factor of transformer\.x, or its factors differ"):
+            in_layout(broken, None, "kohya")
     kohya = in_layout(layer, None, "kohya")
     with pytest.raises(UserError, match="is in another layout: kohya"):
         in_layout(kohya, None, "comfyui")
