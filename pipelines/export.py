@@ -3,6 +3,7 @@
 latentflow export runs/cats -o cats
 latentflow export checkpoints/emoji-64 --lora runs/hats=0.8 -o emoji-with-hats
 latentflow export runs/hats --adapter -o hats
+latentflow export runs/hats --adapter --layout comfyui -o hats-comfyui
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -33,6 +34,9 @@ class ExportConfig(AdapterChoice):
     """Folder to write. It must be new or empty."""
     adapter: bool = False
     """Write the run's adapter alone: a small file."""
+    layout: Literal["diffusers", "comfyui", "kohya"] = "diffusers"
+    """With --adapter: the names of the file's tensors, for the program that is going to read it. Stock diffusers reads
+    them all."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the pipeline's weights."""
 
@@ -53,10 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--export-dtype has no effect with --adapter, which copies the adapter",
             "Leave --export-dtype out.",
         )
+    if config.layout != "diffusers" and not config.adapter:
+        raise UserError(
+            f"--layout {config.layout} is for adapters alone", "Add --adapter, or leave --layout out."
+        )
 
     if not config.adapter:
         check_checkpoint(config.source, config.checkpoint_config)
 
+    from latentflow.pipeline.adapter_conversion import write_in_layout
     from latentflow.training.loop.run_folder import write_folder
 
     # ---- the adapter alone ----
@@ -75,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if has_pipeline and not (folder / "README.md").exists():  # from before adapters had cards
                 add_adapter_card(folder, Path(config.source), config.output)
             move_card(folder, config.output)
+            if config.layout != "diffusers":
+                kind = stock_class(Path(config.source))
+                for file in made.glob("*.safetensors"):
+                    write_in_layout(file, folder / file.name, config.layout, kind)
 
         write_folder(output, copy_adapter)
         print(output)
@@ -108,6 +121,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     write_folder(output, write)
     print(output)
+
+
+def stock_class(run_folder: Path) -> Any:
+    """Return diffusers' class of the pipeline that a run has adapted; None: one of ours.
+
+    Raises:
+        UserError: the run folder holds neither its pipeline nor its settings, or names a base that is gone or that
+            diffusers does not know.
+    """
+    import diffusers
+
+    from latentflow.families.index import pipeline_class
+    from latentflow.training.report.folder import read_run
+
+    base = result_of(str(run_folder))
+    if not (Path(base) / "model_index.json").is_file():  # the run did not keep its pipeline
+        base = read_run(run_folder).config.get("init_from", base)
+    name = str(pipeline_class(base))
+    if name.startswith("LatentFlow"):
+        return None
+    if not hasattr(diffusers, name):
+        raise UserError(
+            f"--layout: diffusers knows no {name}, which is what {base} is", "Leave --layout out."
+        )
+    return getattr(diffusers, name)
 
 
 def move_card(folder: Path, place: str) -> None:

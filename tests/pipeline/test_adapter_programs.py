@@ -129,6 +129,40 @@ def test_export_writes_the_adapter_of_a_run(export: Program, dit_folder: Path, t
     assert not (tmp_path / "other").exists()
 
 
+def test_export_writes_the_adapter_in_other_layouts(
+    export: Program, dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that kept its pipeline, and of one that says in its settings what it began from."""
+    for run in ("kept", "named"):
+        make_adapter(dit_folder, tmp_path / run / "adapter", lora_alpha=5.0)
+    shutil.copytree(dit_folder, tmp_path / "kept" / "pipeline")
+    (tmp_path / "kept" / "config.yaml").write_text("lora_rank: 2\n")
+    (tmp_path / "named" / "config.yaml").write_text(f"init_from: {dit_folder}\n")
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / "kept" / "adapter")
+    expected = drawn(pipe)
+    for run, layout in (("kept", "kohya"), ("named", "comfyui"), ("named", "diffusers")):
+        export(tmp_path / run, "--adapter", "--layout", layout, "-o", to := tmp_path / layout)
+        pipe = opened(dit_folder)
+        pipe.load_lora_weights(to)
+        close(drawn(pipe), expected)
+    assert all(name.startswith("lora_unet_") for name in load_file(tmp_path / "kohya" / FILE))
+    to = tmp_path / "other"
+    with pytest.raises(UserError, match="--layout kohya is for adapters alone\nAdd --adapter"):
+        export(dit_folder, "--layout", "kohya", "-o", to)
+    (tmp_path / "named" / "config.yaml").write_text("init_from: nowhere/at/all\n")
+    with pytest.raises(UserError, match="nowhere/at/all"):
+        export(tmp_path / "named", "--adapter", "--layout", "kohya", "-o", to)
+    (tmp_path / "named" / "config.yaml").unlink()
+    with pytest.raises(UserError, match="is not a run folder"):
+        export(tmp_path / "named", "--adapter", "--layout", "kohya", "-o", to)
+    capsys.readouterr()
+    with pytest.raises((SystemExit, UserError)) as caught:
+        export(tmp_path / "kept", "--adapter", "--layout", "comfy", "-o", to)
+    assert "comfyui" in str(caught.value) + "".join(capsys.readouterr())
+    assert not to.exists()
+
+
 def test_export_overwrites_nothing(export: Program, dit_folder: Path, tmp_path: Path) -> None:
     make_adapter(dit_folder, tmp_path / "run" / "adapter")
     mine = tmp_path / "mine"
