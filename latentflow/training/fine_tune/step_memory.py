@@ -82,6 +82,20 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+class _Affirming(TorchDispatchMode):
+    """Answers yes where a program asks whether something holds for the values of tensors, which fake ones have not.
+
+    Programs ask whether times lie in [0, 1], and whether a mask is full.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool
+        return True if asked else func(*args, **kwargs or {})
+
+
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
@@ -177,7 +191,7 @@ def _counted(module: Any, stored: str) -> Iterator[LiveBytes]:
     """Count what is computed with a module of the meta device, which becomes fake."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _fake(module, mode, stored)
-    with mode, LiveBytes([*module.parameters(), *module.buffers()]) as live:
+    with mode, LiveBytes([*module.parameters(), *module.buffers()]) as live, _Affirming():
         yield live
 
 
@@ -215,6 +229,9 @@ def training_step(
     if checkpointing:
         network.enable_gradient_checkpointing()
     alone, kept = _with_network(model, network), dict[int, int]()
+    vars(alone)["timestep_of"] = (
+        torch.clone
+    )  # of diffusion models, which look it up: fake tensors have no values
 
     def keep(value: Tensor) -> Tensor:
         if _storage(value) not in own:
@@ -228,14 +245,16 @@ def training_step(
         own = {_storage(weight) for weight in [*network.parameters(), *network.buffers()]}
         x = torch.empty(batch_size, *latent_shape, device=_DEVICE)
         t = torch.empty(batch_size, device=_DEVICE)
-        condition = alone.prepare(_rows(alone, batch_size, text_length))
-        with torch.autocast(_DEVICE, torch.bfloat16, enabled=autocast):
-            try:
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-                    output = alone.predict(x.to(network.dtype), t, condition, None, alone.usual_guidance)
-                    loss = (output.float() - x).square().mean()
-            except (KeyError, ValueError, RuntimeError) as error:
-                raise NotCountedError(str(error)) from error
+        try:
+            condition = alone.prepare(_rows(alone, batch_size, text_length))
+            with (
+                torch.autocast(_DEVICE, torch.bfloat16, enabled=autocast),
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
+            ):
+                output = alone.predict(x.to(network.dtype), t, condition, None, alone.usual_guidance)
+                loss = (output.float() - x).square().mean()
+        except (AttributeError, KeyError, ValueError, RuntimeError) as error:
+            raise NotCountedError(str(error)) from error
         del output
         loss.backward()
     return StepMemory(sum(kept.values()), live.peak)
