@@ -3,7 +3,7 @@
     python benchmarks/pretrained_memory.py
 
 Networks and text encoders are built on the meta device with the settings that their authors publish, and their
-parameters counted. Quantised are the weights of linear layers: to int8 (1 byte, and 2 for each row), or to nf4 (half a
+parameters counted. Quantised are the weights of linear layers: to int8 (1 byte, and 5 for each row), or to nf4 (half a
 byte, and 4 for each block of 64); the rest stays in bfloat16. Prints the table of docs/guide/pretrained.md in GB (10^9
 bytes). Activations, some 1 to 4 GB at 1024 x 1024 pixels, come on top.
 """
@@ -33,6 +33,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from latentflow.families.stored_weights import parameter_count, stored_bytes
 
 Make = Callable[[], nn.Module]
 
@@ -179,44 +181,10 @@ MODELS = {
 }
 
 
-@dataclass(frozen=True)
-class Count:
-    """Numbers of parameters: all, those of linear layers, and rows and blocks of 64 of these."""
-
-    every: int = 0
-    linear: int = 0
-    rows: int = 0
-    blocks: int = 0
-
-    def __add__(self, other: Count) -> Count:
-        return Count(
-            *(getattr(self, name) + getattr(other, name) for name in ("every", "linear", "rows", "blocks"))
-        )
-
-    def gigabytes(self, stored: str) -> float:
-        """Return the memory of the weights in GB, stored in "bfloat16", "int8" or "nf4"."""
-        quantised = {
-            "bfloat16": 2 * self.linear,
-            "int8": self.linear + 2 * self.rows,
-            "nf4": self.linear / 2 + 4 * self.blocks,
-        }
-        return (2 * (self.every - self.linear) + quantised[stored]) / 1e9
-
-
-def counted(make: Make) -> Count:
-    """Count the parameters of what ``make`` builds."""
+def without_memory(make: Make) -> nn.Module:
+    """Return what ``make`` builds, on the meta device."""
     with torch.device("meta"):
-        module = make()
-    linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    weights = [
-        part.weight for name, part in linear.items() if name != "lm_head"
-    ]  # which no library quantises
-    return Count(
-        sum(parameter.numel() for parameter in module.parameters()),
-        sum(weight.numel() for weight in weights),
-        sum(weight.shape[0] for weight in weights),
-        sum(-(-weight.numel() // 64) for weight in weights),
-    )
+        return make()
 
 
 def table() -> list[str]:
@@ -227,9 +195,13 @@ def table() -> list[str]:
     ]
     for name, model in MODELS.items():
         cells = []
-        for count in (counted(model.network), sum(map(counted, model.encoders), Count())):
-            sizes = [f"{count.gigabytes(stored):.1f}" for stored in ("bfloat16", "int8", "nf4")]
-            cells += [f"{count.every / 1e9:.1f} B", *sizes]
+        for makes in ((model.network,), model.encoders):
+            parts = [without_memory(make) for make in makes]
+            sizes = [
+                f"{sum(stored_bytes(part, stored) for part in parts) / 1e9:.1f}"
+                for stored in ("bfloat16", "int8", "nf4")
+            ]
+            cells += [f"{sum(map(parameter_count, parts)) / 1e9:.1f} B", *sizes]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

@@ -252,7 +252,7 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
         UserError: the images are not finite, or their latents are not, even in float32.
     """
 
-    video = _of_videos(vae)
+    video = of_videos(vae)
 
     def moments(rows: Tensor) -> tuple[Tensor, ...]:
         placed = _placed(vae, rows / 2.0 + 0.5 if _normalises_itself(vae) else rows)
@@ -305,7 +305,7 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
         vae = DECODERS[vae]
 
     def images(rows: Tensor) -> tuple[Tensor, ...]:
-        placed, video = _placed(vae, rows), _of_videos(vae)
+        placed, video = _placed(vae, rows), of_videos(vae)
         decoded = vae.decode(placed.unsqueeze(2) if video else placed, return_dict=False)[0].float()
         if _normalises_itself(vae):
             decoded = 2.0 * decoded - 1.0
@@ -441,7 +441,7 @@ def _normalises_itself(vae: Autoencoder) -> bool:
     return isinstance(vae, diffusers.AutoencoderRAE)
 
 
-def _of_videos(vae: Autoencoder) -> bool:
+def of_videos(vae: Autoencoder) -> bool:
     """Return True for an autoencoder of videos, for which an image is a video of one frame."""
     return "z_dim" in vae.config  # Qwen-Image's and Wan's, whose classes have no other name in common
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..utils.components import without_reports
-from .latents import Autoencoder, _cells, _of_videos, downscale_factor, encoded, latent_channels
+from .latents import Autoencoder, _cells, downscale_factor, encoded, latent_channels, of_videos
 
 # What diffusers' code for tiles raises where shapes do not fit or a method is missing.
 _FAILURES = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -28,7 +28,7 @@ def use_tiles(vae: Autoencoder, *, encodes: bool = True) -> None:
         UserError: it has no tiles, or diffusers' code for them fails.
     """
     what, config = f"--vae-tiling: the autoencoder ({type(vae).__name__})", vae.config
-    factor, frames = downscale_factor(vae) // _cells(vae), (1,) * _of_videos(vae)
+    factor, frames = downscale_factor(vae) // _cells(vae), (1,) * of_videos(vae)
     # with alpha; others that say more join pixels into channels themselves
     channels = 4 if config.get("in_channels") == 4 else 3
     with torch.device("meta"), without_reports():

@@ -191,6 +191,12 @@ class PretrainedModel(FlowModel):
         """Return the ``mu`` of the scheduler's shift for so many tokens, from the ends that its config has."""
         return float(PretrainedModel.mu(self, 0, tokens) or 0.0)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a padded prompt that the network sees where no option says otherwise; 512 if nothing says it."""
+        known = "max_sequence_length" in inspect.signature(type(self.pipeline).__call__).parameters
+        return int((known and self.option("max_sequence_length")) or 512)
+
     # ---------------------------------------------------------------- conditions
 
     def encode_prompt(self, prompts: Sequence[str], images: Sequence[Any] = (), **options: Any) -> Rows:

@@ -44,6 +44,11 @@ class StableDiffusion3Model(PretrainedModel):
         """Return the density of the training times: logit-normal before the scheduler's shift (section 5.3.2)."""
         return LogitNormal(shift=float(self.pipeline.scheduler.config.shift))
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a padded prompt that the network sees: CLIP's, then T5's."""
+        return int(self.pipeline.tokenizer_max_length) + super().prompt_tokens
+
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, **options

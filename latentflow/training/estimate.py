@@ -7,7 +7,6 @@ planned. A real step would count a teacher and a frozen encoder as well, which a
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from ..utils.progress import duration_text
 from .loop.data_order import SampleRandom
 from .loop.distributed import compute_dtype, matrix_product_rate, process_state
 from .loop.loader import TrainingData, first_batch, to_device
-from .loop.optimizers import Muon, make_optimizers
+from .loop.optimizers import Muon, adam_bytes, make_optimizers
 from .trained_model import TrainedModel
 
 _LONGEST = 512  # tokens of a caption, where the tokenizer names no limit
@@ -160,10 +159,7 @@ def _moment_bytes(optimizer: torch.optim.Optimizer, size: int) -> int:
     """Return the bytes that an optimiser keeps of a parameter of ``size`` elements."""
     if isinstance(optimizer, Muon):
         return 4 * size
-    # Two moments; in 8 bits with a float32 scale for each block of 256, where the tensor is large enough.
-    if type(optimizer).__name__ == "AdamW8bit" and size >= 4096:
-        return 2 * (size + 4 * math.ceil(size / 256))
-    return 8 * size
+    return adam_bytes(size, eight_bit=type(optimizer).__name__ == "AdamW8bit")
 
 
 def _count(forward: Callable[[], Tensor], weights: set[Tensor]) -> Cost:

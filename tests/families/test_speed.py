@@ -10,8 +10,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from pretrained_memory import counted, flux2, sd3
+from pretrained_memory import flux2, sd3, without_memory
 from pretrained_speed import measure
+from torch import nn
+
+from latentflow.families.stored_weights import parameter_count, stored_bytes
 
 
 def test_the_benchmark_compares_the_same_image() -> None:
@@ -32,9 +35,12 @@ def test_a_network_of_4b_is_as_fast_as_in_its_own_pipeline() -> None:
 
 def test_memory_is_counted() -> None:
     """Parameters as the authors publish them, in billions; a linear layer in nf4 takes 4.5 bits for each."""
-    assert counted(lambda: flux2(5, 20, 24, 7680)).every / 1e9 == pytest.approx(4.0, abs=0.2)
-    count = counted(lambda: sd3(38, 0, 192))
-    assert count.every / 1e9 == pytest.approx(8.1, abs=0.1)
-    assert count.gigabytes("bfloat16") == pytest.approx(2 * count.every / 1e9)
-    rest = 2 * (count.every - count.linear) / 1e9
-    assert count.gigabytes("nf4") - rest == pytest.approx(4.5 / 8 * count.linear / 1e9, rel=1e-6)
+    assert parameter_count(without_memory(lambda: flux2(5, 20, 24, 7680))) / 1e9 == pytest.approx(
+        4.0, abs=0.2
+    )
+    network = without_memory(lambda: sd3(38, 0, 192))
+    every = parameter_count(network)
+    linear = sum(part.weight.numel() for part in network.modules() if isinstance(part, nn.Linear))
+    assert every / 1e9 == pytest.approx(8.1, abs=0.1)
+    assert stored_bytes(network, "bfloat16") == 2 * every
+    assert stored_bytes(network, "nf4") - 2 * (every - linear) == pytest.approx(4.5 / 8 * linear, rel=1e-6)

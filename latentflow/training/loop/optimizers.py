@@ -153,6 +153,12 @@ def _adamw_8bit(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list
     return [AdamW8bit(**_adam_arguments(parameters, config))]
 
 
+def adam_bytes(size: int, *, eight_bit: bool) -> int:
+    """Return the bytes of AdamW's two moments of a parameter of ``size`` elements: float32, or 8 bits with a float32
+    scale for each block of 256 where it has 4096 elements or more."""
+    return 2 * (size + 4 * math.ceil(size / 256)) if eight_bit and size >= 4096 else 8 * size
+
+
 def _schedule_free(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torch.optim.Optimizer]:
     """Return AdamW that averages its iterates instead of decaying its rate (Defazio et al. 2024, arXiv:2405.15682).
 
