@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +150,7 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
 def model_capabilities(model: FlowModel) -> Capabilities:
     """Return the capabilities of an open checkpoint, of any family."""
     leads_away = model.true_guidance(model.guidance(2.0)) != 1.0
-    own = model.image_input == "reference" or not model.has_velocity  # edits draw as the model does
-    return Capabilities(
+    found = Capabilities(
         text=model.takes_text,
         labels=model.classes,
         masks=model.takes_masks,
@@ -159,12 +158,13 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         distilled_guidance=not (model.embeds_guidance or leads_away),
         negative=leads_away,
         guidance=Capabilities.guidance if model.few_steps.folded_guidance != 1.0 else model.usual_guidance,
-        edit_guidance=model.usual_guidance if own else model.edit_defaults.guidance,
+        edit_guidance=model.edit_defaults.guidance,
         edit_strength=model.edit_defaults.strength if model.has_velocity else 0.6,  # of image-to-image
         image_input=model.image_input,
         needs_images=model.needs_images,
         has_velocity=model.has_velocity,
     )
+    return replace(found, edit_guidance=model.usual_guidance) if found.edits_as_it_draws else found
 
 
 # ---------------------------------------------------------------- sampling

@@ -265,12 +265,11 @@ class InferenceServer:
         edits = [*(EDITING if self._edits_by_words else ()), IMAGE_TO_IMAGE]
         if self.capabilities.instructions:
             edits = [REFERENCE, *([] if self.capabilities.needs_images else edits)]
-        fills = [*(["trained"] if self.capabilities.masks else []), *INPAINTING]
         if not self.capabilities.has_velocity:
-            return {"solver": [], "inpaint": ["pnp-flow"], "edit": [IMAGE_TO_IMAGE]}
+            return {"solver": [], "inpaint": ["pnp-flow"], "edit": edits}
         return {
             "solver": list(SOLVERS),
-            "inpaint": fills,
+            "inpaint": [*(["trained"] if self.capabilities.masks else []), *INPAINTING],
             "edit": edits,
         }
 
@@ -415,8 +414,8 @@ class InferenceServer:
         decoder = self._preview_decoder(loaded)
 
         def after_step(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            predicted = tensors["prediction"]
-            shown = () if decoder is None or predicted is None else (pipe.to_images(predicted, vae=decoder),)
+            predicted = None if decoder is None else tensors["prediction"]
+            shown = () if predicted is None else (pipe.to_images(predicted, vae=decoder),)
             progress(i + 1, pipe.num_timesteps, "Generating", *shown)
             return {}
 
@@ -430,7 +429,7 @@ class InferenceServer:
                 guidance_scale=None if guided else request.guidance,
                 solver=request.solver,
                 callback_on_step_end=after_step,
-                callback_on_step_end_tensor_inputs=["prediction"],
+                callback_on_step_end_tensor_inputs=None if decoder is None else ["prediction"],
                 **settings,
             )
 

@@ -29,9 +29,9 @@ from latentflow.families import FAMILIES, SIBLINGS
 from latentflow.flow import INPAINTING, integrate
 from latentflow.inference.sample import model_capabilities
 
+from .test_pretrained import PROMPTS, seeded
 from .tiny import CONSISTENCY, Tiny, checkpoint
 
-PROMPTS = ["a red apple", "big green tree over a small house"]
 SPRINT, LATENT = "SanaSprintPipeline", "LatentConsistencyModelPipeline"
 each_family = pytest.mark.parametrize("name", CONSISTENCY)
 
@@ -40,10 +40,6 @@ each_family = pytest.mark.parametrize("name", CONSISTENCY)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @cache
@@ -123,7 +119,7 @@ def test_what_is_wrong_is_seen(name: str) -> None:
 @each_family
 @pytest.mark.parametrize("strength", [0.5, 0.75])
 def test_image_to_image(name: str, strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours begins at t = 1 - strength, and is told the stock pipeline's time and steps.
+    """Ours begins at t = 1 - strength, and is given the stock pipeline's time and steps.
 
     The stock pipeline draws a sample of the autoencoder's posterior, ours takes its mean.
     """

@@ -143,10 +143,7 @@ class Adapter:
                 continue
             state = get_peft_model_state_dict(module, adapter_name=ADAPTER, save_embedding_layers=False)
             tensors |= {f"{part}.{name}": value for name, value in state.items() if "lora_" in name}
-            settings |= {
-                f"{part}.{name}": sorted(value) if isinstance(value, set) else value
-                for name, value in module.peft_config[ADAPTER].to_dict().items()
-            }
+            settings |= {f"{part}.{name}": value for name, value in peft_settings(module).items()}
         tensors |= self._added_rows()
         if self._intervals is not None:
             tensors |= {f"{INTERVALS}{name}": value for name, value in self._intervals.state_dict().items()}
@@ -192,6 +189,12 @@ def _check_same_inputs(base: nn.Module, network: nn.Module, checkpoint: str) -> 
             "cannot bring them",
             "Leave these out (data with masks: --masks none), or teach them to all weights first, without --lora-rank.",
         )
+
+
+def peft_settings(module: Any) -> dict[str, Any]:
+    """Return peft's settings of the adapter in a module as plain values, in an order of their own."""
+    found = module.peft_config[ADAPTER].to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
 
 
 def inject(module: nn.Module, config: AdapterConfig) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from ...config import AdapterConfig
 from ...errors import UserError, with_article
 from ...families import FlowModel
-from .adapters import ADAPTER, inject
+from .adapters import ADAPTER, inject, peft_settings
 
 
 class PretrainedAdapter:
@@ -44,10 +44,7 @@ class PretrainedAdapter:
         weights = get_peft_model_state_dict(network, adapter_name=ADAPTER)
         part, settings = self._part(pipeline), {}
         if f"{part}_lora_adapter_metadata" in inspect.signature(pipeline.save_lora_weights).parameters:
-            found = network.peft_config[ADAPTER].to_dict()
-            settings[f"{part}_lora_adapter_metadata"] = {
-                name: sorted(value) if isinstance(value, set) else value for name, value in found.items()
-            }
+            settings[f"{part}_lora_adapter_metadata"] = peft_settings(network)
         pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": weights}, **settings)
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -40,10 +39,7 @@ class PretrainedLoss(FlowLoss):
     ) -> None:
         scale = model.training_guidance if guidance_scale is None else guidance_scale
         super().__init__(_Network(model, scale), config, seed, **options)
-        self._null = model.null(1)
-        self._own_weight: Callable[[Tensor], Tensor | None] = (
-            model.loss_weight if config.weighting is None else lambda t: None
-        )
+        self._null, self._loss_weight = model.null(1), model.loss_weight
         if config.time_density is None and config.weighting is None:
             density = model.training_density(*size)
             self.density = lambda sample_ids: density
@@ -63,7 +59,7 @@ class PretrainedLoss(FlowLoss):
     def weight(self, t: Tensor, u: Tensor, density: Density) -> Tensor | None:
         """Return factors (B,) on the squared errors; None: 1."""
         if self.choices.weighting is None:
-            return self._own_weight(t)
+            return self._loss_weight(t)
         return super().weight(t, u, density)
 
     def source(self, noise: Tensor, condition: Any) -> Tensor:
