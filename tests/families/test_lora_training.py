@@ -15,7 +15,7 @@ from latentflow.config import AdapterConfig, FlowConfig
 from latentflow.errors import UserError
 from latentflow.families import FAMILIES
 from latentflow.training.fine_tune.pretrained_adapter import PretrainedAdapter
-from latentflow.training.losses.pretrained import PretrainedLoss
+from latentflow.training.losses.pretrained import PretrainedLoss, in_batch
 
 from .test_pretrained import seeded
 from .tiny import TINY, checkpoint
@@ -41,9 +41,9 @@ def test_a_trained_adapter_opens_in_the_stock_pipeline(name: str, tmp_path: Path
         images = torch.rand(8, 3, tiny.side, tiny.side, generator=seeded(3)) * 2 - 1
         latents = model.encode(images)
         rows = model.encode_prompt([f"a red apple {number}" for number in range(8)])
-    loss = PretrainedLoss(model, FlowConfig(), seed=1, size=(tiny.side, tiny.side))
+    loss = PretrainedLoss(model, FlowConfig(), seed=1)
     adapter = PretrainedAdapter(model, AdapterConfig(lora_rank=2, lora_alpha=3.0))
-    batch = {"latents": latents, "rows": rows, "sample_ids": [*range(8)]}
+    batch = {"latents": latents, **in_batch(rows), "sample_ids": [*range(8)]}
 
     def fixed() -> float:
         loss.eval()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentflow.config import FlowConfig
 from latentflow.families import FAMILIES
-from latentflow.training.losses.pretrained import PretrainedLoss
+from latentflow.training.losses.pretrained import PretrainedLoss, in_batch
 
 from .test_pretrained import each_family, opened, rows_of, seeded
 from .tiny import TINY, checkpoint
@@ -21,21 +21,21 @@ from .tiny import TINY, checkpoint
 PLAIN = FlowConfig(condition_dropout=0.0)
 
 
-def batch_of(name: str) -> tuple[Any, dict[str, Any], tuple[int, int]]:
-    """Return the model, a batch of two images, and their size."""
+def batch_of(name: str) -> tuple[Any, dict[str, Any]]:
+    """Return the model and a batch of two images."""
     _, model, tiny = opened(name)
     images = torch.rand(2, 3, tiny.side, tiny.side, generator=seeded(3)) * 2 - 1
     with torch.no_grad():
         latents = model.encode(images)
     noise = torch.randn(latents.shape, generator=seeded(4))
-    batch = {"latents": latents, "noise": noise, "rows": rows_of(name), "sample_ids": [5, 6]}
-    return model, batch, (tiny.side, tiny.side)
+    batch = {"latents": latents, "noise": noise, **in_batch(rows_of(name)), "sample_ids": [5, 6]}
+    return model, batch
 
 
 def official(name: str, model: Any, batch: dict[str, Any], t: Tensor) -> Tensor:
     """Return the loss in diffusers' terms: the noise level sigma or the timestep, and their targets."""
     x0, noise = batch["latents"], batch["noise"]
-    velocity = model.velocity(batch["rows"], guidance_scale=model.unguided)
+    velocity = model.velocity(rows_of(name), guidance_scale=model.unguided)
     sigma = (1.0 - t).float().view(-1, 1, 1, 1)
     state = (1.0 - sigma) * x0 + sigma * noise
     predicted = -velocity(state, t.float())  # of noise - x0
@@ -55,8 +55,8 @@ def official(name: str, model: Any, batch: dict[str, Any], t: Tensor) -> Tensor:
 
 @each_family
 def test_the_loss_and_its_gradient_are_the_official_ones(name: str) -> None:
-    model, batch, size = batch_of(name)
-    loss = PretrainedLoss(model, PLAIN, seed=1, size=size)
+    model, batch = batch_of(name)
+    loss = PretrainedLoss(model, PLAIN, seed=1)
     weights = [weight for weight in model.network.parameters() if weight.ndim > 1][:6]
     with torch.enable_grad():
         for weight in weights:
@@ -117,11 +117,11 @@ def test_times_of_diffusion_models_are_those_of_their_table() -> None:
 
 
 def test_dropped_rows_are_the_empty_prompt() -> None:
-    model, batch, size = batch_of("StableDiffusion3Pipeline")
-    loss = PretrainedLoss(model, PLAIN, seed=1, size=size)
+    model, batch = batch_of("StableDiffusion3Pipeline")
+    loss = PretrainedLoss(model, PLAIN, seed=1)
     rows = loss.prompts(batch, torch.tensor([True, False]))
     null = model.null(1)
     length = null.values["embeds"].shape[1]
     assert torch.equal(rows.values["embeds"][:1, :length], null.values["embeds"])
     assert torch.equal(rows.values["pooled"][0], null.values["pooled"][0])
-    assert torch.equal(rows.values["pooled"][1], batch["rows"].values["pooled"][1])
+    assert torch.equal(rows.values["pooled"][1], batch["rows.pooled"][1])

@@ -308,7 +308,7 @@ def test_a_new_stage_learns_from_what_the_last_one_has_become() -> None:
 
     def lengths(start: int) -> set[float]:
         batch = few_classes(start)
-        r, t = stage.interval(batch["sample_ids"], SampleRandom(0, batch["sample_ids"]))
+        r, t = stage.interval(batch, SampleRandom(0, batch["sample_ids"]))
         stage(batch)
         return set((t - r).tolist())
 

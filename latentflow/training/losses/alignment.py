@@ -225,7 +225,7 @@ class AlignedFlowLoss(FlowLoss):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         sample_ids, device = batch["sample_ids"], batch["latents"].device
         random = SampleRandom(self.seed, sample_ids, device)
-        density, u = self.density(sample_ids), random.uniform()
+        density, u = self.density(batch), random.uniform()
         t, drop = density.quantile(u), self.dropped(random)
         x0, x1 = self.noise(batch, random), self.latents(batch, random)
         condition = self.condition(batch, drop)

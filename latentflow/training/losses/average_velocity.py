@@ -86,7 +86,7 @@ class AverageVelocityLoss(AlignedFlowLoss):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return what `FlowLoss` does, and the plain ``error`` where it is not what is minimised."""
         random = SampleRandom(self.seed, batch["sample_ids"], batch["latents"].device)
-        r, t = self.interval(batch["sample_ids"], random)
+        r, t = self.interval(batch, random)
         drop = self.dropped(random)
         x0, x1 = self.noise(batch, random), self.latents(batch, random)
         condition = self.condition(batch, drop)
@@ -101,11 +101,11 @@ class AverageVelocityLoss(AlignedFlowLoss):
             result["error"] = error.detach().mean()
         return result | {"per_sample": error.detach(), "t": r}
 
-    def interval(self, sample_ids: list[int], random: SampleRandom) -> tuple[Tensor, Tensor]:
-        """Draw the intervals of the samples: start and end, each (B,) float64."""
-        density: Density = self.density(sample_ids)
+    def interval(self, batch: dict[str, Any], random: SampleRandom) -> tuple[Tensor, Tensor]:
+        """Draw the intervals of the samples of a batch: start and end, each (B,) float64."""
+        density: Density = self.density(batch)
         first, second, coin = random.uniform(), random.uniform(), random.uniform()
-        progress = self.progress(sample_ids, first)
+        progress = self.progress(batch["sample_ids"], first)
         return self.settings.interval(Draws(density.quantile, first, second, coin, progress))
 
     def progress(self, sample_ids: list[int], like: Tensor) -> Tensor | None:
@@ -237,7 +237,7 @@ class OneStepLoss(FlowLoss):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         density = self.density
-        self.density = lambda sample_ids: _AtNoise(density(sample_ids))
+        self.density = lambda batch: _AtNoise(density(batch))
 
 
 class _AtNoise:

@@ -44,7 +44,7 @@ class FlowLoss(nn.Module):
         samples_per_step: samples of one step, over all processes.
 
     Attributes:
-        density: sample ids -> the density of their training times.
+        density: batch -> the density of its training times.
         masked: whether the network sees masked images.
         needs_pixels: whether a batch must hold ``pixels``.
         learns_from_average: whether the loop must hand over the weight average (`use_average`).
@@ -71,7 +71,7 @@ class FlowLoss(nn.Module):
         self.samples, self.samples_per_step = samples, samples_per_step
         self.choices = choices = config.choices()
         self.path, self.coupling = choices.path, choices.coupling
-        self.density: Callable[[list[int]], Density] = lambda sample_ids: choices.density
+        self.density: Callable[[dict[str, Any]], Density] = lambda batch: choices.density
         if config.time_uniform_from < 1.0:
             if samples is None:
                 raise ValueError("time_uniform_from is a share of the run: give the samples of the run")
@@ -95,7 +95,7 @@ class FlowLoss(nn.Module):
         """Return ``loss``; ``per_sample`` (B,), the errors without the samples' weights; and their times ``t`` (B,)."""
         sample_ids, device = batch["sample_ids"], batch["latents"].device
         random = SampleRandom(self.seed, sample_ids, device)  # a row depends on the seed and its id alone
-        density, u = self.density(sample_ids), random.uniform()
+        density, u = self.density(batch), random.uniform()
         t, drop = density.quantile(u), self.dropped(random)
         x0 = self.noise(batch, random)
         x1 = self.latents(batch, random)  # a sample of the autoencoder's posterior
@@ -103,8 +103,14 @@ class FlowLoss(nn.Module):
         x0 = self.pair(x0, x1, condition, batch)  # the coupling
         sample = self.path.sample(x0, x1, t.to(x1.dtype))
         output = self.network(self.path.scale_input(sample.xt, sample.t), sample.t, condition)
-        error = self.objective(output, sample, weight=self.weight(t, u, density))
+        error = self.error(output, sample, self.weight(t, u, density), batch)
         return {"loss": weighted_mean(error, batch), "per_sample": error.detach(), "t": t}
+
+    def error(
+        self, output: Tensor, sample: PathSample, weight: Tensor | None, batch: dict[str, Any]
+    ) -> Tensor:
+        """Return the errors (B,) of the network's output; ``weight`` (B,) are factors on them."""
+        return self.objective(output, sample, weight=weight)
 
     def dropped(self, random: SampleRandom) -> Tensor:
         """Draw the rows (B,) bool whose condition is replaced by the null; none in validation."""
@@ -201,9 +207,9 @@ class LateUniform(nn.Module):
         super().__init__()
         self._density, self._first = density, first
 
-    def forward(self, sample_ids: list[int]) -> Density:
-        """Return the density of these samples, each by its own id."""
-        late = torch.tensor([self.training and number >= self._first for number in sample_ids])
+    def forward(self, batch: dict[str, Any]) -> Density:
+        """Return the density of the samples of a batch, each by its own id."""
+        late = torch.tensor([self.training and number >= self._first for number in batch["sample_ids"]])
         return _Mixed(late, UniformTimes(shift=self._density.shift), self._density)
 
 

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...autoencoder import downscale_factor
 from ...config import FlowConfig
 from ...families import FlowModel
-from ...families.model import Rows
+from ...families.model import Rows, Values
+from ...flow import PathSample
 from .flow import Density, FlowLoss
+
+# beginnings of the names of a batch's entries that are conditions: of `Rows.values` and of `Rows.kept`
+_VALUES, _KEPT = "rows.", "kept rows."
+
+
+def in_batch(rows: Rows) -> dict[str, Values]:
+    """Return rows as entries of a batch, which has no model: processes that load data hand it over."""
+    values = {f"{_VALUES}{name}": value for name, value in rows.values.items()}
+    return values | {f"{_KEPT}{name}": value for name, value in rows.kept.items()}
+
+
+def of_batch(batch: Mapping[str, Any], model: FlowModel) -> Rows:
+    """Return the rows of a batch, see `in_batch`."""
+
+    def named(start: str) -> dict[str, Values]:
+        return {key.removeprefix(start): value for key, value in batch.items() if key.startswith(start)}
+
+    return Rows(model, named(_VALUES), named(_KEPT))
 
 
 class PretrainedLoss(FlowLoss):
     """The loss of a pretrained model's network.
 
-    A batch holds ``rows`` of the model, B of them, in the place of prompts; see `FlowLoss` for the rest. Where the
-    config names no density of times and no weighting, those of the family count: see `FlowModel.training_density` and
-    `FlowModel.loss_weight`.
+    A batch holds rows of the model, see `in_batch`, in the place of prompts. It may hold ``masks`` (B, 1, H, W) uint8
+    and ``has_mask`` (B,) bool: then the squared errors where a mask is 0 count ``outside`` times, and those of each
+    image are divided by their mean factor, so that a small mask weighs as much as a large one. See `FlowLoss` for the
+    rest.
+
+    Where the config names no density of times and no weighting, those of the family count: see
+    `FlowModel.training_density` and `FlowModel.loss_weight`.
 
     Args:
         model: the flow model; its network is trained.
         config, seed, options: see `FlowLoss`.
         guidance_scale: that a network with such an input is given; default: the family's.
-        size: (height, width) in pixels of the images, on which the density of some families depends.
+        outside: factor on squared errors outside of masks.
     """
 
     def __init__(
@@ -34,23 +61,27 @@ class PretrainedLoss(FlowLoss):
         seed: int,
         *,
         guidance_scale: float | None = None,
-        size: tuple[int, int],
+        outside: float = 0.1,
         **options: Any,
     ) -> None:
         scale = model.training_guidance if guidance_scale is None else guidance_scale
         super().__init__(_Network(model, scale), config, seed, **options)
+        self._model, self._outside = [model], outside  # in a list: not a part of the module
         self._null, self._loss_weight = model.null(1), model.loss_weight
         if config.time_density is None and config.weighting is None:
-            density = model.training_density(*size)
-            self.density = lambda sample_ids: density
+            factor = downscale_factor(model.vae)
+            self.density = lambda batch: model.training_density(
+                *(side * factor for side in batch["latents"].shape[2:])
+            )
 
     def prompts(self, batch: dict[str, Any], drop: Tensor | None = None) -> Any:
         """Return the rows of a batch; those where ``drop`` (B,) holds are the empty prompt."""
-        rows: Rows = batch["rows"]
+        rows = of_batch(batch, self._model[0])
         if drop is None or not drop.any():
             return rows
         places = torch.arange(len(rows)) + len(rows) * drop.cpu()
-        return Rows.cat([rows, self._null.repeat(len(rows))])[places]
+        null = replace(self._null.repeat(len(rows)), kept=rows.kept)
+        return Rows.cat([rows, null])[places]
 
     def compared_by(self, condition: Any) -> Tensor | None:
         """Return None: rows of different models have nothing in common that could be compared."""
@@ -62,9 +93,55 @@ class PretrainedLoss(FlowLoss):
             return self._loss_weight(t)
         return super().weight(t, u, density)
 
+    def error(
+        self, output: Tensor, sample: PathSample, weight: Tensor | None, batch: dict[str, Any]
+    ) -> Tensor:
+        """Return the errors (B,) of the network's output, by the batch's masks where it has any."""
+        if "masks" in batch:
+            cells = cell_factors(batch["masks"], batch["has_mask"], output.shape[2:], self._outside).sqrt()
+            output, sample = output * cells, sample._replace(velocity=sample.velocity * cells)
+        return super().error(output, sample, weight, batch)
+
     def source(self, noise: Tensor, condition: Any) -> Tensor:
         """Return the noise: no pretrained model starts from anything else."""
         return noise
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the weights that learn: the others are the checkpoint's, and may be quantised."""
+        return {name: weight.detach() for name, weight in self._learned().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **options: Any) -> None:  # type: ignore[override]
+        """Restore the weights that learn.
+
+        Raises:
+            RuntimeError: the state has others, or others' shapes.
+        """
+        learned = self._learned()
+        if other := sorted(learned.keys() ^ state.keys()):
+            raise RuntimeError(f"other weights learn: {', '.join(other[:3])}")
+        for name, weight in learned.items():
+            weight.copy_(state[name])
+
+    def _learned(self) -> dict[str, nn.Parameter]:
+        return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
+
+
+def cell_factors(masks: Tensor, has_mask: Tensor, cells: torch.Size, outside: float) -> Tensor:
+    """Return factors (B, 1, h, w) on the squared errors of the cells of latents; their mean is 1 for each image.
+
+    Args:
+        masks: (B, 1, H, W) uint8, 255 where errors count fully.
+        has_mask: (B,) bool; the others count everywhere.
+        cells: (h, w).
+        outside: factor where the mask is 0.
+    """
+    inside = F.adaptive_avg_pool2d(masks.float() / 255.0, [*cells])
+    factors = outside + (1.0 - outside) * inside
+    factors = torch.where(has_mask.view(-1, 1, 1, 1), factors, 1.0)
+    return factors / factors.mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
 
 
 class _Network(nn.Module):
