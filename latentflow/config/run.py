@@ -36,6 +36,8 @@ class DataConfig:
     """Condition of the model. auto: captions if there are any, else classes (subfolders), else none."""
     missing_caption: Literal["error", "empty", "skip"] = "error"
     """Handling of images without a caption: stop with an error, train on an empty caption, or skip them."""
+    caption: Annotated[str | None, Essential("data")] = None
+    """Caption of the images that have none, such as "a photo of sks dog"."""
     masks: Annotated[Literal["auto", "none", "alpha"], Essential("data")] = "auto"
     """Your own inpainting masks. auto: the metadata's mask column, else cat-mask.png beside cat.png. alpha: repaint
     what is transparent."""
@@ -57,7 +59,7 @@ class DataConfig:
 
     def wanted(self) -> dict[str, Any]:
         """Return the keyword arguments of `find_source`."""
-        names = ("condition", "missing_caption", "masks", "columns", "colours", "shuffle_tags", "keep_tags")
+        names = ("condition", "missing_caption", "masks", "columns", "colours", "shuffle_tags", "keep_tags", "caption")
         return {name: getattr(self, name) for name in names}
 
 
@@ -82,7 +84,7 @@ class FramingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuningConfig:
-    """Protection of the checkpoint of --init-from against forgetting (docs/guide/fine-tune.md)."""
+    """Fine-tuning the checkpoint of --init-from (docs/guide/fine-tune.md)."""
 
     prior_samples: int | None = None
     """Number of images that the checkpoint generates before training, to be trained on together with yours. 0: none.
@@ -92,10 +94,17 @@ class FineTuningConfig:
     prior_prompts: str | None = None
     """Text file of captions for these images, one per line; those that the checkpoint was trained on are best.
     Default: one or two words of its vocabulary per image."""
+    quantize: Literal["nf4", "int8", "float8"] | None = None
+    """Store the frozen weights of a pretrained model, and its text encoders, in 4 or 8 bits while an adapter is
+    trained (extra `quantize`; nf4: extra `bitsandbytes` and a GPU)."""
+    outside_mask: float = 0.1
+    """Pretrained models, data with masks: factor on the loss of what is black in an image's own mask."""
 
     def __post_init__(self) -> None:
         if self.prior_samples is not None and self.prior_samples < 0:
             raise UserError(f"--prior-samples is {self.prior_samples}", "Give a number from 0 on.")
+        if not 0 <= self.outside_mask <= 1:
+            raise UserError(f"--outside-mask is {self.outside_mask}", "Give a factor from 0 to 1.")
         if not 0 < self.prior_share < 1:
             raise UserError(
                 f"--prior-share is {self.prior_share}",
@@ -118,7 +127,8 @@ class AdapterConfig:
     """
 
     lora_rank: Annotated[int, Essential("model")] = 0
-    """Train an adapter (LoRA) of this rank, usually 16, beside the frozen weights. 0: train all weights."""
+    """Train an adapter (LoRA) of this rank, usually 16, beside the frozen weights. 0: train all weights. Default: an
+    adapter for pretrained models above 500 million parameters, else 0."""
     lora_alpha: float | None = None
     """The adapter is multiplied by alpha / rank. Default: the rank."""
     lora_dora: bool = False

@@ -21,6 +21,7 @@ class GlmImageModel(CogView4Model):
     A plan is of one size: `encode_prompt` is given the size of the image. Guidance leaves the plan out.
     """
 
+    encodes_with_network = True
     one_by_one = True
 
     def encode_prompt(

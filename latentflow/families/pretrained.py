@@ -83,6 +83,8 @@ class PretrainedModel(FlowModel):
     sampling_options: tuple[str, ...] = ()
     #: prompts are encoded one by one, where those of a batch would change one another
     one_by_one: bool = False
+    #: the pipeline looks at its network where it encodes prompts, and does not open without it
+    encodes_with_network: bool = False
     #: the pipeline draws its noise with the channels last
     noise_channels_last: bool = False
     #: cells of the latent that make one token of the network, along a side

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import MemoryConfig
 from ..errors import UserError
-from ..utils.files import pipeline_folder, read_settings
-from ..utils.libraries import missing
 from ..utils.single_files import is_single_file
 
-if TYPE_CHECKING:
-    from diffusers import PipelineQuantizationConfig
-
-# Value of --quantize -> the library that computes with such weights.
-_LIBRARIES = {"nf4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}
-# Components that are quantised: networks and language models. CLIP's text encoders are small.
-_LARGE = ("transformer", "unconditional_transformer", "unet", "text_encoder", "vision_language_encoder")
 
 
 def check_memory_flags(memory: MemoryConfig, device: str) -> None:
@@ -35,13 +24,10 @@ def check_memory_flags(memory: MemoryConfig, device: str) -> None:
             f"--offload {memory.offload} needs a GPU: without one, all weights are in main memory already",
             "Leave it out. --dtype bfloat16 and --quantize int8 take less of that memory.",
         )
-    if memory.quantize is None:
-        return
-    if memory.quantize == "nf4" and device == "cpu":
-        raise UserError("--quantize nf4 needs a GPU", "Give --quantize int8, with which a CPU computes too.")
-    library = _LIBRARIES[memory.quantize]
-    if importlib.util.find_spec(library) is None:
-        raise missing(f"--quantize {memory.quantize} needs", library)
+    if memory.quantize is not None:
+        from ..families.quantization import check_quantization
+
+        check_quantization(memory.quantize, device)
 
 
 def loading_options(memory: MemoryConfig, source: str, device: str) -> dict[str, Any]:
@@ -58,6 +44,7 @@ def loading_options(memory: MemoryConfig, source: str, device: str) -> dict[str,
     import torch
 
     from ..families.index import pipeline_class
+    from ..families.quantization import quantization
 
     options: dict[str, Any] = {}
     single = is_single_file(source)
@@ -84,45 +71,6 @@ def decoder_options(memory: MemoryConfig) -> dict[str, Any]:
     import torch
 
     return {} if memory.dtype == "auto" else {"torch_dtype": getattr(torch, memory.dtype)}
-
-
-def quantization(kind: str, source: str) -> PipelineQuantizationConfig:
-    """Return the settings that quantise the large components of a pipeline folder or hub id.
-
-    Args:
-        kind: a value of --quantize.
-        source: the folder or hub id.
-    """
-    import diffusers
-    import torch
-    import transformers
-
-    folder = pipeline_folder(source)
-    index = (
-        diffusers.DiffusionPipeline.load_config(source)
-        if folder is None
-        else read_settings(folder / "model_index.json")
-    )
-
-    def settings(library: Any) -> Any:
-        if kind == "nf4":
-            return library.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-            )
-        torchao = importlib.import_module("torchao.quantization")
-
-        names = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}
-        return library.TorchAoConfig(getattr(torchao, names[kind])())
-
-    components = {
-        name: settings(transformers if entry[0] == "transformers" else diffusers)
-        for name, entry in index.items()
-        if name.startswith(_LARGE)
-        and isinstance(entry, list)
-        and entry[0]
-        and not entry[1].startswith("CLIP")
-    }
-    return diffusers.PipelineQuantizationConfig(quant_mapping=components)
 
 
 def place(pipe: Any, device: str, memory: MemoryConfig) -> Any:

@@ -38,7 +38,7 @@ from ..data import (
     split,
 )
 from ..data.cache.store import digests
-from ..data.cache.tensors import latent_transform
+from ..data.cache.tensors import Encoding, latent_transform
 from ..data.sources.kinds import is_latent_folder
 from ..errors import UserError, few
 from ..families import FlowModel
@@ -190,6 +190,7 @@ class LatentCache:
         model: the flow model that is trained on the latents. trains_text: with its text encoder.
         has_masks, needs_pixels: masks and pixels are cached as well.
         seed: of the crops, and of the caption that is drawn.
+        encode_batch: images that are encoded at once.
     """
 
     data: DataConfig
@@ -199,6 +200,13 @@ class LatentCache:
     has_masks: bool
     needs_pixels: bool
     seed: int
+    encode_batch: int = 64
+
+    @property
+    def _own_encoding(self) -> Encoding | None:
+        """The encoding of a family whose latents are not plainly those of its autoencoder."""
+        kind = type(self.model)
+        return None if kind.encode is FlowModel.encode else Encoding(kind.__name__, self.model.encode)
 
     def framed(self, source: Source, *, crops: int | None = None) -> Cropping:
         """Return how the images are cut; with another number of crops than the settings say, if given."""
@@ -210,12 +218,23 @@ class LatentCache:
             size_conditioning=self.model.takes_sizes,
         )
 
-    def latents(self, framed: Cropping) -> LatentData:
-        """Return the images as training data, computed where they are not cached."""
+    def latents(
+        self, framed: Cropping, conditions: Conditions | None = None, *, sampled: bool = True
+    ) -> LatentData:
+        """Return the images as training data, computed where they are not cached.
+
+        Args:
+            conditions: what goes with them; default: `conditions_of` the model.
+            sampled: each use draws a sample of the autoencoder's posterior; else it is the mode.
+        """
+        buckets = [self._sized(framed.part(number), size) for number, size in enumerate(framed.sizes)]
+        if not sampled:
+            buckets = [replace(bucket, table=replace(bucket.table, std=None)) for bucket in buckets]
         return LatentData(
             framed,
-            [self._sized(framed.part(number), size) for number, size in enumerate(framed.sizes)],
-            conditions_of(
+            buckets,
+            conditions
+            or conditions_of(
                 framed.source,
                 self.seed,
                 self.model.pipeline.tokenizer,
@@ -257,6 +276,8 @@ class LatentCache:
                 part,
                 self.model.vae,
                 size,
+                own_encoding=self._own_encoding,
+                batch_size=self.encode_batch,
                 background=self.data.background,
                 flips=self.data.random_flip,
                 device=state.device,

@@ -26,7 +26,7 @@ from .export import card_facts, export_pipeline, preview_grid, preview_source
 from .fine_tune.base import refuse_own_result
 from .fine_tune.defaults import FEW, usual
 from .fine_tune.learning import LearningMeter, is_plain
-from .fine_tune.memorisation import report_memorisation
+from .fine_tune.memorisation import report_memorisation_of
 from .loop.checkpoint import list_checkpoints, step_of
 from .loop.distributed import process_state
 from .loop.fit import Callbacks, fit
@@ -247,7 +247,7 @@ def train(
     for line in recipe.summary(result, loss, own):
         log.info(line)
     if config.init_from and len(training) <= FEW:
-        report_memorisation(output, training, validation, splits.data.background, state.device)
+        report_memorisation_of(output, training, validation, splits.data.background, state.device)
     facts = card_facts(model, source, output, config.push_to_hub)
     write_card(result, output, facts)  # once more: what was measured of the result is there now
     if model.adapter is not None:

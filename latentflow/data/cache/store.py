@@ -161,15 +161,39 @@ def open_cache(kind: str, settings: dict[str, object], data_root: Path | None = 
     Raises:
         UserError: the cache would lie inside the data.
     """
-    root = cache_root()
     refuse_inside(data_root)
+    folder, root = _folder_of(kind, settings)
+    shards = ShardSet(folder, kind, cache=root)
+    _describe(folder, kind, settings)
+    return shards
+
+
+def open_folder(kind: str, settings: dict[str, object]) -> tuple[Path, Path, int | None]:
+    """Return a folder in the cache for these settings, the cache, and the descriptor that keeps it from being evicted
+    until it is closed; of files that are no shards.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder, root = _folder_of(kind, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = mark_in_use(folder)
+    _describe(folder, kind, settings)
+    return folder, root, lock
+
+
+def _folder_of(kind: str, settings: dict[str, object]) -> tuple[Path, Path]:
+    root = cache_root()
     key = hashlib.sha256(json.dumps([_VERSION, kind, settings], sort_keys=True).encode()).hexdigest()[:40]
-    shards = ShardSet(root / kind / key, kind, cache=root)
-    about = shards.folder / "settings.json"  # for people
+    return root / kind / key, root
+
+
+def _describe(folder: Path, kind: str, settings: dict[str, object]) -> None:
+    """Write what a folder of the cache holds, for people."""
+    about = folder / "settings.json"
     with suppress(OSError):
         if not about.exists():
             about.write_text(json.dumps({"kind": kind, **settings}, indent=2))
-    return shards
 
 
 def refuse_inside(data_root: Path | None) -> None:

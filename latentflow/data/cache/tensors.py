@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -240,16 +240,18 @@ def cached_latents(
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    own_encoding: Encoding | None = None,
 ) -> LatentTable:
     """Return every image's latent under a frozen autoencoder, computed once; see ``LatentTable``.
 
     Args:
         flips: whether mirror images are needed as well.
+        own_encoding: encodes images, in the place of the autoencoder's own posterior.
 
     Raises:
         UserError: as for ``cached_pixels``.
     """
-    transform = latent_transform(_size(resolution), background, vae, flips, batch_size, device)
+    transform = latent_transform(_size(resolution), background, vae, flips, batch_size, device, own_encoding)
     index = index_images(source, transform, progress=progress)
     mean = index.table("mean")
     assert mean is not None
@@ -282,6 +284,18 @@ def cached_text(
     row_bytes = 4 * width * min(512, tokenizer.model_max_length)
     transform = Transform("text", settings, row_bytes, str, encode, "encoding captions")
     return TextTable(_index_rows(open_cache("text", settings), transform, captions, lambda: captions))
+
+
+class Encoding(NamedTuple):
+    """A way to encode images.
+
+    Attributes:
+        name: tells it from others; rows in the cache depend on it.
+        encode: images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), normalised.
+    """
+
+    name: str
+    encode: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -333,7 +347,13 @@ def mask_transform(size: tuple[int, int]) -> Transform[Example]:
 
 
 def latent_transform(
-    size: tuple[int, int], background: str, vae: Any, flips: bool, batch_size: int, device: str | torch.device
+    size: tuple[int, int],
+    background: str,
+    vae: Any,
+    flips: bool,
+    batch_size: int,
+    device: str | torch.device,
+    own_encoding: Encoding | None = None,
 ) -> Transform[Example]:
     """Return the transform of images to latents: ``mean`` and, where the autoencoder has it, ``std`` (F, C, h, w)."""
     from ...autoencoder import downscale_factor, latent_channels
@@ -341,10 +361,12 @@ def latent_transform(
     def encode(examples: list[Example]) -> Iterator[Tables]:
         vae.to(device)
         for batch in _batches(read_pixels(examples, size, background), batch_size):  # several threads decode
-            mean, std = _posteriors(vae, torch.stack(batch), flips, device)
+            mean, std = _posteriors(vae, torch.stack(batch), flips, device, own_encoding)
             yield {"mean": mean} if std is None else {"mean": mean, "std": std}
 
     settings = pixel_transform(size, background).settings | {"flips": flips, "autoencoder": fingerprint(vae)}
+    if own_encoding is not None:
+        settings["encoding"] = own_encoding.name
     factor = downscale_factor(vae)
     values = 2 * (1 + flips) * latent_channels(vae) * (size[0] // factor) * (size[1] // factor)
     return Transform("latents", settings, 4 * values, methodcaller("pixel_key"), encode, "encoding images")
@@ -443,14 +465,21 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @torch.no_grad()
 def _posteriors(
-    vae: Any, pixels: Tensor, flips: bool, device: str | torch.device
+    vae: Any,
+    pixels: Tensor,
+    flips: bool,
+    device: str | torch.device,
+    own_encoding: Encoding | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return normalised mean and std, (B, F, C, h, w), of pixels (B, 3, H, W) uint8 and their mirror images."""
     from ...autoencoder import normalise, posterior
 
     images = pixels_to_images(pixels).to(device)
+    views = (images, images.flip(-1)) if flips else (images,)
+    if own_encoding is not None:
+        return torch.stack([own_encoding.encode(view).cpu() for view in views], 1), None
     means, stds = [], []
-    for view in (images, images.flip(-1)) if flips else (images,):
+    for view in views:
         raw, std = posterior(vae, view)
         raw = raw.float()
         means.append(normalise(vae, raw).cpu())

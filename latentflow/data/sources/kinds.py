@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -52,6 +52,7 @@ def find_source(
     shuffle_tags: int = 0,
     keep_tags: int = 0,
     colours: Colours = "srgb",
+    caption: str | None = None,
 ) -> Source:
     """Find the images of ``data``, which is of one of ``KINDS``, with their annotations (docs/reference/data.md).
 
@@ -68,9 +69,10 @@ def find_source(
         shuffle_tags: the number of orders that each caption's tags are trained in; 0: as written.
         keep_tags: the number of tags that stay in front.
         colours: "srgb" converts by colour profiles, "stored" takes the numbers of all images as they are.
+        caption: of the images that have none; then classes are not used.
 
     Raises:
-        UserError: the data are missing, empty, broken or of the wrong level; metadata cannot be understood or
+        UserError: a caption is given, but no captions are asked for; the data are missing, empty, broken or of the wrong level; metadata cannot be understood or
             contradict texts beside the images; captions or classes are missing; an image has two different masks.
     """
     for name, choices, value in (
@@ -87,7 +89,27 @@ def find_source(
         columns=dict(columns or {}),
         colours=colours,
     )
-    return with_tag_orders(_find(data, request), shuffle_tags, keep_tags)
+    if caption is not None:
+        if condition not in ("auto", "text"):
+            raise UserError(f"--caption with --condition {condition}", "Leave one of the two out.")
+        if not caption.strip():
+            raise UserError("--caption is empty", "Give a text, or use --missing-caption empty.")
+        request = replace(request, condition="auto", missing_caption="empty")
+    source = _find(data, request)
+    if caption is not None:
+        source = _captioned(source, caption)
+    return with_tag_orders(source, shuffle_tags, keep_tags)
+
+
+def _captioned(source: Source, caption: str) -> Source:
+    """Return the source with this caption for the images that have none."""
+    lacking = [source.kind != "text" or not any(example.captions) for example in source.examples]
+    examples = tuple(
+        replace(example, text=caption, texts=(), label=None) if lacks else example
+        for example, lacks in zip(source.examples, lacking, strict=True)
+    )
+    note = f"{plural(sum(lacking), 'image')} without a caption, given this one: {caption}"
+    return replace(source, examples=examples, kind="text", classes=()).noted(note)
 
 
 def _find(data: str, request: DataRequest) -> Source:

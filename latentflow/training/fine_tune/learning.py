@@ -31,7 +31,7 @@ def is_plain(loss: FlowLoss) -> bool:
 
 
 class LearningMeter:
-    """The losses on up to 64 training images, each at four noises and times that are always the same.
+    """The losses on some training images, each at four noises and times that are always the same.
 
     So before and after are compared in pairs, and differ only by what the network has learnt. Nothing is masked, also
     where the network learns to inpaint: this is about generating.
@@ -41,6 +41,8 @@ class LearningMeter:
         data: the training images.
         source: the same, with captions.
         usual: the steps and the learning rate of such a fine-tune by default, for the verdict.
+        images: that are measured, at most.
+        batch_size: rows of one forward pass.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class LearningMeter:
         source: Source,
         device: torch.device,
         usual: tuple[int, float],
+        images: int = _IMAGES,
+        batch_size: int = _IMAGES,
     ) -> None:
-        self._usual = usual
+        self._usual, self._batch_size = usual, batch_size
         self._loss, self._data, self._device = copy.copy(loss.to(device)), data, device
         self._loss.masking, self._loss.training = None, False  # the copy's own: it shares the networks only
-        count = min(_IMAGES, len(data))
+        count = min(images, len(data))
         self._images = [place * len(data) // count for place in range(count)]
         self._total = len(source)
         captions = [source.examples[row].captions for row in range(0, len(source), -(-len(source) // count))]
@@ -86,8 +90,8 @@ class LearningMeter:
             loss.dropped = lambda random: random.uniform() < 1.0  # type: ignore[method-assign]
         uses = [SampleUse(index, index * _NOISES + k) for index in self._images for k in range(_NOISES)]
         losses: dict[int, list[Tensor]] = {index: [] for index in self._images}
-        for start in range(0, len(uses), _IMAGES):
-            for part in by_group(uses[start : start + _IMAGES], groups_of(self._data)):
+        for start in range(0, len(uses), self._batch_size):
+            for part in by_group(uses[start : start + self._batch_size], groups_of(self._data)):
                 batch = to_device(load_batch(self._data, part), self._device)
                 for use, value in zip(part, loss(batch)["per_sample"].double().cpu(), strict=True):
                     losses[use.index].append(value)

@@ -14,8 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import psutil
+import torch
 from torch import nn
 
+from ...config import RunConfig
 from ...errors import UserError
 from ...families.from_configs import model_from_configs
 from ...families.pretrained import PretrainedModel
@@ -325,6 +328,51 @@ def _changed(settings: FineTuning, numbers: Iterable[int]) -> FineTuning:
     for number in numbers:
         settings = replace(settings, **SAVINGS[number][1])
     return settings
+
+
+def plan_of(config: RunConfig, dtype: torch.dtype) -> FineTuning:
+    """Return the settings of a run that its memory depends on.
+
+    Args:
+        dtype: precision of the network's weights where they are frozen.
+    """
+    stored = config.fine_tuning.quantize or str(dtype).removeprefix("torch.")
+    return FineTuning(
+        lora_rank=config.adapter.lora_rank,
+        lora_layers=config.adapter.lora_layers,
+        base=stored,
+        encoders="float32" if stored == "float16" else stored,
+        optimizer="adamw-8bit" if config.loop.optimizer == "adamw-8bit" else "adamw",
+        gradient_checkpointing=config.network.gradient_checkpointing,
+        batch_size=config.loop.train_batch_size,
+        resolution=config.data.resolution,
+    )
+
+
+def refuse_too_large(shape: PretrainedModel, config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a run that the memory of the device cannot hold, before anything is fetched or read.
+
+    Raises:
+        UserError: it cannot; names flags with which it can, if there are any.
+    """
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory / GIB
+    elif device.type == "cpu":
+        room = psutil.virtual_memory().total / GIB
+    else:
+        return
+    planner, settings = MemoryPlanner(shape), plan_of(config, dtype)
+    if planner.weights(settings).peak < (room - RESERVED) * GIB / 4:  # far from it: nothing is simulated
+        return
+    plan = planner.plan(settings)
+    if plan.peak <= (room - RESERVED) * GIB:
+        return
+    found = planner.fitting(settings, room)
+    raise UserError(
+        f"this run takes {plan.peak / GIB:.1f} GiB of memory, and {device} has {room:.1f} "
+        "(--dry-run counts it, part by part)",
+        f"It fits with {' '.join(found[0])}." if found else "It fits with none of the flags that save memory.",
+    )
 
 
 def memory_lines(name_or_path: str | os.PathLike[str], settings: FineTuning, **options: Any) -> list[str]:

@@ -1,0 +1,366 @@
+"""A pretrained model of diffusers that a fine-tune starts from: its data, its settings, and its parts, one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ...config import AdapterConfig, FlowConfig, LoopConfig, NetworkConfig, RunConfig
+from ...data import Source, find_source, readable, split
+from ...errors import UserError, few, reason, with_article
+from ...families import FAMILIES, FlowModel
+from ...families.from_configs import model_from_configs
+from ...families.index import pipeline_class, read_index
+from ...families.pretrained import PretrainedModel
+from ...families.stored_weights import parameter_count
+from ...families.text_encoders import TEXT_ENCODERS
+from ...flow import TimeDensity
+from ...utils.components import library_reads, load_module, quiet_libraries
+from ...utils.files import pipeline_folder, result_of
+from ...utils.memory import release_memory
+from ...utils.names import as_spelled
+from ...utils.weight_files import variants, weight_files
+from ..data import DataSplits
+from ..loop.distributed import compute_dtype, process_state
+from .defaults import held_out_share
+from .encoded_prompts import EncodedPrompts
+
+#: parameters of a network above which an adapter is trained by default
+LARGE = 500_000_000
+_USUAL_SIDE = 1024  # pixels, of models that do not say which, and at most, by default
+_USES = 740  # samples of one image; of n images the cube root of n times as many (docs/guide/fine-tune-pretrained.md)
+# components that training never needs
+_UNUSED = (*TEXT_ENCODERS, "safety_checker", "image_encoder", "prior")
+_NETWORKS = ("transformer", "unet", "unconditional_transformer")
+# settings of `FlowConfig` that do not belong to the network, and may be chosen
+_FREE = ("weighting", "weighting_options", "time_density", "time_options", "condition_dropout")
+
+
+def is_pretrained(checkpoint: str | None) -> bool:
+    """Return whether this is a pipeline of diffusers, not of ours; a run folder, or no pipeline, is none.
+
+    Raises:
+        UserError: no pipeline can be read there.
+    """
+    if checkpoint is None:
+        return False
+    source = result_of(checkpoint)
+    if (Path(source) / "config.yaml").is_file() or Path(source).is_file():
+        return False
+    kind = str(pipeline_class(source))
+    return not kind.startswith("LatentFlow")
+
+
+@dataclass(frozen=True)
+class PretrainedBase:
+    """The model that a fine-tune starts from, before its weights are read.
+
+    Attributes:
+        name: as the user wrote it.
+        folder: of the pipeline; a hub id until `fetched`.
+        shape: the model on the meta device.
+    """
+
+    name: str
+    folder: str
+    shape: PretrainedModel
+
+    @classmethod
+    def of(cls, checkpoint: str) -> PretrainedBase:
+        """Read the configs of a checkpoint.
+
+        Raises:
+            UserError: they cannot be read, or the model draws from images, which training does not give it.
+        """
+        quiet_libraries()
+        folder = result_of(checkpoint)
+        shape = model_from_configs(folder)
+        if shape.takes_masks or shape.extra or shape.needs_images or not shape.has_velocity:
+            raise UserError(
+                f"{checkpoint}, {with_article(type(shape.pipeline).__name__)}, is no model that is fine-tuned here: it "
+                "draws from images, or has no velocity",
+                "Start from a text-to-image model of its family.",
+            )
+        return cls(checkpoint, folder, shape)
+
+    def fetched(self) -> PretrainedBase:
+        """Return the same with its files on this machine."""
+        if pipeline_folder(self.folder) is not None:
+            return self
+        with (
+            process_state().main_process_first(),
+            library_reads(f"the hub repository '{self.folder}'", fix="Check the name and the network."),
+        ):
+            found = DiffusionPipeline.download(self.folder, use_safetensors=True)
+        return replace(self, folder=str(found))
+
+    @property
+    def size(self) -> int:
+        """Number of parameters of the network."""
+        return parameter_count(self.shape.network)
+
+    @property
+    def loads_adapters(self) -> bool:
+        """Whether diffusers loads adapters into this pipeline."""
+        from .pretrained_adapter import PretrainedAdapter
+
+        return PretrainedAdapter._part(self.shape.pipeline) is not None
+
+    def lines(self, config: RunConfig, images: int) -> list[str]:
+        """Describe the fine-tune, for the plan.
+
+        Args:
+            config: of `with_base_settings`.
+            images: number of images that are trained on.
+        """
+        loop, defaults, adapter = config.loop, self.shape.training_defaults, config.adapter
+        batch = loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)
+        chosen = {
+            "lora-rank": adapter.lora_rank,
+            "learning-rate": loop.learning_rate,
+            "lr-scheduler": loop.lr_scheduler,
+            "condition-dropout": config.flow.condition_dropout,
+        }
+        flags = " ".join(f"--{name} {value:g}" if name != "lr-scheduler" else f"--{name} {value}" for name, value in chosen.items())
+        side = config.data.resolution
+        return [
+            f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} of {self.size / 1e6:.0f} M "
+            f"parameters: each image is used about {loop.max_train_steps * batch / max(1, images):.0f} times",
+            f"settings: {flags} (defaults of the family: {defaults.source})",
+            f"training times: {_density_text(self.shape.training_density(side, side), config.flow)}",
+            f"resolution: {side} pixels",
+        ]
+
+    # ---------------------------------------------------------------- parts
+
+    def encoded_prompts(self, quantize: str | None, dtype: torch.dtype) -> EncodedPrompts:
+        """Return the cache of the prompts of this model's text encoders."""
+        index = read_index(self.folder)
+        networks = (*_NETWORKS, "vae", "scheduler", "safety_checker")
+        files = [
+            [str(path.relative_to(self.folder)), path.resolve().name, path.stat().st_size, path.stat().st_mtime_ns]
+            for name in sorted(index)
+            if name not in networks
+            for path in sorted((Path(self.folder) / name).glob("*"))
+            if path.is_file()
+        ]
+        return EncodedPrompts(
+            {
+                "pipeline": str(index.get("_class_name")),
+                "files": files,
+                "dtype": str(dtype),
+                "quantize": quantize,
+            }
+        )
+
+    def open_encoders(self, device: torch.device, dtype: torch.dtype, **options: Any) -> FlowModel:
+        """Open the text encoders, without the network where the family's pipeline can do without."""
+        absent = {name: None for name in read_index(self.folder) if name in (*_NETWORKS, "safety_checker")}
+        if self.shape.encodes_with_network:
+            absent = {}
+        model = FlowModel.from_pretrained(self.folder, vae=None, dtype=dtype, **absent, **options)
+        for part in model.pipeline.components.values():
+            if isinstance(part, nn.Module) and getattr(part, "hf_quantizer", None) is None:
+                part.to(device)
+        return model
+
+    def open_autoencoder(self) -> Any:
+        """Open the autoencoder, in float32: some overflow in float16."""
+        folder = Path(self.folder) / "vae"
+        there = variants(folder)
+        variant = there[0] if len(there) == 1 and weight_files(folder, None) is None else None
+        vae: Any = load_module(type(self.shape.vae), folder, use_safetensors=True, variant=variant)
+        return vae.float().requires_grad_(False)
+
+    def open_network(self, vae: Any, dtype: torch.dtype, **options: Any) -> FlowModel:
+        """Open the network, frozen, and the settings of the pipeline, with this autoencoder."""
+        absent = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
+        model = FlowModel.from_pretrained(self.folder, **absent, vae=vae, dtype=dtype, **options)
+        model.network.requires_grad_(False)
+        return model
+
+
+def drop(model: FlowModel) -> None:
+    """Take all modules out of a model's pipeline, so that nobody who holds the model holds their memory."""
+    for name, part in [*model.pipeline.components.items()]:
+        if isinstance(part, nn.Module):
+            setattr(model.pipeline, name, None)
+    gc.collect()
+    release_memory()
+
+
+# ---------------------------------------------------------------- data
+
+
+def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collection[str]) -> DataSplits:
+    """Find and split the images, with a caption each where the model draws from prompts.
+
+    Args:
+        given: keys of the settings that no default may change.
+
+    Raises:
+        UserError: there are none; or they lack what the model draws from.
+    """
+    data, shape = config.data, base.shape
+    source = readable(find_source(data.data, **data.wanted()))
+    if source.precomputed:
+        raise UserError(
+            f"{data.data} holds latents, and a pretrained model encodes images itself",
+            "Give the folder of images: their latents are cached.",
+        )
+    _check_condition(source, base, asked=data.condition)
+    data = replace(data, validation=held_out_share(given, data.validation, len(source)))
+    if "resolution" not in given:
+        data = replace(data, resolution=usual_side(shape))
+    rows = split(source, data.validation, config.loop.seed, stratify=data.stratify)
+    training, validation = map(source.subset, rows)
+    return DataSplits(source, training, validation, data, base.folder)
+
+
+def usual_side(shape: FlowModel) -> int:
+    """Return the side in pixels of the squares that a model is fine-tuned on by default."""
+    side = _USUAL_SIDE if shape.native_size is None else math.sqrt(math.prod(shape.native_size))
+    multiple = shape.size_multiple
+    return max(1, int(min(side, _USUAL_SIDE)) // multiple) * multiple
+
+
+def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> None:
+    shape, name = base.shape, base.name
+    if shape.takes_text:
+        if source.kind != "text" and asked != "none":
+            raise UserError(
+                f"{source.name} has no captions, and {name} draws from prompts",
+                "Write one beside each image (cat.txt beside cat.png), or give all of them one: "
+                '--caption "a photo of sks dog". --condition none trains without.',
+            )
+        if source.kind == "text" and not any(any(captions) for captions in source.all_captions()):
+            raise UserError(
+                f"all captions of {source.name} are empty",
+                'Write some, or give all images one: --caption "a photo of sks dog". --condition none trains without.',
+            )
+        return
+    if source.kind == "text" or (source.kind != "class" and asked != "none"):
+        raise UserError(
+            f"{name} draws classes, and {source.name} has {'captions' if source.kind == 'text' else 'none'}",
+            "Sort the images into folders named as its classes (--condition class).",
+        )
+    unknown = [label for label in source.classes if as_spelled(label, shape.classes) not in shape.classes]
+    if unknown:
+        raise UserError(
+            f"{name} has no classes named {few(unknown)}",
+            f"It knows {few([*shape.classes], 12)}; a pretrained model gets no new ones.",
+        )
+
+
+# ---------------------------------------------------------------- settings
+
+
+def with_base_settings(config: RunConfig, base: PretrainedBase, images: int, given: Collection[str]) -> RunConfig:
+    """Return the settings of a run with those that follow from the model and the data; what is ``given`` stays.
+
+    Raises:
+        UserError: a setting has no effect on a pretrained model, or contradicts another one.
+    """
+    _refuse_unused(config, base)
+    defaults = base.shape.training_defaults
+    adapter = config.adapter
+    if "lora_rank" not in given and base.size > LARGE and base.loads_adapters:
+        adapter = replace(adapter, lora_rank=defaults.lora_rank)
+    flow = config.flow
+    if "condition_dropout" not in given:
+        flow = replace(flow, condition_dropout=defaults.condition_dropout)
+    tuned = replace(config, adapter=adapter, flow=flow)
+    if tuned.fine_tuning.quantize and not adapter.lora_rank:
+        raise UserError(
+            f"--quantize {tuned.fine_tuning.quantize}: quantised weights cannot learn, and all are to be trained",
+            "Train an adapter (--lora-rank 16), or leave --quantize out.",
+        )
+    rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
+    return replace(tuned, loop=_fitted(config.loop, given, images, rate, adapter))
+
+
+def _fitted(
+    loop: LoopConfig, given: Collection[str], images: int, rate: float, adapter: AdapterConfig
+) -> LoopConfig:
+    """Return the loop's settings for a pretrained model.
+
+    One image a step, as memory allows; a constant rate; AdamW's usual second decay, which averages over a thousand
+    steps of one image.
+    """
+    if adapter.lora_rank and loop.optimizer == "muon":
+        if "optimizer" in given:
+            raise UserError(
+                "--optimizer muon with an adapter: it turns whole matrices, an adapter's are only their factors",
+                "Leave it out: an adapter is trained with AdamW.",
+            )
+        loop = replace(loop, optimizer="adamw")
+    changes: dict[str, Any] = {
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": rate,
+        "lr_scheduler": "constant",
+        "adam_beta2": 0.999,
+        "lr_embeddings": 1.0,
+    }
+    loop = replace(loop, **{name: value for name, value in changes.items() if name not in given})
+    batch = loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)
+    steps = math.ceil(_USES * images ** (1 / 3) / batch)
+    if "max_train_steps" in given:
+        steps = loop.max_train_steps
+    changes = {"max_train_steps": steps, "lr_warmup_steps": min(100, max(1, steps // 10))}
+    for name, parts in (("validation_steps", 10), ("preview_steps", 4), ("checkpointing_steps", 4)):
+        changes[name] = max(1, steps // parts)
+    return replace(loop, **{name: value for name, value in changes.items() if name not in given})
+
+
+def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
+    """Refuse settings that a pretrained network decides itself."""
+    network = replace(config.network, gradient_checkpointing=False)
+    fixed: list[tuple[Any, Any, Collection[str]]] = [
+        (config.flow, FlowConfig(), _FREE),
+        (network, NetworkConfig(), ()),
+        (config.text, type(config.text)(), ()),
+        (config.routing, type(config.routing)(), ()),
+        (config.alignment, type(config.alignment)(), ()),
+    ]
+    found = [
+        name
+        for section, plain, free in fixed
+        for name in (field.name for field in dataclasses.fields(section))
+        if name not in free and getattr(section, name) != getattr(plain, name)
+    ]
+    found += ["vae"] if config.vae else []
+    found += ["latents_as_is"] if config.latents_as_is else []
+    found += ["size_conditioning"] if config.framing.size_conditioning else []
+    found += ["lora_text_encoder"] if config.adapter.lora_text_encoder else []
+    if found:
+        flags = " ".join(f"--{name.replace('_', '-')}" for name in found)
+        raise UserError(
+            f"{flags}: these are decided by the network of {base.name}", f"Leave {'it' if len(found) == 1 else 'them'} out."
+        )
+
+
+def base_dtype(loop: LoopConfig, adapter: AdapterConfig, device: torch.device) -> torch.dtype:
+    """Return the precision of the network's weights: what it computes in where they are frozen, else float32."""
+    return compute_dtype(loop.mixed_precision, device) if adapter.lora_rank else torch.float32
+
+
+def _density_text(density: TimeDensity, flow: FlowConfig) -> str:
+    """Return the density of the noise levels in words."""
+    if flow.time_density is not None or flow.weighting is not None:
+        return f"--time-density {flow.time_density or 'of the weighting'}"
+    levels = 1.0 - density.quantile(torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64))
+    low, middle, high = levels.tolist()
+    return (
+        f"as the family was trained; of the noise levels (0 is data, 1 noise) a tenth is below {low:.2f}, half below "
+        f"{middle:.2f}, a tenth above {high:.2f}"
+    )

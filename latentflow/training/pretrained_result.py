@@ -1,0 +1,179 @@
+"""What a run makes of a pretrained model: previews while it trains, and the adapter or pipeline with its card."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from ..config import RunConfig
+from ..data import Source, to_pil
+from ..families import FlowModel
+from ..families.index import read_index
+from ..pipeline.generate import LatentFlowPipeline
+from .data import DataSplits, shown_by
+from .fine_tune.defaults import FEW
+from .fine_tune.encoded_prompts import EncodedPrompts
+from .fine_tune.learning import LearningMeter
+from .fine_tune.memorisation import report_memorisation
+from .fine_tune.pretrained_adapter import PretrainedAdapter
+from .fine_tune.pretrained_base import PretrainedBase
+from .loop.distributed import has_fast_bfloat16
+from .loop.run_folder import writing
+from .report.card import CardFacts, generate_command, write_adapter_card, write_card
+from .report.export import carry_over
+
+_SHOWN = 4  # images of a preview: each takes as many evaluations as users spend
+
+
+@dataclass(frozen=True)
+class PretrainedResult:
+    """The result of a run, as its network is at any time.
+
+    Args:
+        model: the network with autoencoder and scheduler, and no text encoders.
+        adapter: in the network; None: all weights are trained.
+        prompts: the encoded captions of ``splits``.
+    """
+
+    model: FlowModel
+    adapter: PretrainedAdapter | None
+    prompts: EncodedPrompts
+    splits: DataSplits
+    config: RunConfig
+    base: PretrainedBase
+
+    @property
+    def output(self) -> Path:
+        """The run folder."""
+        return Path(self.config.output)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the result: an adapter, or a pipeline of the base's own class."""
+        return self.output / ("adapter" if self.adapter else "pipeline")
+
+    # ---------------------------------------------------------------- images
+
+    def draw(self, source: Source, rows: list[int], device: torch.device) -> Tensor:
+        """Draw what the images at ``rows`` of a source show, by the pipeline that users load; with fixed seeds.
+
+        Returns:
+            (B, 3, side, side) in [0, 1], on the CPU.
+        """
+        side, model = self.splits.data.resolution, self.model
+        pipe = LatentFlowPipeline(model)
+        pipe.set_progress_bar_config(disable=True)
+        model.vae.to(device)
+        images = []
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
+            for seed, row in enumerate(rows):  # one by one: memory is that of the smallest card
+                drawn = pipe(
+                    **self._condition(source, row),
+                    height=side,
+                    width=side,
+                    generator=torch.Generator().manual_seed(seed),
+                    output_type="pt",
+                )
+                images.append(drawn.images.float().cpu())
+        model.vae.cpu()
+        return torch.cat(images)
+
+    def preview(self, device: torch.device) -> Image.Image:
+        """Draw four images with fixed seeds, of captions or classes spread over held-out images, or over all."""
+        from torchvision.utils import make_grid
+
+        held_out = self.splits.validation
+        source = held_out if len(held_out) >= _SHOWN else self.splits.training
+        spread = source.spread(_SHOWN)
+        rows = [spread[number % len(spread)] for number in range(_SHOWN)]
+        images = self.draw(source, rows, device)
+        return to_pil(make_grid(images * 2 - 1, nrow=_SHOWN, padding=2, pad_value=1.0))
+
+    def _condition(self, source: Source, row: int) -> dict[str, Any]:
+        model = self.model
+        if model.takes_classes:
+            return model.call_arguments(shown_by(source, [row], model))
+        if source.kind == "text":
+            return {"prompt_embeds": self.prompts.rows(shown_by(source, [row], model), model)}
+        return {"prompt_embeds": self.prompts.null(model)}
+
+    # ---------------------------------------------------------------- files
+
+    def export(self, folder: Path, meter: LearningMeter | None, device: torch.device) -> None:
+        """Write the result as its network is now, with its card, into ``folder``, which becomes `folder`.
+
+        Raises:
+            RunError: the disk gave out.
+        """
+        if meter is not None:
+            meter.write(self.output)
+        training, validation = self.splits.training, self.splits.validation
+        if len(training) <= FEW and training.kind != "unconditional":
+            report_memorisation(
+                self.output,
+                training,
+                validation,
+                self.splits.data.background,
+                self.splits.data.resolution,
+                lambda rows: self.draw(training, rows, device),
+            )
+        with writing(f"the result {self.folder}", self.folder):
+            if self.adapter is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.adapter.save(folder)
+            else:
+                self._save_pipeline(folder)
+            if self.folder.is_dir():
+                carry_over(self.folder, folder)
+            self.write_card(folder)
+
+    def _save_pipeline(self, folder: Path) -> None:
+        """Write a pipeline of the base's class: its files, but for the network's."""
+        source, network = Path(self.base.folder), self.model.network
+        names = [name for name, part in self.model.pipeline.components.items() if part is network]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in read_index(source):
+            if (source / name).is_dir() and name not in names:
+                shutil.copytree(source / name, folder / name)
+        shutil.copyfile(source / DiffusionPipeline.config_name, folder / DiffusionPipeline.config_name)
+        dtype = getattr(torch, self.config.export_dtype)
+        network = network if network.dtype == dtype else copy.deepcopy(network).to(dtype=dtype)
+        network.save_pretrained(folder / names[0])
+
+    def write_card(self, folder: Path | None = None) -> None:
+        """Write the card of the result into ``folder``; default: its own."""
+        write = write_adapter_card if self.adapter else write_card
+        write(folder or self.folder, self.output, self.facts())
+
+    def facts(self) -> CardFacts:
+        """Return the facts for the card of the result."""
+        model = self.model
+        parts = {name: part for name, part in model.pipeline.components.items() if isinstance(part, nn.Module)}
+        return CardFacts(
+            where=self.config.push_to_hub or str(self.folder),
+            kind=model.condition_kind,
+            example=self._example(),
+            classes=tuple(model.classes),
+            parts=parts,
+            sample_steps=(model.usual_steps,),
+            resolution=self.splits.data.resolution,
+        )
+
+    def command(self) -> str:
+        """Return the line that draws an image with the result."""
+        if self.adapter is None:
+            return generate_command(self.model.condition_kind, self._example(), str(self.folder))
+        return generate_command(
+            self.model.condition_kind, self._example(), self.base.name, adapter=str(self.output)
+        )
+
+    def _example(self) -> str:
+        return shown_by(self.splits.source, [0], self.model)[0]

@@ -1,0 +1,263 @@
+"""The run that fine-tunes a pretrained model of diffusers, from top to bottom: configs, data, plan, prompts, latents,
+network, training, result.
+
+Text encoders, autoencoder and network are read one after the other, and each is gone before the next one comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import RunConfig
+from ..data import Source
+from ..families import FlowModel
+from ..families.distilled import training_warning
+from ..families.quantization import quantization
+from ..pipeline.adapter_files import weights_hash
+from ..utils.memory import memory_phase
+from .data import Captions, DataSplits, LatentCache
+from .fine_tune.base import refuse_own_result
+from .fine_tune.encoded_prompts import EncodedPrompts
+from .fine_tune.learning import LearningMeter
+from .fine_tune.memory_plan import MemoryPlanner, plan_of, refuse_too_large
+from .fine_tune.pretrained_adapter import PretrainedAdapter
+from .fine_tune.pretrained_base import (
+    PretrainedBase,
+    base_dtype,
+    drop,
+    load_pretrained_data,
+    with_base_settings,
+)
+from .loop.checkpoint import list_checkpoints
+from .loop.distributed import process_state
+from .loop.fit import Callbacks, fit
+from .loop.logging import log_to
+from .loop.stopping import Stop
+from .losses.flow import validation_loss
+from .losses.latent_data import Conditions, LatentData
+from .losses.pretrained import PretrainedLoss, in_batch
+from .pretrained_result import PretrainedResult
+from .recipe import plan_lines
+from .report.folder import read_run
+from .report.hub import check_push, push
+from .report.verdict import judge
+
+
+def train_pretrained(
+    config: RunConfig,
+    resume_command: str,
+    given_keys: Collection[str],
+    write_config: Callable[[RunConfig, Path], None],
+) -> None:
+    """Fine-tune a pretrained model, or go on with a run that was stopped.
+
+    Args:
+        config: with ``init_from``.
+        given_keys: keys of the settings that no default may change.
+        write_config: writes the settings into a file.
+
+    Raises:
+        UserError: the settings contradict each other, the data or the model.
+        SystemExit: a signal stopped the run before its end, after saving; the status is 128 + its number.
+    """
+    output, state = Path(config.output), process_state()
+    if not config.dry_run:
+        if config.push_to_hub:
+            check_push(config.push_to_hub)
+        output.mkdir(parents=True, exist_ok=True)
+    log = log_to(None if config.dry_run else output)
+
+    # ---- configs, data, plan ----
+    assert config.init_from is not None
+    refuse_own_result(config.init_from, output)
+    base = PretrainedBase.of(config.init_from)
+    config = replace(config, loop=config.loop.with_validation_time(given_keys))
+    splits = load_pretrained_data(config, base, given_keys)
+    training, validation = splits.training, splits.validation
+    config = replace(with_base_settings(config, base, len(training), given_keys), data=splits.data)
+    config.loop.check_validated(len(validation) > 0)
+    dtype = base_dtype(config.loop, config.adapter, state.device)
+    for line in [
+        *plan_lines(splits, config.loop, own_share=1.0),
+        *base.lines(config, len(training)),
+        *([f"WARNING: {warning}"] if (warning := training_warning(base.shape)) else []),
+    ]:
+        log.info(line)
+    if config.dry_run:
+        for line in MemoryPlanner(base.shape).lines(plan_of(config, dtype)):
+            log.info(line)
+        return
+    refuse_too_large(base.shape, config, dtype, state.device)
+
+    def keep_config() -> None:
+        if state.is_main_process:
+            write_config(config, output / "config.yaml")
+
+    if not list_checkpoints(output / "checkpoints"):
+        keep_config()
+    base = base.fetched()
+    quantize = config.fine_tuning.quantize
+    options = {"quantization_config": quantization(quantize, base.folder)} if quantize else {}
+
+    # ---- prompts: encoded, then the text encoders are gone ----
+    prompts = base.encoded_prompts(quantize, dtype)
+    with memory_phase("encode prompts"), state.main_process_first():
+        encode_prompts(prompts, base, splits.source, config, dtype, options)
+
+    # ---- latents: encoded, then the autoencoder waits for previews ----
+    vae = base.open_autoencoder()
+    base.shape.pipeline.vae = vae
+    cache = LatentCache(
+        data=splits.data,
+        framing=config.framing,
+        model=base.shape,
+        trains_text=False,
+        has_masks=splits.source.has_masks,
+        needs_pixels=False,
+        seed=config.loop.seed,
+        encode_batch=1,
+    )
+    framed = cache.framed(training)
+    for line in framed.lines():
+        log.info(line)
+    mirror = config.framing.mirror_captions
+    sampled = base.shape.training_defaults.posterior == "sample"
+
+    def latents(images: Source, crops: int | None = None) -> LatentData:
+        found = conditions(prompts, images, base.shape, config.loop.seed, mirror=mirror)
+        return cache.latents(cache.framed(images, crops=crops), found, sampled=sampled)
+
+    data = latents(training)
+    held_out = latents(validation.once(), crops=1) if len(validation) else None
+    vae.cpu()
+
+    # ---- network and loss ----
+    with memory_phase("load"):
+        model = base.open_network(vae, dtype, **options)
+    prompts.give_null(model)
+    adapter = PretrainedAdapter(model, config.adapter) if config.adapter.lora_rank else None
+    if adapter is None:
+        model.network.requires_grad_(True)
+    for line in adapter.lines() if adapter else [f"all {base.size / 1e6:.0f} M parameters are trained"]:
+        log.info(line)
+    if config.network.gradient_checkpointing:
+        model.network.enable_gradient_checkpointing()
+    batch = config.loop.train_batch_size * config.loop.gradient_accumulation_steps * state.num_processes
+    loss = PretrainedLoss(
+        model,
+        config.flow,
+        config.loop.seed,
+        outside=config.fine_tuning.outside_mask,
+        samples=config.loop.max_train_steps * batch,
+        samples_per_step=batch,
+    )
+
+    # ---- training ----
+    result = PretrainedResult(model, adapter, prompts, splits, config, base)
+    meter = None
+    if state.is_main_process and not config.loop.shard:
+        usual = (config.loop.max_train_steps, config.loop.learning_rate)
+        meter = LearningMeter(loss, data, training, state.device, usual, images=16, batch_size=1)
+    if config.loop.compile:
+        model.network.compile()
+    stop = Stop()
+    finished = fit(
+        {"flow": loss},
+        data,
+        config.loop,
+        output,
+        callbacks=Callbacks(
+            begin=keep_config,
+            validate=None
+            if held_out is None
+            else lambda: {
+                "loss": validation_loss(loss, held_out, state.device, config.loop.train_batch_size)
+            },
+            preview=lambda: result.preview(state.device),
+            export=lambda folder: result.export(folder, meter, state.device),
+            export_to=result.folder,
+        ),
+        description=_description(config, splits, model, adapter, batch),
+        resume_line=resume_command,
+        stop=stop,
+    )
+    if not finished:
+        raise SystemExit(stop.status)
+    if not state.is_main_process:
+        return
+
+    # ---- the result ----
+    result.write_card()
+    log.info(f"done: {result.folder}; try it with\n  {result.command()}")
+    if verdict := judge(read_run(output)):
+        log.info(verdict.line)
+    if config.push_to_hub:
+        address, lines = push(result.folder, config.push_to_hub)
+        log.info("\n  ".join([f"pushed: {address}", *lines]))
+
+
+def encode_prompts(
+    prompts: EncodedPrompts,
+    base: PretrainedBase,
+    source: Source,
+    config: RunConfig,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+) -> None:
+    """Encode all captions of the data that are not in the cache, and what guidance leads away from.
+
+    Raises:
+        UserError: the text encoders cannot be read, or the cache not written.
+    """
+    texts = [*Captions(source, mirror=config.framing.mirror_captions)] if source.kind == "text" else []
+    if prompts.has_null and not prompts.missing(texts):
+        return
+    state = process_state()
+    encoders = torch.float32 if dtype == torch.float16 else dtype  # T5 overflows in float16
+    model = base.open_encoders(state.device, encoders, **options)
+    prompts.encode(model, texts, progress=state.is_main_process)
+    drop(model)
+
+
+def conditions(
+    prompts: EncodedPrompts, images: Source, shape: FlowModel, seed: int, *, mirror: bool
+) -> Conditions:
+    """Return what the network is given with images: the rows of their captions or classes, or the null."""
+    if images.kind == "text":
+        captions = Captions(images, seed, mirror)
+        return lambda rows, sample_ids: in_batch(
+            prompts.rows(captions[place] for place in captions.choose(rows, sample_ids))
+        )
+    if images.kind == "class":
+        class_ids = images.class_ids()
+        return lambda rows, sample_ids: in_batch(
+            shape.encode_class([images.classes[class_ids[row]] for row in rows])
+        )
+    return lambda rows, sample_ids: in_batch(prompts.null().repeat(len(rows)))
+
+
+def _description(
+    config: RunConfig, splits: DataSplits, model: FlowModel, adapter: PretrainedAdapter | None, batch: int
+) -> dict[str, Any]:
+    """Return plain values that a resumed run must have as well."""
+    network = model.network
+    described = {"adapter": adapter.description()} if adapter else {}
+    return {
+        **described,
+        "flow": config.flow.describe(),
+        "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
+        "quantize": config.fine_tuning.quantize,
+        "autoencoder": weights_hash(model.vae),
+        "images": {name: getattr(splits.data, name) for name in ("resolution", "background", "random_flip")},
+        "optimizer": {"optimizer": config.loop.optimizer},
+        "data": splits.training.fingerprint(),
+        "data_order": splits.training.order(),
+        "framing": asdict(config.framing),
+        "batch": batch,
+        "seed": config.loop.seed,
+    }
