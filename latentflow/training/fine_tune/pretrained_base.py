@@ -111,9 +111,9 @@ class PretrainedBase:
     @property
     def loads_adapters(self) -> bool:
         """Whether diffusers loads adapters into this pipeline."""
-        from .pretrained_adapter import PretrainedAdapter
+        from ...pipeline.stock_adapters import adapted_part
 
-        return PretrainedAdapter._part(self.shape.pipeline) is not None
+        return adapted_part(self.shape.pipeline) is not None
 
     def lines(self, config: RunConfig, images: int) -> list[str]:
         """Describe the fine-tune, for the plan.
