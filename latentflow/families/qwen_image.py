@@ -132,7 +132,8 @@ class QwenImage21Model(PretrainedModel):
     @property
     def training_defaults(self) -> TrainingDefaults:
         """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("diffusers' train_dreambooth_lora_qwenimage21.py")
+        defaults = super().training_defaults
+        return defaults.as_in("diffusers' train_dreambooth_lora_qwenimage21.py", lora_rank=16)
 
     @property
     def size_multiple(self) -> int:
