@@ -355,7 +355,9 @@ def _finite(
 
 
 def _bad_rows(results: tuple[Tensor, ...]) -> Tensor:
-    """Return the numbers of the rows that are not finite."""
+    """Return the numbers of the rows that are not finite; on the meta device, which has no values, none."""
+    if results[0].is_meta:
+        return torch.empty(0, dtype=torch.long)
     fine = torch.stack([torch.isfinite(result).flatten(1).all(1) for result in results]).all(0)
     return (~fine).nonzero()[:, 0]
 

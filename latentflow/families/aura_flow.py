@@ -8,12 +8,18 @@ from torch import Tensor
 
 from .model import Values
 from .pretrained import FixedShiftModel
+from .training_defaults import TrainingDefaults
 
 
 class AuraFlowModel(FixedShiftModel):
     """Flow model of AuraFlow. Its rows have embeds (B, L, D), zero where there is no token."""
 
     patch = 2
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        return super().training_defaults.as_in("SimpleTuner's AURAFLOW.md", learning_rate=4e-5)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline.encode_prompt(prompts, None, False, **options)[0]}

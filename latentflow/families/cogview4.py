@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from .extra_channels import ControlModel
 from .model import Size, Values
 from .pretrained import PretrainedModel
+from .training_defaults import TrainingDefaults
 
 
 class CogView4Model(PretrainedModel):
@@ -23,6 +25,13 @@ class CogView4Model(PretrainedModel):
     """
 
     patch = 2
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        defaults = super().training_defaults
+        source = f"{defaults.source}; full: diffusers' train_control_cogview4.py"
+        return replace(defaults, full_learning_rate=5e-6, source=source)
 
     @property
     def native_size(self) -> Size | None:

@@ -25,6 +25,7 @@ from ..flow.tensors import expand_t
 from .extra_channels import MaskedModel
 from .model import Rows, Size, Values
 from .pretrained import PretrainedModel, extra_channels
+from .training_defaults import TrainingDefaults
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,11 @@ class StableDiffusionModel(InpaintableModel):
 
     prompt_options: tuple[str, ...] = ("clip_skip",)
 
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        return super().training_defaults.as_in("diffusers' train_text_to_image_lora.py")
+
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline.encode_prompt(prompts, self.device, 1, False, **options)[0]}
 
@@ -239,6 +245,11 @@ class StableDiffusionXLModel(InpaintableModel):
                 "Open the base model, or use the refiner with diffusers itself.",
             )
         super().__init__(pipeline, **options)
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        return super().training_defaults.as_in("diffusers' train_dreambooth_lora_sdxl.py")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -283,6 +294,12 @@ class PixArtModel(DiffusionModel):
     prompt_options = ("max_sequence_length", "clean_caption")
     patch = 2
 
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        defaults = super().training_defaults
+        return defaults.as_in("OneTrainer's preset of PixArt-Sigma", lora_rank=16, learning_rate=1e-5)
+
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, False, **options)
         return {"embeds": embeds, "mask": mask}
@@ -313,6 +330,11 @@ class HunyuanDiTModel(DiffusionModel):
     prompt_options = ()
     sampling_options = ("original_size",)
     patch = 2
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        return super().training_defaults.as_in("HunyuanDiT's lora/train_lora.sh", lora_rank=64)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         encode = self.pipeline.encode_prompt

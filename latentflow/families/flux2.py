@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .model import Size, Values
 from .references import ReferenceModel
+from .training_defaults import TrainingDefaults
 
 
 class Flux2Model(ReferenceModel):
@@ -23,6 +24,15 @@ class Flux2Model(ReferenceModel):
 
     prompt_options = ("max_sequence_length", "text_encoder_out_layers")
     most_images = None
+    #: as in the commands of diffusers' README_flux2.md; the default of its program, 3.5, is that of drawing
+    training_guidance = 1.0
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        dev = "Klein" not in type(self.pipeline).__name__
+        script = "train_dreambooth_lora_flux2.py" if dev else "train_dreambooth_lora_flux2_klein.py"
+        return super().training_defaults.as_in(f"diffusers' {script}", posterior="mode")
 
     @property
     def embeds_guidance(self) -> bool:  # type: ignore[override]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from ..errors import UserError
@@ -54,11 +55,14 @@ def model_from_configs(name_or_path: str | os.PathLike[str], **options: Any) -> 
             else:
                 made = component_class(file, name, entry, object)
                 values[name] = _from_config(made, str(name_or_path), name, hub_options(options))
-        return family(pipeline(**values))
+        stock = pipeline(**values)
+        stock.register_to_config(_name_or_path=str(name_or_path))  # by which `distilled` knows some
+        return family(stock)
 
 
 def _from_config(kind: Any, source: str, name: str, options: dict[str, Any]) -> Any:
-    with torch.device("meta"):
+    # A scheduler's tables are small, and needed.
+    with nullcontext() if issubclass(kind, SchedulerMixin) else torch.device("meta"):
         if issubclass(kind, ConfigMixin):
             made = kind.from_config(kind.load_config(source, subfolder=name, **options))
         elif issubclass(kind, transformers.PreTrainedModel):

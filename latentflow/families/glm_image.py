@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from .cogview4 import CogView4Model
 from .model import Rows, Values
+from .training_defaults import TrainingDefaults
 
 
 class GlmImageModel(CogView4Model):
@@ -23,6 +24,11 @@ class GlmImageModel(CogView4Model):
 
     encodes_with_network = True
     one_by_one = True
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any: the usual ones, not those of CogView4."""
+        return TrainingDefaults.usual(self)
 
     def encode_prompt(
         self,

@@ -62,6 +62,8 @@ class HunyuanImageModel(PretrainedModel):
 
     guidance_argument = "distilled_guidance_scale"
     prompt_options = ()
+    #: no training of the distilled checkpoint is documented: 1, as for FLUX.1
+    training_guidance = 1.0
 
     @property
     def embeds_guidance(self) -> bool:  # type: ignore[override]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from ..autoencoder import denormalise, normalise
 from ..errors import UserError, reason
-from ..flow import Velocity
+from ..flow import LogitNormal, Velocity
 from .model import Rows, Values
 from .pretrained import PretrainedModel
+from .training_defaults import TrainingDefaults
 
 
 class Ideogram4Model(PretrainedModel):
@@ -25,6 +27,19 @@ class Ideogram4Model(PretrainedModel):
 
     sampling_options = ("guidance_schedule", "mu", "std")
     noise_channels_last = True
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any; the network itself is never evaluated without a prompt."""
+        defaults = replace(super().training_defaults, condition_dropout=0.0)
+        return defaults.as_in("diffusers' train_dreambooth_lora_ideogram4.py", posterior="mode")
+
+    def training_density(self, height: int, width: int) -> LogitNormal:
+        """Return the density of the training times, as in diffusers' train_dreambooth_lora_ideogram4.py.
+
+        The logit of the noise level is normal, with mean ln(h w / 512^2) / 2 and standard deviation 1.5.
+        """
+        return LogitNormal(mean=-_resolution_aware_mu(height, width, 0.0), std=1.5)
 
     def guidance(self, scale: float | None) -> float:
         """Return the guidance scale; by default that of the first step of ``guidance_schedule``."""

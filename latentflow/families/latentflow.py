@@ -21,6 +21,7 @@ from ..models.text import START
 from ..utils.names import as_spelled
 from .few_steps import FewSteps
 from .model import FlowModel, Rows, Size
+from .training_defaults import TrainingDefaults
 
 #: steps of an ordinary network, and of one of average velocities, where nothing else is asked for
 USUAL_STEPS, FEW_STEPS = 20, 4
@@ -334,6 +335,16 @@ class LatentFlowModel(FlowModel):
             return adapted
         names = [entry.name for entry in fields(FewSteps) if entry.name in self.pipeline.config]
         return FewSteps.of({name: self.pipeline.config[name] for name in names})
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        return TrainingDefaults(
+            learning_rate=1.2e-2,
+            full_learning_rate=4e-4,
+            condition_dropout=0.1,
+            source="docs/measurements/fine-tuning.md",
+        )
 
     @property
     def usual_steps(self) -> int:

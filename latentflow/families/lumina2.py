@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .model import Values
 from .pretrained import PretrainedModel
+from .training_defaults import TrainingDefaults
 
 
 class Lumina2Model(PretrainedModel):
@@ -21,6 +22,11 @@ class Lumina2Model(PretrainedModel):
     prompt_options = ("max_sequence_length", "system_prompt")
     sampling_options = ("cfg_normalization",)
     patch = 2
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        return super().training_defaults.as_in("diffusers' train_dreambooth_lora_lumina2.py")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, False, **options)

@@ -41,6 +41,7 @@ from .opening import OpeningMixin
 from .rows import Rows as Rows
 from .rows import Values as Values
 from .sizes import check_size
+from .training_defaults import TrainingDefaults
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator]
 #: (height, width), or (top, left), in pixels
@@ -68,7 +69,7 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
     embeds_guidance: bool = False
     #: the guidance scale that is none
     unguided: float = 1.0
-    #: guidance scale that a network with such an input is given while it is trained
+    #: guidance scale that a network with such an input is given while it is trained; 1 is none
     training_guidance: float = 1.0
     #: a consistency model alone has none: it jumps to the data
     has_velocity: bool = True
@@ -200,6 +201,11 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
         return "heun"
 
     # ---------------------------------------------------------------- training
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any; a family for which others are documented has them."""
+        return TrainingDefaults.usual(self)
 
     def training_density(self, height: int, width: int) -> flow.TimeDensity:
         """Return the density of the training times of images of this size in pixels."""

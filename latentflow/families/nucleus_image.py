@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .model import Values
 from .qwen_image import QwenImageModel
+from .training_defaults import TrainingDefaults
 
 
 class NucleusImageModel(QwenImageModel):
@@ -19,6 +20,11 @@ class NucleusImageModel(QwenImageModel):
     guidance_argument = "guidance_scale"
     sampling_options = ()
     prompt_options = ("max_sequence_length", "return_index")
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any: the usual ones, not those of Qwen-Image."""
+        return TrainingDefaults.usual(self)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         longest = options.pop("max_sequence_length") or self.pipeline.default_max_sequence_length

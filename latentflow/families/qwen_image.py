@@ -12,6 +12,7 @@ from torch import Tensor
 from .model import Rows, Size, Values
 from .pretrained import PackedModel, PretrainedModel
 from .references import ReferenceModel
+from .training_defaults import TrainingDefaults
 
 
 class QwenImageModel(PackedModel):
@@ -22,6 +23,11 @@ class QwenImageModel(PackedModel):
 
     guidance_argument = "true_cfg_scale"
     sampling_options: tuple[str, ...] = ("true_cfg_scale",)
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        return super().training_defaults.as_in("diffusers' README_qwen.md", learning_rate=2e-4)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask = self.pipeline.encode_prompt(prompts, **options)
@@ -66,6 +72,12 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
 
     needs_images = True
     text_sees_images = True
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        usual = TrainingDefaults.usual(self)
+        return usual.as_in("ai-toolkit's train_lora_qwen_image_edit_32gb.yaml", lora_rank=16)
 
     def kept_tokens(self, options: dict[str, Any]) -> dict[str, int]:
         """Return nothing: a prompt is read whole."""
@@ -116,6 +128,12 @@ class QwenImage21Model(PretrainedModel):
     guidance_argument = "true_cfg_scale"
     sampling_options = ("true_cfg_scale",)
     prompt_options = ()
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        defaults = super().training_defaults
+        return defaults.as_in("diffusers' train_dreambooth_lora_qwenimage21.py", lora_rank=16)
 
     @property
     def size_multiple(self) -> int:

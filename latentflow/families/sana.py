@@ -10,6 +10,7 @@ from torch import Tensor
 from .consistency import ConsistencyModel
 from .model import Values
 from .pretrained import FixedShiftModel
+from .training_defaults import TrainingDefaults
 
 
 class SanaModel(FixedShiftModel):
@@ -19,6 +20,11 @@ class SanaModel(FixedShiftModel):
     """
 
     prompt_options = ("max_sequence_length", "clean_caption", "complex_human_instruction")
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        return super().training_defaults.as_in("diffusers' train_dreambooth_lora_sana.py")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, False, **options)

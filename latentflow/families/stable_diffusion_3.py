@@ -12,6 +12,7 @@ from ..flow import LogitNormal, Velocity
 from .edit_defaults import EditDefaults
 from .model import Rows, Values
 from .pretrained import PretrainedModel
+from .training_defaults import TrainingDefaults
 
 
 class StableDiffusion3Model(PretrainedModel):
@@ -39,6 +40,11 @@ class StableDiffusion3Model(PretrainedModel):
         at t = 0.15 under SD3's shift of 3; guidance 3.5 and 13.5.
         """
         return EditDefaults(50, 0.85, 3.5, 13.5)
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        return super().training_defaults.as_in("diffusers' train_dreambooth_lora_sd3.py")
 
     def training_density(self, height: int, width: int) -> LogitNormal:
         """Return the density of the training times: logit-normal before the scheduler's shift (section 5.3.2)."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .model import Values
 from .pretrained import PretrainedModel
+from .training_defaults import TrainingDefaults
 
 
 class ZImageModel(PretrainedModel):
@@ -20,6 +21,13 @@ class ZImageModel(PretrainedModel):
     patch = 2
 
     unguided = 0.0
+
+    @property
+    def training_defaults(self) -> TrainingDefaults:
+        """Settings of a fine-tune where nobody gives any."""
+        return super().training_defaults.as_in(
+            "diffusers' train_dreambooth_lora_z_image.py", posterior="mode"
+        )
 
     def true_guidance(self, scale: float) -> float:
         """Return the scale as classifier-free guidance counts it."""

@@ -219,6 +219,10 @@ def mean_flow() -> Any:
     return checkpoint("HunyuanImagePipeline-distilled")
 
 
+def mobile() -> Any:
+    return checkpoint("DreamLiteMobilePipeline")
+
+
 def sdxl_turbo() -> Any:
     pipe = copy(checkpoint("StableDiffusionXLPipeline"))
     scheduler = pipe.scheduler.config
@@ -237,6 +241,7 @@ def sdxl_turbo() -> Any:
         (qwen_few, 3, 1.0),
         (sdxl_turbo, 4, 1.0),
         (mean_flow, 8, 3.25),
+        (mobile, 4, 1.0),
     ],
 )
 def test_distilled_checkpoints_are_recognised_by_their_files(
@@ -250,7 +255,10 @@ def test_distilled_checkpoints_are_recognised_by_their_files(
     )
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name != "HunyuanImagePipeline-distilled"])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in TINY if name not in ("HunyuanImagePipeline-distilled", "DreamLiteMobilePipeline")],
+)
 def test_other_checkpoints_are_not_taken_for_distilled(name: str) -> None:
     assert opened(name)[1].distilled is None
 
