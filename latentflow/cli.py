@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import enum
 import inspect
+import logging
 import os
 import runpy
 import sys
@@ -323,6 +324,10 @@ def _program(config_class: type, settings: Any, presets: list[str]) -> tuple[typ
 # ----------------------------------------------------------------------------------------------------
 
 
+# Loggers of libraries that warn where torchao is installed and nobody uses it.
+_IMPORTED_WITH_WARNINGS = ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+
+
 def run(main: Callable[[], None]) -> None:
     """Call ``main`` and turn errors that users can mend into a few lines on stderr and an exit status.
 
@@ -331,6 +336,8 @@ def run(main: Callable[[], None]) -> None:
     """
     debug = "--debug" in sys.argv
     skip_final_garbage_collection()
+    for name in _IMPORTED_WITH_WARNINGS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         main()
     except BrokenPipeError:  # the reader of our output is gone (`latentflow --help | head`)

@@ -59,7 +59,16 @@ class DataConfig:
 
     def wanted(self) -> dict[str, Any]:
         """Return the keyword arguments of `find_source`."""
-        names = ("condition", "missing_caption", "masks", "columns", "colours", "shuffle_tags", "keep_tags", "caption")
+        names = (
+            "condition",
+            "missing_caption",
+            "masks",
+            "columns",
+            "colours",
+            "shuffle_tags",
+            "keep_tags",
+            "caption",
+        )
         return {name: getattr(self, name) for name in names}
 
 

@@ -9,7 +9,6 @@ from ..errors import UserError
 from ..utils.single_files import is_single_file
 
 
-
 def check_memory_flags(memory: MemoryConfig, device: str) -> None:
     """Refuse flags that cannot work on ``device``, torch's name of one.
 

@@ -18,6 +18,7 @@ from ..data import Source, to_pil
 from ..families import FlowModel
 from ..families.index import read_index
 from ..pipeline.generate import LatentFlowPipeline
+from ..pipeline.over_model import over_model
 from .data import DataSplits, shown_by
 from .fine_tune.defaults import FEW
 from .fine_tune.encoded_prompts import EncodedPrompts
@@ -69,7 +70,7 @@ class PretrainedResult:
             (B, 3, side, side) in [0, 1], on the CPU.
         """
         side, model = self.splits.data.resolution, self.model
-        pipe = LatentFlowPipeline(model)
+        pipe = over_model(LatentFlowPipeline, model)
         pipe.set_progress_bar_config(disable=True)
         model.vae.to(device)
         images = []
@@ -156,7 +157,9 @@ class PretrainedResult:
     def facts(self) -> CardFacts:
         """Return the facts for the card of the result."""
         model = self.model
-        parts = {name: part for name, part in model.pipeline.components.items() if isinstance(part, nn.Module)}
+        parts = {
+            name: part for name, part in model.pipeline.components.items() if isinstance(part, nn.Module)
+        }
         return CardFacts(
             where=self.config.push_to_hub or str(self.folder),
             kind=model.condition_kind,

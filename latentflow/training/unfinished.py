@@ -66,6 +66,13 @@ def initial_folder(run: Path) -> Path:
             f"{run} is the run of an autoencoder, which generates nothing by itself",
             f"Train a generator with it: latentflow train DATA --vae {run / 'autoencoder'}",
         )
+    if (run / "adapter").is_dir() and not (run / "pipeline").is_dir():
+        base = read_run(run).config.get("init_from")
+        raise UserError(
+            f"{run} holds an adapter of {base}, and no pipeline",
+            f"Draw with both: --checkpoint {base} --lora {run}. To make one pipeline of them: "
+            f"latentflow export {base} --lora {run} -o FOLDER.",
+        )
     if not any((run / "checkpoints").glob("step-*")):
         raise UserError(
             f"{run} is not finished and has saved no checkpoint yet",

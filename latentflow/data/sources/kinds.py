@@ -72,8 +72,9 @@ def find_source(
         caption: of the images that have none; then classes are not used.
 
     Raises:
-        UserError: a caption is given, but no captions are asked for; the data are missing, empty, broken or of the wrong level; metadata cannot be understood or
-            contradict texts beside the images; captions or classes are missing; an image has two different masks.
+        UserError: the data are missing, empty, broken or of the wrong level; metadata cannot be understood or
+            contradict texts beside the images; captions or classes are missing; an image has two different masks; a
+            caption is given, but no captions are asked for.
     """
     for name, choices, value in (
         ("condition", Condition, condition),

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 

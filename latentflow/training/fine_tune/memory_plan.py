@@ -349,7 +349,9 @@ def plan_of(config: RunConfig, dtype: torch.dtype) -> FineTuning:
     )
 
 
-def refuse_too_large(shape: PretrainedModel, config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:
+def refuse_too_large(
+    shape: PretrainedModel, config: RunConfig, dtype: torch.dtype, device: torch.device
+) -> None:
     """Refuse a run that the memory of the device cannot hold, before anything is fetched or read.
 
     Raises:
@@ -371,7 +373,9 @@ def refuse_too_large(shape: PretrainedModel, config: RunConfig, dtype: torch.dty
     raise UserError(
         f"this run takes {plan.peak / GIB:.1f} GiB of memory, and {device} has {room:.1f} "
         "(--dry-run counts it, part by part)",
-        f"It fits with {' '.join(found[0])}." if found else "It fits with none of the flags that save memory.",
+        f"It fits with {' '.join(found[0])}."
+        if found
+        else "It fits with none of the flags that save memory.",
     )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
 
 from ...config import AdapterConfig
 from ...errors import UserError, with_article
@@ -33,8 +37,22 @@ class PretrainedAdapter:
                 f"diffusers loads no adapters into {with_article(kind.__name__)}",
                 "Train all weights: leave --lora-rank out.",
             )
-        self._model = model
+        self._model, self._config = model, config
+        self._whole = sum(weight.numel() for weight in model.network.parameters())
         self.layers = inject(model.network, config)
+        cast_training_params(model.network, torch.float32)
+
+    def lines(self) -> list[str]:
+        """Describe what is trained, for the plan."""
+        count = sum(weight.numel() for weight in self._model.network.parameters() if weight.requires_grad)
+        kind = "DoRA" if self._config.lora_dora else "LoRA"
+        return [
+            f"adapter: {kind} of rank {self._config.lora_rank} in {self.layers} layers: {count:,} parameters"
+        ]
+
+    def description(self) -> dict[str, Any]:
+        """Return plain values that a resumed run must have as well."""
+        return dataclasses.asdict(self._config)
 
     def save(self, folder: Path) -> None:
         """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of the stock pipeline reads."""

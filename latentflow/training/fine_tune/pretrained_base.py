@@ -1,4 +1,4 @@
-"""A pretrained model of diffusers that a fine-tune starts from: its data, its settings, and its parts, one at a time."""
+"""A pretrained model that a fine-tune starts from: its data, its settings, and its parts, one at a time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import nn
 
 from ...config import AdapterConfig, FlowConfig, LoopConfig, NetworkConfig, RunConfig
 from ...data import Source, find_source, readable, split
-from ...errors import UserError, few, reason, with_article
-from ...families import FAMILIES, FlowModel
+from ...errors import UserError, few, with_article
+from ...families import FlowModel
 from ...families.from_configs import model_from_configs
 from ...families.index import pipeline_class, read_index
 from ...families.pretrained import PretrainedModel
@@ -111,9 +111,9 @@ class PretrainedBase:
     @property
     def loads_adapters(self) -> bool:
         """Whether diffusers loads adapters into this pipeline."""
-        from ...pipeline.stock_adapters import adapted_part
+        from .pretrained_adapter import PretrainedAdapter
 
-        return adapted_part(self.shape.pipeline) is not None
+        return PretrainedAdapter._part(self.shape.pipeline) is not None
 
     def lines(self, config: RunConfig, images: int) -> list[str]:
         """Describe the fine-tune, for the plan.
@@ -124,13 +124,10 @@ class PretrainedBase:
         """
         loop, defaults, adapter = config.loop, self.shape.training_defaults, config.adapter
         batch = loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)
-        chosen = {
-            "lora-rank": adapter.lora_rank,
-            "learning-rate": loop.learning_rate,
-            "lr-scheduler": loop.lr_scheduler,
-            "condition-dropout": config.flow.condition_dropout,
-        }
-        flags = " ".join(f"--{name} {value:g}" if name != "lr-scheduler" else f"--{name} {value}" for name, value in chosen.items())
+        flags = (
+            f"--lora-rank {adapter.lora_rank} --learning-rate {loop.learning_rate:g} --lr-scheduler "
+            f"{loop.lr_scheduler} --condition-dropout {config.flow.condition_dropout:g}"
+        )
         side = config.data.resolution
         return [
             f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} of {self.size / 1e6:.0f} M "
@@ -147,7 +144,12 @@ class PretrainedBase:
         index = read_index(self.folder)
         networks = (*_NETWORKS, "vae", "scheduler", "safety_checker")
         files = [
-            [str(path.relative_to(self.folder)), path.resolve().name, path.stat().st_size, path.stat().st_mtime_ns]
+            [
+                str(path.relative_to(self.folder)),
+                path.resolve().name,
+                path.stat().st_size,
+                path.stat().st_mtime_ns,
+            ]
             for name in sorted(index)
             if name not in networks
             for path in sorted((Path(self.folder) / name).glob("*"))
@@ -264,7 +266,9 @@ def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> Non
 # ---------------------------------------------------------------- settings
 
 
-def with_base_settings(config: RunConfig, base: PretrainedBase, images: int, given: Collection[str]) -> RunConfig:
+def with_base_settings(
+    config: RunConfig, base: PretrainedBase, images: int, given: Collection[str]
+) -> RunConfig:
     """Return the settings of a run with those that follow from the model and the data; what is ``given`` stays.
 
     Raises:
@@ -345,7 +349,7 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
     if found:
         flags = " ".join(f"--{name.replace('_', '-')}" for name in found)
         raise UserError(
-            f"{flags}: these are decided by the network of {base.name}", f"Leave {'it' if len(found) == 1 else 'them'} out."
+            f"the network of {base.name} decides {flags}", f"Leave {'it' if len(found) == 1 else 'them'} out."
         )
 
 

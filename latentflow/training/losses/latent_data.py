@@ -43,7 +43,7 @@ def is_flipped(sample_id: int) -> bool:
 
 
 # (rows of images, ids of their uses) -> the condition's part of a batch.
-Conditions = Callable[[list[int], list[int]], dict[str, Tensor]]
+Conditions = Callable[[list[int], list[int]], Mapping[str, Tensor | list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class LatentData:
             batch["sizes"] = torch.from_numpy(self._framing.size_conditioning(rows, crops, np.array(flips)))
         if self._weights is not None:
             batch["weights"] = self._weights[rows]
-        return batch | self._conditions(rows.tolist(), sample_ids)
+        return {**batch, **self._conditions(rows.tolist(), sample_ids)}
 
     def _crop(self, sample_id: int) -> int:
         if (crops := self._framing.crops) == 1:

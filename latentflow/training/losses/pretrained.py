@@ -138,7 +138,7 @@ def cell_factors(masks: Tensor, has_mask: Tensor, cells: torch.Size, outside: fl
         cells: (h, w).
         outside: factor where the mask is 0.
     """
-    inside = F.adaptive_avg_pool2d(masks.float() / 255.0, [*cells])
+    inside = F.adaptive_avg_pool2d(masks.float() / 255.0, (cells[0], cells[1]))
     factors = outside + (1.0 - outside) * inside
     factors = torch.where(has_mask.view(-1, 1, 1, 1), factors, 1.0)
     return factors / factors.mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
