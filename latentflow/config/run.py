@@ -106,6 +106,9 @@ class FineTuningConfig:
     quantize: Literal["nf4", "int8", "float8"] | None = None
     """Store the frozen weights of a pretrained model, and its text encoders, in 4 or 8 bits while an adapter is
     trained (extra `quantize`; nf4: extra `bitsandbytes` and a GPU)."""
+    family_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
+    """Options of a pretrained model's family: arguments of its own pipeline in diffusers, such as
+    max_sequence_length=256."""
     outside_mask: float = 0.1
     """Pretrained models, data with masks: factor on the loss of what is black in an image's own mask."""
 

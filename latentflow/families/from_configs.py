@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,13 +25,16 @@ from .pretrained import PretrainedModel
 _READ_FILES = ("tokenizer", "processor", "extractor")
 
 
-def model_from_configs(name_or_path: str | os.PathLike[str], **options: Any) -> PretrainedModel:
+def model_from_configs(
+    name_or_path: str | os.PathLike[str], family_options: Mapping[str, Any] | None = None, **options: Any
+) -> PretrainedModel:
     """Build a pretrained model of diffusers on the meta device: modules have shapes and no memory, tokenizers are None.
 
     Of a hub repository the index and one config for each component are fetched, and no weights.
 
     Args:
         name_or_path: pipeline folder or hub id.
+        family_options: arguments of the stock pipeline's call in place of their defaults.
         options: those of ``from_pretrained`` that say where the hub's files are found.
 
     Raises:
@@ -57,7 +61,7 @@ def model_from_configs(name_or_path: str | os.PathLike[str], **options: Any) -> 
                 values[name] = _from_config(made, str(name_or_path), name, hub_options(options))
         stock = pipeline(**values)
         stock.register_to_config(_name_or_path=str(name_or_path))  # by which `distilled` knows some
-        return family(stock)
+        return family(stock, **(family_options or {}))
 
 
 def _from_config(kind: Any, source: str, name: str, options: dict[str, Any]) -> Any:

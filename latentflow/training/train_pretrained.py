@@ -75,7 +75,7 @@ def train_pretrained(
     # ---- configs, data, plan ----
     assert config.init_from is not None
     refuse_own_result(config.init_from, output)
-    base = PretrainedBase.of(config.init_from)
+    base = PretrainedBase.of(config.init_from, config.fine_tuning.family_options)
     config = replace(config, loop=config.loop.with_validation_time(given_keys))
     splits = load_pretrained_data(config, base, given_keys)
     training, validation = splits.training, splits.validation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ...families.text_encoders import TEXT_ENCODERS
 from ...flow import TimeDensity
 from ...utils.components import library_reads, load_module, quiet_libraries
 from ...utils.files import pipeline_folder, result_of
+from ...utils.flags import parse_options
 from ...utils.memory import release_memory
 from ...utils.names import as_spelled
 from ...utils.weight_files import variants, weight_files
@@ -68,29 +69,35 @@ class PretrainedBase:
         name: as the user wrote it.
         folder: of the pipeline; a hub id until `fetched`.
         shape: the model on the meta device.
+        options: arguments of the stock pipeline's call in place of their defaults.
     """
 
     name: str
     folder: str
     shape: PretrainedModel
+    options: Mapping[str, Any]
 
     @classmethod
-    def of(cls, checkpoint: str) -> PretrainedBase:
+    def of(cls, checkpoint: str, family_options: Sequence[str] = ()) -> PretrainedBase:
         """Read the configs of a checkpoint.
+
+        Args:
+            family_options: as `FineTuningConfig.family_options`.
 
         Raises:
             UserError: they cannot be read, or the model draws from images, which training does not give it.
         """
         quiet_libraries()
         folder = result_of(checkpoint)
-        shape = model_from_configs(folder)
+        options = parse_options(family_options)
+        shape = model_from_configs(folder, options)
         if shape.takes_masks or shape.extra or shape.needs_images or not shape.has_velocity:
             raise UserError(
                 f"{checkpoint}, {with_article(type(shape.pipeline).__name__)}, is no model that is fine-tuned here: it "
                 "draws from images, or has no velocity",
                 "Start from a text-to-image model of its family.",
             )
-        return cls(checkpoint, folder, shape)
+        return cls(checkpoint, folder, shape, options)
 
     def fetched(self) -> PretrainedBase:
         """Return the same with its files on this machine."""
@@ -161,6 +168,7 @@ class PretrainedBase:
                 "files": files,
                 "dtype": str(dtype),
                 "quantize": quantize,
+                "options": {name: self.options[name] for name in sorted(self.options)},
             }
         )
 
@@ -169,7 +177,9 @@ class PretrainedBase:
         absent = {name: None for name in read_index(self.folder) if name in (*_NETWORKS, "safety_checker")}
         if self.shape.encodes_with_network:
             absent = {}
-        model = FlowModel.from_pretrained(self.folder, vae=None, dtype=dtype, **absent, **options)
+        model = FlowModel.from_pretrained(
+            self.folder, self.options, vae=None, dtype=dtype, **absent, **options
+        )
         for part in model.pipeline.components.values():
             if isinstance(part, nn.Module) and getattr(part, "hf_quantizer", None) is None:
                 part.to(device)
@@ -186,8 +196,11 @@ class PretrainedBase:
     def open_network(self, vae: Any, dtype: torch.dtype, **options: Any) -> FlowModel:
         """Open the network, frozen, and the settings of the pipeline, with this autoencoder."""
         absent = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
-        model = FlowModel.from_pretrained(self.folder, **absent, vae=vae, dtype=dtype, **options)
+        model = FlowModel.from_pretrained(
+            self.folder, self.options, **absent, vae=vae, dtype=dtype, **options
+        )
         model.network.requires_grad_(False)
+        model.pipeline.register_to_config(_name_or_path=self.name)  # not the cache's folder
         return model
 
 
