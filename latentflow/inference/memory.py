@@ -107,7 +107,10 @@ def quantization(kind: str, source: str) -> PipelineQuantizationConfig:
     def settings(library: Any) -> Any:
         if kind == "nf4":
             return library.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
             )
         torchao = importlib.import_module("torchao.quantization")
 
