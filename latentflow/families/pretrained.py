@@ -344,7 +344,7 @@ class PretrainedModel(FlowModel):
                 if self.takes_masks
                 else "Add them: rows.with_control(images).",
             )
-        placed = rows.to(self.device, self.network.dtype)
+        placed = rows.to(self.device, self.dtype)
         return {**placed.values, **{name: placed.kept[name] for name in self.extra}}
 
     def with_extra(self, x: Tensor, condition: dict[str, Any]) -> Tensor:

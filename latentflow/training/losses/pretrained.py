@@ -87,6 +87,6 @@ class _Network(nn.Module):
         return self
 
     def forward(self, xt: Tensor, t: Tensor, rows: Rows) -> Tensor:
-        x, condition = xt.to(self.network.dtype), self._model.prepare(rows)
+        x, condition = xt.to(self._model.dtype), self._model.prepare(rows)
         output = self._model.predict(x, t.float(), condition, None, self._guidance_scale)
         return output.float()
