@@ -53,7 +53,7 @@ class EncodedPrompts:
 
     @property
     def has_null(self) -> bool:
-        """Whether the row that guidance leads away from is encoded."""
+        """True once the row that guidance leads away from is encoded."""
         return self._file(_NULL).exists()
 
     def encode(self, model: FlowModel, texts: Iterable[str], *, progress: bool = True) -> None:

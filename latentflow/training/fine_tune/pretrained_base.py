@@ -24,6 +24,7 @@ from ...families.pretrained import PretrainedModel
 from ...families.stored_weights import parameter_count
 from ...families.text_encoders import TEXT_ENCODERS
 from ...flow import TimeDensity
+from ...pipeline.stock_adapters import adapted_part
 from ...utils.components import library_reads, load_module, quiet_libraries
 from ...utils.files import pipeline_folder, result_of
 from ...utils.flags import parse_options
@@ -117,10 +118,8 @@ class PretrainedBase:
 
     @property
     def loads_adapters(self) -> bool:
-        """Whether diffusers loads adapters into this pipeline."""
-        from .pretrained_adapter import PretrainedAdapter
-
-        return PretrainedAdapter._part(self.shape.pipeline) is not None
+        """True where diffusers loads adapters into this pipeline."""
+        return adapted_part(self.shape.pipeline) is not None
 
     def lines(self, config: RunConfig, images: int) -> list[str]:
         """Describe the fine-tune, for the plan.
@@ -193,12 +192,13 @@ class PretrainedBase:
         vae: Any = load_module(type(self.shape.vae), folder, use_safetensors=True, variant=variant)
         return vae.float().requires_grad_(False)
 
-    def open_network(self, vae: Any, dtype: torch.dtype, **options: Any) -> FlowModel:
+    def open_network(self, vae: Any, dtype: torch.dtype, **options: Any) -> PretrainedModel:
         """Open the network, frozen, and the settings of the pipeline, with this autoencoder."""
         absent = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
         model = FlowModel.from_pretrained(
             self.folder, self.options, **absent, vae=vae, dtype=dtype, **options
         )
+        assert isinstance(model, PretrainedModel)
         model.network.requires_grad_(False)
         model.pipeline.register_to_config(_name_or_path=self.name)  # not the cache's folder
         return model
