@@ -140,6 +140,7 @@ def train_pretrained(
     with memory_phase("load"):
         model = base.open_network(vae, dtype, **options)
     prompts.give_null(model)
+    torch.manual_seed(config.loop.seed)  # the adapter's first weights
     adapter = PretrainedAdapter(model, config.adapter) if config.adapter.lora_rank else None
     if adapter is None:
         model.network.requires_grad_(True)

@@ -40,6 +40,16 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="module")
+def no_memorisation() -> Iterator[None]:
+    """Runs over pretrained models end without drawing 16 images to see what was memorised."""
+    from latentflow.training import pretrained_result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained_result, "FEW", 0)
+        yield
+
+
+@pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 

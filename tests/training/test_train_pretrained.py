@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from latentflow import LatentFlowPipeline
-from latentflow.training import pretrained_result
 
 from ..families.test_family_programs import STAND_INS
 from ..families.test_lora_training import LAYOUTS, LOADED
@@ -22,12 +21,7 @@ from .command import call
 from .pretrained import QUICK, adapter, base_flags, photos, validated
 
 PROMPT = "a red apple"
-
-
-@pytest.fixture(autouse=True)
-def _not_memorised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No run draws dozens of images to measure what it has memorised, but for the one that is about it."""
-    monkeypatch.setattr(pretrained_result, "FEW", 0)
+pytestmark = pytest.mark.usefixtures("no_memorisation")
 
 
 def opened(folder: Path, name: str) -> Any:
