@@ -183,7 +183,7 @@ def train_pretrained(
             export=lambda folder: result.export(folder, meter, state.device),
             export_to=result.folder,
         ),
-        description=_description(config, splits, model, adapter, batch),
+        description=_description(config, splits, base, vae, adapter, batch),
         resume_line=resume_command,
         stop=stop,
     )
@@ -243,17 +243,22 @@ def conditions(
 
 
 def _description(
-    config: RunConfig, splits: DataSplits, model: FlowModel, adapter: PretrainedAdapter | None, batch: int
+    config: RunConfig,
+    splits: DataSplits,
+    base: PretrainedBase,
+    vae: Any,
+    adapter: PretrainedAdapter | None,
+    batch: int,
 ) -> dict[str, Any]:
     """Return plain values that a resumed run must have as well."""
-    network = model.network
+    network = base.shape.network  # whose config says nothing of quantisation
     described = {"adapter": adapter.description()} if adapter else {}
     return {
         **described,
         "flow": config.flow.describe(),
         "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
         "quantize": config.fine_tuning.quantize,
-        "autoencoder": weights_hash(model.vae),
+        "autoencoder": weights_hash(vae),
         "images": {name: getattr(splits.data, name) for name in ("resolution", "background", "random_flip")},
         "optimizer": {"optimizer": config.loop.optimizer},
         "data": splits.training.fingerprint(),
