@@ -261,6 +261,8 @@ def _description(
         "flow": config.flow.describe(),
         "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
         "quantize": config.fine_tuning.quantize,
+        "family_options": {name: base.options[name] for name in sorted(base.options)},
+        "outside_mask": config.fine_tuning.outside_mask if splits.source.has_masks else None,
         "autoencoder": weights_hash(vae),
         "images": {name: getattr(splits.data, name) for name in ("resolution", "background", "random_flip")},
         "optimizer": {"optimizer": config.loop.optimizer},
