@@ -17,7 +17,7 @@ from ..config import RunConfig
 from ..data import Source
 from ..families import FlowModel
 from ..families.distilled import training_warning
-from ..families.quantization import quantization
+from ..families.quantization import check_quantization, quantization
 from ..pipeline.adapter_files import weights_hash
 from ..utils.memory import memory_phase
 from .data import Captions, DataSplits, LatentCache
@@ -34,7 +34,7 @@ from .fine_tune.pretrained_base import (
     with_base_settings,
 )
 from .loop.checkpoint import list_checkpoints
-from .loop.distributed import process_state
+from .loop.distributed import check_precision, process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
 from .loop.stopping import Stop
@@ -92,6 +92,10 @@ def train_pretrained(
         for line in MemoryPlanner(base.shape).lines(plan_of(config, dtype)):
             log.info(line)
         return
+    quantize = config.fine_tuning.quantize
+    check_precision(config.loop.mixed_precision)
+    if quantize:
+        check_quantization(quantize, state.device.type)
     refuse_too_large(base.shape, config, dtype, state.device)
 
     def keep_config() -> None:
@@ -101,7 +105,6 @@ def train_pretrained(
     if not list_checkpoints(output / "checkpoints"):
         keep_config()
     base = base.fetched()
-    quantize = config.fine_tuning.quantize
     options = {"quantization_config": quantization(quantize, base.folder)} if quantize else {}
 
     # ---- prompts: encoded, then the text encoders are gone ----
@@ -140,6 +143,7 @@ def train_pretrained(
     with memory_phase("load"):
         model = base.open_network(vae, dtype, **options)
     prompts.give_null(model)
+    torch.manual_seed(config.loop.seed)  # the adapter's first weights
     adapter = PretrainedAdapter(model, config.adapter) if config.adapter.lora_rank else None
     if adapter is None:
         model.network.requires_grad_(True)
@@ -257,6 +261,8 @@ def _description(
         "flow": config.flow.describe(),
         "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
         "quantize": config.fine_tuning.quantize,
+        "family_options": {name: base.options[name] for name in sorted(base.options)},
+        "outside_mask": config.fine_tuning.outside_mask if splits.source.has_masks else None,
         "autoencoder": weights_hash(vae),
         "images": {name: getattr(splits.data, name) for name in ("resolution", "background", "random_flip")},
         "optimizer": {"optimizer": config.loop.optimizer},
