@@ -25,6 +25,7 @@ class Ideogram4Model(PretrainedModel):
     are those of FLUX.2's autoencoder with the channels in another order, the cells of a token first.
     """
 
+    encodes_with_network = True
     sampling_options = ("guidance_schedule", "mu", "std")
     noise_channels_last = True
 
