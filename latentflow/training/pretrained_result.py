@@ -173,11 +173,8 @@ class PretrainedResult:
 
     def command(self) -> str:
         """Return the line that draws an image with the result."""
-        if self.adapter is None:
-            return generate_command(self.model.condition_kind, self._example(), str(self.folder))
-        return generate_command(
-            self.model.condition_kind, self._example(), self.base.name, adapter=str(self.output)
-        )
+        opened = self.output if self.adapter else self.folder
+        return generate_command(self.model.condition_kind, self._example(), str(opened))
 
     def _example(self) -> str:
         return shown_by(self.splits.source, [0], self.model)[0]

@@ -14,7 +14,18 @@ from safetensors.torch import load_file
 from ..families.tiny import TINY
 
 #: a run without validation and previews, whose sums are the same on every machine
-QUICK = "--validation 0 --validation-steps 0 --preview-steps 0 --mixed-precision no --log-steps 1".split()
+QUICK = [
+    "--validation",
+    "0",
+    "--validation-steps",
+    "0",
+    "--preview-steps",
+    "0",
+    "--mixed-precision",
+    "no",
+    "--log-steps",
+    "1",
+]
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"
 
 

@@ -54,7 +54,11 @@ def test_killed_and_started_again_it_equals_the_run_that_was_never_stopped_bit_f
 ) -> None:
     full = [*line, "-o", tmp_path, "--train-batch-size", 2, "--max-train-steps", STEPS]
     (process,) = fork_ranks(1, lambda rank: call(cache, *full))
-    metrics, until, deadline = tmp_path / "metrics.jsonl", random.Random().randint(3, 8), time.monotonic() + 120
+    metrics, until, deadline = (
+        tmp_path / "metrics.jsonl",
+        random.Random().randint(3, 8),
+        time.monotonic() + 120,
+    )
     while not (metrics.is_file() and metrics.read_text().count('"loss"') >= until):
         assert time.monotonic() < deadline
         time.sleep(0.002)

@@ -61,8 +61,27 @@ def test_30_steps_on_8_images_learn_an_adapter_that_the_stock_pipeline_opens(
     name: str, pretrained: Callable[[str], Path], cache: Path, tmp_path: Path
 ) -> None:
     base, data = pretrained(name), photos(tmp_path / "data", TINY[name].side)
-    line = [data, "-o", tmp_path / "run", *base_flags(name, base), *QUICK, "--lora-rank", 2, "--lora-alpha", 3]
-    line += ["--validation", 0.25, "--validation-steps", 10, "--max-train-steps", 30, "--learning-rate", "3e-3"]
+    line = [
+        data,
+        "-o",
+        tmp_path / "run",
+        *base_flags(name, base),
+        *QUICK,
+        "--lora-rank",
+        2,
+        "--lora-alpha",
+        3,
+    ]
+    line += [
+        "--validation",
+        0.25,
+        "--validation-steps",
+        10,
+        "--max-train-steps",
+        30,
+        "--learning-rate",
+        "3e-3",
+    ]
     said = call(cache, *line)
     assert "6 images to train on, 2 held out; condition: text" in said
     losses = validated(tmp_path / "run")

@@ -33,7 +33,7 @@ from ...utils.names import as_spelled
 from ...utils.weight_files import variants, weight_files
 from ..data import DataSplits
 from ..loop.distributed import compute_dtype, process_state
-from .defaults import held_out_share
+from .defaults import check_shared, held_out_share
 from .encoded_prompts import EncodedPrompts
 
 #: parameters of a network above which an adapter is trained by default
@@ -125,15 +125,17 @@ class PretrainedBase:
         """True where diffusers loads adapters into this pipeline."""
         return adapted_part(self.shape.pipeline) is not None
 
-    def lines(self, config: RunConfig, images: int) -> list[str]:
+    def lines(self, config: RunConfig, images: int, own_share: float = 1.0) -> list[str]:
         """Describe the fine-tune, for the plan.
 
         Args:
             config: of `with_base_settings`.
             images: number of images that are trained on.
+            own_share: share of the samples that are images of the data.
         """
         loop, defaults, adapter = config.loop, self.shape.training_defaults, config.adapter
         batch = loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)
+        uses = own_share * loop.max_train_steps * batch / max(1, images)
         flags = (
             f"--lora-rank {adapter.lora_rank} --learning-rate {loop.learning_rate:g} --lr-scheduler "
             f"{loop.lr_scheduler} --condition-dropout {config.flow.condition_dropout:g}"
@@ -141,7 +143,7 @@ class PretrainedBase:
         side = config.data.resolution
         return [
             f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} of {self.size / 1e6:.0f} M "
-            f"parameters: each image is used about {loop.max_train_steps * batch / max(1, images):.0f} times",
+            f"parameters: each image is used about {uses:.0f} times",
             f"settings: {flags} (defaults of the family: {defaults.source})",
             f"training times: {_density_text(self.shape.training_density(side, side), config.flow)}",
             f"resolution: {side} pixels",
@@ -290,9 +292,12 @@ def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> Non
 
 
 def with_base_settings(
-    config: RunConfig, base: PretrainedBase, images: int, given: Collection[str]
+    config: RunConfig, base: PretrainedBase, images: int, given: Collection[str], own_share: float = 1.0
 ) -> RunConfig:
     """Return the settings of a run with those that follow from the model and the data; what is ``given`` stays.
+
+    Args:
+        own_share: share of the samples that are images of the data.
 
     Raises:
         UserError: a setting has no effect on a pretrained model, or contradicts another one.
@@ -312,15 +317,20 @@ def with_base_settings(
             "Train an adapter (--lora-rank 16), or leave --quantize out.",
         )
     rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
-    return replace(tuned, loop=_fitted(config.loop, given, images, rate, adapter))
+    return replace(tuned, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
 
 
 def _fitted(
-    loop: LoopConfig, given: Collection[str], images: int, rate: float, adapter: AdapterConfig
+    loop: LoopConfig,
+    given: Collection[str],
+    images: int,
+    rate: float,
+    adapter: AdapterConfig,
+    own_share: float,
 ) -> LoopConfig:
     """Return the loop's settings for a pretrained model.
 
-    One image a step, as memory allows; a constant rate; AdamW's usual second decay, which averages over a thousand
+    One image a step, as memory allows, and one of the model's own where it draws some; a constant rate; AdamW's usual second decay, which averages over a thousand
     steps of one image.
     """
     if adapter.lora_rank and loop.optimizer == "muon":
@@ -332,15 +342,16 @@ def _fitted(
         loop = replace(loop, optimizer="adamw")
     changes: dict[str, Any] = {
         "train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": 1 if own_share == 1 else 2,
         "learning_rate": rate,
         "lr_scheduler": "constant",
         "adam_beta2": 0.999,
         "lr_embeddings": 1.0,
     }
     loop = replace(loop, **{name: value for name, value in changes.items() if name not in given})
+    check_shared(loop, own_share)
     batch = loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)
-    steps = math.ceil(_USES * images ** (1 / 3) / batch)
+    steps = math.ceil(_USES * images ** (1 / 3) / (own_share * batch))
     if "max_train_steps" in given:
         steps = loop.max_train_steps
     changes = {"max_train_steps": steps, "lr_warmup_steps": min(100, max(1, steps // 10))}
