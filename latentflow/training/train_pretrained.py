@@ -141,7 +141,7 @@ def train_pretrained(
         found = conditions(prompts, images, base.shape, config.loop.seed, mirror=mirror)
         return cache.latents(cache.framed(images, crops=crops), found, sampled=sampled)
 
-    data = latents(training)
+    own = latents(training)
     held_out = latents(validation.once(), crops=1) if len(validation) else None
     vae.cpu()
 
@@ -149,7 +149,7 @@ def train_pretrained(
     with memory_phase("load"):
         model = base.open_network(vae, dtype, **options)
     prompts.give_null(model)
-    own = data
+    data: LatentData | MixedData = own
     if prior:  # drawn before anything in the network changes
         drawn = prior_data(
             base, model, prompts, prior, splits.data.resolution, output / "prior", config.loop.seed,

@@ -330,8 +330,8 @@ def _fitted(
 ) -> LoopConfig:
     """Return the loop's settings for a pretrained model.
 
-    One image a step, as memory allows, and one of the model's own where it draws some; a constant rate; AdamW's usual second decay, which averages over a thousand
-    steps of one image.
+    One image a step, as memory allows, and one of the model's own where it draws some; a constant rate; AdamW's usual
+    second decay, which averages over a thousand steps of one image.
     """
     if adapter.lora_rank and loop.optimizer == "muon":
         if "optimizer" in given:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...data import Cropping, Example, LatentTable, Source, to_pil
+from ...data.dataset import Kind
 from ...errors import UserError, reading
 from ...families import FlowModel
 from ...pipeline.adapter_files import weights_hash
@@ -130,7 +131,7 @@ def teacher_data(
 
 def sample_source(
     name: str,
-    kind: str,
+    kind: Kind,
     prompts: list[str],
     classes: Sequence[str],
     settings: SampleSettings,
