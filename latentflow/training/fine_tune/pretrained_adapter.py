@@ -18,7 +18,23 @@ from ...pipeline.adapter_bases import fingerprint, shared_name
 from ...pipeline.adapter_files import AdapterFacts
 from ...pipeline.stock_adapters import adapted_part
 from ...utils.files import save_tensors
-from .adapters import ADAPTER, inject, peft_settings, plan_line, trained_parameters
+from .adapters import ADAPTER, adapted_layers, inject, peft_settings, plan_line, trained_parameters
+
+
+def check_adapter(model: FlowModel, config: AdapterConfig) -> str:
+    """Return the name of the network of a model, which may be on the meta device, as the loader of adapters has it.
+
+    Raises:
+        UserError: diffusers has no loader of adapters for this pipeline; see also `adapted_layers`.
+    """
+    part = adapted_part(model.pipeline)
+    if part is None:
+        raise UserError(
+            f"diffusers loads no adapters into {with_article(type(model.pipeline).__name__)}",
+            "Train all weights: leave --lora-rank out.",
+        )
+    adapted_layers(model.network, config)
+    return part
 
 
 class PretrainedAdapter:
@@ -34,17 +50,11 @@ class PretrainedAdapter:
         fingerprint: of the network without the adapter, see `latentflow.pipeline.adapter_bases.fingerprint`.
 
     Raises:
-        UserError: diffusers has no loader of adapters for this pipeline; see also `inject`.
+        UserError: see `check_adapter`.
     """
 
     def __init__(self, model: FlowModel, config: AdapterConfig) -> None:
-        part = adapted_part(model.pipeline)
-        if part is None:
-            raise UserError(
-                f"diffusers loads no adapters into {with_article(type(model.pipeline).__name__)}",
-                "Train all weights: leave --lora-rank out.",
-            )
-        self._model, self._config, self._part = model, config, part
+        self._model, self._config, self._part = model, config, check_adapter(model, config)
         self._whole: int = model.network.num_parameters()  # before peft: it counts weights in 4 bits
         self.fingerprint = fingerprint(model.network)
         self.layers = inject(model.network, config)

@@ -35,6 +35,7 @@ from ..data import DataSplits
 from ..loop.distributed import compute_dtype, process_state
 from .defaults import check_shared, held_out_share
 from .encoded_prompts import EncodedPrompts
+from .pretrained_adapter import check_adapter
 
 #: parameters of a network above which an adapter is trained by default
 LARGE = 500_000_000
@@ -300,7 +301,8 @@ def with_base_settings(
         own_share: share of the samples that are images of the data.
 
     Raises:
-        UserError: a setting has no effect on a pretrained model, or contradicts another one.
+        UserError: a setting has no effect on a pretrained model, or contradicts another one; it cannot have such an
+            adapter.
     """
     _refuse_unused(config, base)
     defaults = base.shape.training_defaults
@@ -316,6 +318,8 @@ def with_base_settings(
             f"--quantize {tuned.fine_tuning.quantize}: quantised weights cannot learn, and all are to be trained",
             "Train an adapter (--lora-rank 16), or leave --quantize out.",
         )
+    if adapter.lora_rank:
+        check_adapter(base.shape, adapter)
     rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
     return replace(tuned, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
 
