@@ -155,6 +155,7 @@ class PretrainedBase:
     def encoded_prompts(self, quantize: str | None, dtype: torch.dtype) -> EncodedPrompts:
         """Return the cache of the prompts of this model's text encoders."""
         index = read_index(self.folder)
+        looked_at = self.shape.network.config if self.shape.encodes_with_network else {}
         networks = (*_NETWORKS, "vae", "scheduler", "safety_checker")
         files = [
             [
@@ -175,6 +176,7 @@ class PretrainedBase:
                 "dtype": str(dtype),
                 "quantize": quantize,
                 "options": {name: self.options[name] for name in sorted(self.options)},
+                **{name: value for name, value in looked_at.items() if not name.startswith("_")},
             }
         )
 
@@ -239,7 +241,7 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
             f"{data.data} holds latents, and a pretrained model encodes images itself",
             "Give the folder of images: their latents are cached.",
         )
-    _check_condition(source, base, asked=data.condition)
+    source = _conditioned(source, base, asked=data.condition)
     data = replace(data, validation=held_out_share(given, data.validation, len(source)))
     if "resolution" not in given:
         data = replace(data, resolution=usual_side(shape))
@@ -261,7 +263,12 @@ def usual_side(shape: FlowModel) -> int:
     return max(1, int(min(side, _USUAL_SIDE)) // multiple) * multiple
 
 
-def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> None:
+def _conditioned(source: Source, base: PretrainedBase, *, asked: str) -> Source:
+    """Return the images with their classes as the model spells them.
+
+    Raises:
+        UserError: they lack what the model draws from.
+    """
     shape, name = base.shape, base.name
     if shape.takes_text:
         if source.kind != "text" and asked != "none":
@@ -275,18 +282,20 @@ def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> Non
                 f"all captions of {source.name} are empty",
                 'Write some, or give all images one: --caption "a photo of sks dog". --condition none trains without.',
             )
-        return
+        return source
     if source.kind == "text" or (source.kind != "class" and asked != "none"):
         raise UserError(
             f"{name} draws classes, and {source.name} has {'captions' if source.kind == 'text' else 'none'}",
             "Sort the images into folders named as its classes (--condition class).",
         )
-    unknown = [label for label in source.classes if as_spelled(label, shape.classes) not in shape.classes]
-    if unknown:
+    known = {**dict.fromkeys(shape.classes), **shape.labels}  # a class may have several names
+    classes = tuple(as_spelled(label, known) for label in source.classes)
+    if unknown := [label for label in classes if label not in known]:
         raise UserError(
             f"{name} has no classes named {few(unknown)}",
             f"It knows {few([*shape.classes], 12)}; a pretrained model gets no new ones.",
         )
+    return replace(source, classes=classes)
 
 
 # ---------------------------------------------------------------- settings
