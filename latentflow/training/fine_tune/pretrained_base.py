@@ -155,7 +155,7 @@ class PretrainedBase:
     def encoded_prompts(self, quantize: str | None, dtype: torch.dtype) -> EncodedPrompts:
         """Return the cache of the prompts of this model's text encoders."""
         index = read_index(self.folder)
-        looked_at = self.shape.network.config if self.shape.encodes_with_network else {}
+        looked_at = self.shape.network.config if self.shape.opens_whole else {}
         networks = (*_NETWORKS, "vae", "scheduler", "safety_checker")
         files = [
             [
