@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
-import shutil
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -34,9 +31,9 @@ STEPS = 22
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A tiny model with a text encoder more than ten times as large as its network; and the encoder's bytes."""
     pipe = deepcopy(checkpoint(NAME))
-    config = {**pipe.transformer.config, "num_attention_heads": 16, "attention_head_dim": 32}
+    config = {**pipe.transformer.config, "num_attention_heads": 8, "attention_head_dim": 32}
     network = type(pipe.transformer).from_config({**config, "axes_dims_rope": (8, 12, 12)})
-    settings = {**pipe.text_encoder_2.config.to_dict(), "num_layers": 6, "d_ff": WIDTH}
+    settings = {**pipe.text_encoder_2.config.to_dict(), "num_layers": 9, "d_ff": WIDTH}
     encoder = T5EncoderModel(T5Config.from_dict(settings))
     pipe.register_modules(transformer=network.eval(), text_encoder_2=encoder.eval())
     folder = tmp_path_factory.mktemp("large") / "base"
@@ -60,9 +57,7 @@ def measure(
 
     def measured(loss: PretrainedLoss, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         if loss.training:
-            alive = [
-                one for one in gc.get_objects() if isinstance(one, torch.Tensor) and WIDTH in one.shape
-            ]
+            alive = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and WIDTH in one.shape]
             found.append((psutil.Process().memory_info().rss, len(alive)))
         return forward(loss, batch)
 
@@ -90,5 +85,5 @@ def test_text_encoders_are_gone_while_the_network_trains(large: tuple[Path, int]
         assert abs(used - other) <= 0.1 * other
     # The same measure finds encoders that are kept.
     kept = measure(large, tmp_path / "kept", data, tmp_path / "other", keep=True)
-    assert all(alive >= 6 for _, alive in kept)
+    assert all(alive >= 9 for _, alive in kept)
     assert kept[0][0] - cached[0][0] > 0.1 * cached[0][0]
