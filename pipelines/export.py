@@ -102,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     source, choice = with_run_adapter(config.source, config)
     pipe = open_pipeline(LatentFlowPipeline, source, "cpu", choice)
-    if choice.lora and not hasattr(pipe, "merge_lora_weights"):  # a pretrained model, beside whose weights they are
+    if choice.lora and not hasattr(
+        pipe, "merge_lora_weights"
+    ):  # a pretrained model, beside whose weights they are
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     pipe = pipe.to(dtype=getattr(torch, config.export_dtype))

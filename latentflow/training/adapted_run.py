@@ -69,7 +69,9 @@ class AdaptedRun:
             shape.network.load_state_dict(weights, strict=False, assign=True)
         temporary = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        folder = Path(temporary) / run.folder.resolve().name / "adapter"  # the page calls it by the run's name
+        folder = (
+            Path(temporary) / run.folder.resolve().name / "adapter"
+        )  # the page calls it by the run's name
         adapter.save(folder)
         target = f" of {run.target}" if run.target else ""
         line = f"{run.folder} is not finished: step {state['step']}{target}. To finish it:\n  {run.resume()}"

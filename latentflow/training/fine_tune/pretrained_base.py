@@ -37,6 +37,8 @@ from .encoded_prompts import EncodedPrompts
 
 #: parameters of a network above which an adapter is trained by default
 LARGE = 500_000_000
+#: settings with which the usual number of steps and learning rate are those of another run
+KEPT = ("lora_rank", "train_batch_size", "gradient_accumulation_steps")
 _USUAL_SIDE = 1024  # pixels, of models that do not say which, and at most, by default
 _USES = 740  # samples of one image; of n images the cube root of n times as many (docs/guide/fine-tune-pretrained.md)
 # components that training never needs
@@ -320,8 +322,8 @@ def _fitted(
 ) -> LoopConfig:
     """Return the loop's settings for a pretrained model.
 
-    One image a step, as memory allows, and one of the model's own where it draws some; a constant rate; AdamW's usual second decay, which averages over a thousand
-    steps of one image.
+    One image a step, as memory allows, and one of the model's own where it draws some; a constant rate; AdamW's usual
+    second decay, which averages over a thousand steps of one image.
     """
     if adapter.lora_rank and loop.optimizer == "muon":
         if "optimizer" in given:

@@ -16,7 +16,6 @@ from ...families import FlowModel
 from ...pipeline.generate import LatentFlowPipeline
 from ...pipeline.over_model import over_model
 from ...utils.memory import memory_phase
-from ...utils.weight_files import weight_files
 from ..loop.distributed import has_fast_bfloat16, process_state
 from ..losses.latent_data import Conditions, LatentData
 from .encoded_prompts import EncodedPrompts
