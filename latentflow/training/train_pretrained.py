@@ -147,13 +147,13 @@ def train_pretrained(
     with memory_phase("load"):
         model = base.open_network(vae, dtype, **options)
     prompts.give_null(model)
-    own = data
+    mixed: LatentData | MixedData = data
     if prior:  # drawn before anything in the network changes
         drawn = prior_data(
             base, model, prompts, prior, splits.data.resolution, output / "prior", config.loop.seed,
             lambda images: conditions(prompts, images, base.shape, config.loop.seed, mirror=False),
         )  # fmt: skip
-        data = MixedData(own, drawn, config.fine_tuning.prior_share)
+        mixed = MixedData(data, drawn, config.fine_tuning.prior_share)
     adapter = PretrainedAdapter(model, config.adapter) if config.adapter.lora_rank else None
     if adapter is None:
         model.network.requires_grad_(True)
@@ -177,13 +177,13 @@ def train_pretrained(
     if state.is_main_process and not config.loop.shard:
         usual = with_base_settings(config, base, len(training), KEPT, own_share).loop
         by_default = (usual.max_train_steps, usual.learning_rate)
-        meter = LearningMeter(loss, own, training, state.device, by_default, images=16, batch_size=1)
+        meter = LearningMeter(loss, data, training, state.device, by_default, images=16, batch_size=1)
     if config.loop.compile:
         model.network.compile()
     stop = Stop()
     finished = fit(
         {"flow": loss},
-        data,
+        mixed,
         config.loop,
         output,
         callbacks=Callbacks(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def teacher_data(
 
 def sample_source(
     name: str,
-    kind: str,
+    kind: Literal["text", "class", "unconditional"],
     prompts: list[str],
     classes: Sequence[str],
     settings: SampleSettings,

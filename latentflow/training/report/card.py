@@ -40,8 +40,8 @@ _SHOWN = (
     "resolution", "network", "network_preset", "width", "depth", "heads", "patch_size", "vae", "init_from", "lora_rank",
     "lora_alpha", "lora_layers", "quantize", "family_options", "prior_samples", "prior_prompts", "checkpoint", "method",
     "guidance", "text_encoder", "path", "prediction", "coupling", "objective", "weighting", "time_density",
-    "condition_dropout", "inpainting", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "optimizer",
-    "learning_rate", "lr_scheduler", "lr_decay_share", "ema_decay", "seed",
+    "condition_dropout", "inpainting", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+    "optimizer", "learning_rate", "lr_scheduler", "lr_decay_share", "ema_decay", "seed",
 )  # fmt: skip
 # Settings without effect where the network is a checkpoint's.
 _OF_NEW_NETWORK = ("network", "network_preset", "width", "depth", "heads", "patch_size")
@@ -211,12 +211,12 @@ def _values(facts: CardFacts, header: str) -> dict[str, Any]:
         "call": {"text": f"prompt={example!r}", "class": f"class_labels=[{example!r}]"}.get(kind, ""),
         "command": generate_command(kind, example, where),
         "stock": facts.stock,
-        "stock_call": _stock_call(facts, {}) if facts.stock else "",
         "inpaints": facts.inpaints,
         "parts": [
             (name, type(part).__name__, sum(weight.numel() for weight in part.parameters()))
             for name, part in facts.parts.items()
         ],
+        **(_stock_values(facts, ()) if facts.stock else {}),
     }
 
 
@@ -230,10 +230,14 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
     values = _values(facts, _header(facts, run.config, base, sets, of_adapter))
     if of_adapter and base:
         values["command"] = generate_command(
-            facts.kind, _in_a_line(facts.example), one_line(base.place), one_line(facts.where)
+            facts.kind,
+            _in_a_line(facts.example),
+            one_line(base.place),
+            one_line(facts.where),
+            run.config.get("family_options") or (),
         )
     if facts.stock:
-        values["stock_call"] = _stock_call(facts, parse_options(run.config.get("family_options") or ()))
+        values |= _stock_values(facts, run.config.get("family_options") or ())
     places = [str(run.config.get("data")), *([_named_base(run)] if base and not base.hub_id else [])]
     licences = [
         f"{origin.name}: licence {_as_text(origin.license)}, as its card states"
@@ -267,18 +271,26 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
     }
 
 
-def _stock_call(facts: CardFacts, options: Mapping[str, Any]) -> str:
-    """Return the arguments with which diffusers' own pipeline draws the example."""
+def _stock_values(facts: CardFacts, family_options: Sequence[str]) -> dict[str, str]:
+    """Return what a template takes of a pretrained model: how our pipeline is opened, how it and diffusers' are called.
+
+    Args:
+        family_options: as of the run.
+    """
     import diffusers
 
     taken = inspect.signature(getattr(diffusers, facts.stock).__call__).parameters
-    example = _in_a_line(facts.example)
-    shown = {"class": f"class_labels=pipe.get_label_ids([{example!r}])"}.get(
-        facts.kind, f"prompt={example!r}"
-    )
+    example, options = _in_a_line(facts.example), parse_options(family_options)
     sides = {} if facts.resolution is None else dict.fromkeys(("height", "width"), facts.resolution)
-    given = {name: value for name, value in {**sides, **options}.items() if name in taken}
-    return ", ".join([shown, *(f"{name}={value!r}" for name, value in given.items())])
+    stock = {name: value for name, value in {**sides, **options}.items() if name in taken}
+    is_class = facts.kind == "class"
+    own = f"class_labels=[{example!r}]" if is_class else f"prompt={example!r}"
+    shown = f"class_labels=pipe.get_label_ids([{example!r}])" if is_class else own
+    return {
+        "open": ', dtype="auto"' + (f", family_options={options!r}" if options else ""),
+        "call": ", ".join([own, *(f"{name}={value!r}" for name, value in sides.items())]),
+        "stock_call": ", ".join([shown, *(f"{name}={value!r}" for name, value in stock.items())]),
+    }
 
 
 def _base(run: Run) -> Origin | None:
@@ -332,11 +344,14 @@ def _adapter_parts(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, str, 
     return rows
 
 
-def generate_command(kind: str, example: str, checkpoint: str, adapter: str = "") -> str:
-    """Return the line that generates an image of ``example`` with a checkpoint of this ``kind``, and with an adapter if
-    one is given; see `CardFacts`."""
+def generate_command(
+    kind: str, example: str, checkpoint: str, adapter: str = "", family_options: Sequence[str] = ()
+) -> str:
+    """Return the line that generates an image of ``example`` with a checkpoint of this ``kind``, and with the adapter and
+    the options of its family that are given; see `CardFacts`."""
     flags = {"text": [_in_a_line(example)], "class": ["--class", _in_a_line(example)]}.get(kind, [])
     flags += ["--checkpoint", checkpoint, *(["--lora", adapter] if adapter else [])]
+    flags += ["--family-options", *family_options] if family_options else []
     return shlex.join(["latentflow", "generate", *flags, "-o", "image.png"])
 
 
