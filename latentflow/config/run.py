@@ -97,12 +97,13 @@ class FineTuningConfig:
 
     prior_samples: int | None = None
     """Number of images that the checkpoint generates before training, to be trained on together with yours. 0: none.
-    Default: 200, or 10 per class if that is more (at most 1000), if you have at most 1000 images; else none."""
+    Default: 200, or 10 per class if that is more (at most 1000), if you have at most 1000 images; else none. Pretrained
+    models: 100 if --prior-prompts is given, else none."""
     prior_share: float = 0.5
     """Share of these images in the samples of every step."""
     prior_prompts: str | None = None
     """Text file of captions for these images, one per line; those that the checkpoint was trained on are best.
-    Default: one or two words of its vocabulary per image."""
+    Default: one or two words of its vocabulary per image; pretrained models need the file."""
     quantize: Literal["nf4", "int8", "float8"] | None = None
     """Store the frozen weights of a pretrained model, and its text encoders, in 4 or 8 bits while an adapter is
     trained (extra `quantize`; nf4: extra `bitsandbytes` and a GPU)."""
@@ -175,9 +176,12 @@ class RunConfig:
 
     data: DataConfig
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-    """Run folder. The result is its subfolder `pipeline`."""
+    """Run folder. The result is its subfolder `pipeline`; of an adapter of a pretrained model its subfolder
+    `adapter`."""
     init_from: Annotated[str | None, Essential()] = None
-    """Fine-tune: start from the weights of this pipeline folder, run folder or hub id."""
+    """Fine-tune: start from the weights of this pipeline folder, run folder or hub id: of latentflow's own, or a
+    pretrained model of diffusers, such as stabilityai/stable-diffusion-3.5-medium. Some defaults differ then; the plan
+    names them (--dry-run)."""
     vae: Annotated[str | None, Essential()] = None
     """Pretrained autoencoder of diffusers, or a pipeline that has one (folder or hub id). Default: train one on your
     images first."""

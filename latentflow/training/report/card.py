@@ -347,8 +347,8 @@ def _adapter_parts(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, str, 
 def generate_command(
     kind: str, example: str, checkpoint: str, adapter: str = "", family_options: Sequence[str] = ()
 ) -> str:
-    """Return the line that generates an image of ``example`` with a checkpoint of this ``kind``, and with the adapter and
-    the options of its family that are given; see `CardFacts`."""
+    """Return the line that generates an image of ``example`` with a checkpoint of this ``kind``, and with the adapter
+    and the options of its family that are given; see `CardFacts`."""
     flags = {"text": [_in_a_line(example)], "class": ["--class", _in_a_line(example)]}.get(kind, [])
     flags += ["--checkpoint", checkpoint, *(["--lora", adapter] if adapter else [])]
     flags += ["--family-options", *family_options] if family_options else []
