@@ -239,7 +239,7 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
                 "Leave --fast out, or give a LoRA that was made for this model: --lora FILE.",
             )
         if choice.lora:
-            _load_adapters(pipe, choice.lora)
+            _load_adapters(pipe, choice.lora, choice.lora_any_base)
         return
     if choice.fast:
         if Path(checkpoint).is_dir() and not (Path(checkpoint) / "fast").is_dir():
@@ -259,16 +259,16 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
     pipe.unload_lora_weights()
 
 
-def _load_adapters(pipe: Any, texts: Sequence[str]) -> None:
+def _load_adapters(pipe: Any, texts: Sequence[str], any_base: bool) -> None:
     """Load the adapters by the loader of a pretrained model's family.
 
     Raises:
-        UserError: it has none, or an adapter cannot be loaded.
+        UserError: it has none, or an adapter cannot be loaded, see `load_adapter`.
     """
     weights = {}
     for number, text in enumerate(texts):
         source, weight = split_adapter(text)
-        pipe.load_lora_weights(source, adapter_name=f"adapter-{number}")
+        pipe.load_lora_weights(source, adapter_name=f"adapter-{number}", any_base=any_base)
         weights[f"adapter-{number}"] = weight
     pipe.set_adapters(list(weights), list(weights.values()))
 

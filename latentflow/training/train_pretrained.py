@@ -17,7 +17,7 @@ from ..config import RunConfig
 from ..data import Source
 from ..families import FlowModel
 from ..families.distilled import training_warning
-from ..families.quantization import quantization
+from ..families.quantization import check_quantization, quantization
 from ..pipeline.adapter_files import weights_hash
 from ..utils.memory import memory_phase
 from .data import Captions, DataSplits, LatentCache
@@ -37,7 +37,7 @@ from .fine_tune.pretrained_base import (
 from .fine_tune.pretrained_prior import pretrained_prior, prior_data
 from .fine_tune.prior import MixedData
 from .loop.checkpoint import list_checkpoints
-from .loop.distributed import process_state
+from .loop.distributed import check_precision, process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
 from .loop.stopping import Stop
@@ -99,6 +99,10 @@ def train_pretrained(
         for line in MemoryPlanner(base.shape).lines(plan_of(config, dtype)):
             log.info(line)
         return
+    quantize = config.fine_tuning.quantize
+    check_precision(config.loop.mixed_precision)
+    if quantize:
+        check_quantization(quantize, state.device.type)
     refuse_too_large(base.shape, config, dtype, state.device)
 
     def keep_config() -> None:
@@ -108,7 +112,6 @@ def train_pretrained(
     if not (list_checkpoints(output / "checkpoints") or (output / "prior").is_dir()):
         keep_config()
     base = base.fetched()
-    quantize = config.fine_tuning.quantize
     options = {"quantization_config": quantization(quantize, base.folder)} if quantize else {}
 
     # ---- prompts: encoded, then the text encoders are gone ----
@@ -139,7 +142,7 @@ def train_pretrained(
         found = conditions(prompts, images, base.shape, config.loop.seed, mirror=mirror)
         return cache.latents(cache.framed(images, crops=crops), found, sampled=sampled)
 
-    data = latents(training)
+    own = latents(training)
     held_out = latents(validation.once(), crops=1) if len(validation) else None
     vae.cpu()
 
@@ -147,13 +150,14 @@ def train_pretrained(
     with memory_phase("load"):
         model = base.open_network(vae, dtype, **options)
     prompts.give_null(model)
-    mixed: LatentData | MixedData = data
+    data: LatentData | MixedData = own
     if prior:  # drawn before anything in the network changes
         drawn = prior_data(
             base, model, prompts, prior, splits.data.resolution, output / "prior", config.loop.seed,
             lambda images: conditions(prompts, images, base.shape, config.loop.seed, mirror=False),
         )  # fmt: skip
-        mixed = MixedData(data, drawn, config.fine_tuning.prior_share)
+        data = MixedData(own, drawn, config.fine_tuning.prior_share)
+    torch.manual_seed(config.loop.seed)  # the adapter's first weights
     adapter = PretrainedAdapter(model, config.adapter) if config.adapter.lora_rank else None
     if adapter is None:
         model.network.requires_grad_(True)
@@ -177,13 +181,13 @@ def train_pretrained(
     if state.is_main_process and not config.loop.shard:
         usual = with_base_settings(config, base, len(training), KEPT, own_share).loop
         by_default = (usual.max_train_steps, usual.learning_rate)
-        meter = LearningMeter(loss, data, training, state.device, by_default, images=16, batch_size=1)
+        meter = LearningMeter(loss, own, training, state.device, by_default, images=16, batch_size=1)
     if config.loop.compile:
         model.network.compile()
     stop = Stop()
     finished = fit(
         {"flow": loss},
-        mixed,
+        data,
         config.loop,
         output,
         callbacks=Callbacks(
@@ -275,6 +279,8 @@ def _description(
         "flow": config.flow.describe(),
         "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
         "quantize": config.fine_tuning.quantize,
+        "family_options": {name: base.options[name] for name in sorted(base.options)},
+        "outside_mask": config.fine_tuning.outside_mask if splits.source.has_masks else None,
         "autoencoder": weights_hash(vae),
         "images": {name: getattr(splits.data, name) for name in ("resolution", "background", "random_flip")},
         "optimizer": {"optimizer": config.loop.optimizer},

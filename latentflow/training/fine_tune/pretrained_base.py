@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ...config import AdapterConfig, FlowConfig, LoopConfig, NetworkConfig, RunConfig
+from ...config import AdapterConfig, AutoencoderConfig, FlowConfig, LoopConfig, NetworkConfig, RunConfig
 from ...data import Source, find_source, readable, split
 from ...errors import UserError, few, with_article
 from ...families import FlowModel
@@ -24,6 +24,7 @@ from ...families.pretrained import PretrainedModel
 from ...families.stored_weights import parameter_count
 from ...families.text_encoders import TEXT_ENCODERS
 from ...flow import TimeDensity
+from ...pipeline.stock_adapters import adapted_part
 from ...utils.components import library_reads, load_module, quiet_libraries
 from ...utils.files import pipeline_folder, result_of
 from ...utils.flags import parse_options
@@ -93,11 +94,15 @@ class PretrainedBase:
         folder = result_of(checkpoint)
         options = parse_options(family_options)
         shape = model_from_configs(folder, options)
-        if shape.takes_masks or shape.extra or shape.needs_images or not shape.has_velocity:
+        kind = f"{checkpoint}, {with_article(type(shape.pipeline).__name__)}, cannot be fine-tuned"
+        if shape.takes_masks or shape.extra or shape.needs_images:
             raise UserError(
-                f"{checkpoint}, {with_article(type(shape.pipeline).__name__)}, is no model that is fine-tuned here: it "
-                "draws from images, or has no velocity",
-                "Start from a text-to-image model of its family.",
+                f"{kind}: it draws from images", "Start from a text-to-image model of its family."
+            )
+        if not shape.has_velocity:
+            raise UserError(
+                f"{kind}: it is a consistency model, which has no velocity",
+                "Start from the model that it was distilled from.",
             )
         return cls(checkpoint, folder, shape, options)
 
@@ -119,10 +124,8 @@ class PretrainedBase:
 
     @property
     def loads_adapters(self) -> bool:
-        """Whether diffusers loads adapters into this pipeline."""
-        from .pretrained_adapter import PretrainedAdapter
-
-        return PretrainedAdapter._part(self.shape.pipeline) is not None
+        """True where diffusers loads adapters into this pipeline."""
+        return adapted_part(self.shape.pipeline) is not None
 
     def lines(self, config: RunConfig, images: int, own_share: float = 1.0) -> list[str]:
         """Describe the fine-tune, for the plan.
@@ -197,12 +200,13 @@ class PretrainedBase:
         vae: Any = load_module(type(self.shape.vae), folder, use_safetensors=True, variant=variant)
         return vae.float().requires_grad_(False)
 
-    def open_network(self, vae: Any, dtype: torch.dtype, **options: Any) -> FlowModel:
+    def open_network(self, vae: Any, dtype: torch.dtype, **options: Any) -> PretrainedModel:
         """Open the network, frozen, and the settings of the pipeline, with this autoencoder."""
         absent = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
         model = FlowModel.from_pretrained(
             self.folder, self.options, **absent, vae=vae, dtype=dtype, **options
         )
+        assert isinstance(model, PretrainedModel)
         model.network.requires_grad_(False)
         model.pipeline.register_to_config(_name_or_path=self.name)  # not the cache's folder
         return model
@@ -240,6 +244,12 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
     data = replace(data, validation=held_out_share(given, data.validation, len(source)))
     if "resolution" not in given:
         data = replace(data, resolution=usual_side(shape))
+    if data.resolution % (multiple := shape.size_multiple):
+        nearest = max(1, round(data.resolution / multiple)) * multiple
+        raise UserError(
+            f"--resolution {data.resolution} is not a multiple of {multiple}, as {base.name} needs",
+            f"Use --resolution {nearest}.",
+        )
     rows = split(source, data.validation, config.loop.seed, stratify=data.stratify)
     training, validation = map(source.subset, rows)
     return DataSplits(source, training, validation, data, base.folder)
@@ -353,11 +363,12 @@ def _fitted(
 
 
 def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
-    """Refuse settings that a pretrained network decides itself."""
+    """Refuse settings that a pretrained model decides itself."""
     network = replace(config.network, gradient_checkpointing=False)
     fixed: list[tuple[Any, Any, Collection[str]]] = [
         (config.flow, FlowConfig(), _FREE),
         (network, NetworkConfig(), ()),
+        (config.autoencoder, AutoencoderConfig(), ()),
         (config.text, type(config.text)(), ()),
         (config.routing, type(config.routing)(), ()),
         (config.alignment, type(config.alignment)(), ()),
@@ -371,11 +382,13 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
     found += ["vae"] if config.vae else []
     found += ["latents_as_is"] if config.latents_as_is else []
     found += ["size_conditioning"] if config.framing.size_conditioning else []
+    found += ["lr_layer_decay"] if config.loop.lr_layer_decay != 1.0 else []
     found += ["lora_text_encoder"] if config.adapter.lora_text_encoder else []
     if found:
         flags = " ".join(f"--{name.replace('_', '-')}" for name in found)
         raise UserError(
-            f"the network of {base.name} decides {flags}", f"Leave {'it' if len(found) == 1 else 'them'} out."
+            f"{base.name}, a pretrained model, takes no {flags}",
+            f"Leave {'it' if len(found) == 1 else 'them'} out.",
         )
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...data import Cropping, Example, LatentTable, Source, to_pil
+from ...data.dataset import Kind
 from ...errors import UserError, reading
 from ...families import FlowModel
 from ...pipeline.adapter_files import weights_hash
@@ -130,7 +131,7 @@ def teacher_data(
 
 def sample_source(
     name: str,
-    kind: Literal["text", "class", "unconditional"],
+    kind: Kind,
     prompts: list[str],
     classes: Sequence[str],
     settings: SampleSettings,
