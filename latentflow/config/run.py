@@ -33,7 +33,7 @@ class DataConfig:
     background: str = "white"
     """Colour behind transparent images: a name or #rrggbb."""
     condition: Annotated[Literal["auto", "none", "class", "text"], Essential("data")] = "auto"
-    """Condition of the model. auto: captions if there are any, else classes (subfolders), else none."""
+    """Condition; auto: captions if there are any, else classes (subfolders), else none."""
     missing_caption: Literal["error", "empty", "skip"] = "error"
     """Handling of images without a caption: stop with an error, train on an empty caption, or skip them."""
     caption: Annotated[str | None, Essential("data")] = None
@@ -140,8 +140,8 @@ class AdapterConfig:
     """
 
     lora_rank: Annotated[int, Essential("model")] = 0
-    """Train an adapter (LoRA) of this rank, usually 16, beside the frozen weights. 0: train all weights. Default: an
-    adapter for pretrained models above 500 million parameters, else 0."""
+    """Rank of an adapter (LoRA), usually 16; 0: train all weights. Above 500 million parameters a pretrained model gets
+    one by default."""
     lora_alpha: float | None = None
     """The adapter is multiplied by alpha / rank. Default: the rank."""
     lora_dora: bool = False
@@ -186,12 +186,9 @@ class RunConfig:
 
     data: DataConfig
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-    """Run folder. The result is its subfolder `pipeline`; of an adapter of a pretrained model its subfolder
-    `adapter`."""
+    """Run folder. The result is in `pipeline` or `adapter`."""
     init_from: Annotated[str | None, Essential()] = None
-    """Fine-tune: start from the weights of this pipeline folder, run folder or hub id: of latentflow's own, or a
-    pretrained model of diffusers, such as stabilityai/stable-diffusion-3.5-medium. Some defaults differ then; the plan
-    names them (--dry-run)."""
+    """Fine-tune this pipeline folder, run folder or hub id, or a pretrained model of diffusers."""
     vae: Annotated[str | None, Essential()] = None
     """Pretrained autoencoder of diffusers, or a pipeline that has one (folder or hub id). Default: train one on your
     images first."""
