@@ -39,6 +39,8 @@ from .pretrained_adapter import check_adapter
 
 #: parameters of a network above which an adapter is trained by default
 LARGE = 500_000_000
+#: settings with which the usual number of steps and learning rate are those of another run
+KEPT = ("lora_rank", "train_batch_size", "gradient_accumulation_steps")
 _USUAL_SIDE = 1024  # pixels, of models that do not say which, and at most, by default
 _USES = 740  # samples of one image; of n images the cube root of n times as many (docs/guide/fine-tune-pretrained.md)
 # components that training never needs
