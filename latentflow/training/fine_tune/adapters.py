@@ -198,19 +198,14 @@ def peft_settings(module: Any) -> dict[str, Any]:
 
 
 def inject(module: nn.Module, config: AdapterConfig) -> int:
-    """Freeze ``module``, put the adapter beside its layers, and return how many those are."""
+    """Freeze ``module``, put the adapter beside its layers, and return how many those are.
+
+    Raises:
+        UserError: see `adapted_layers`.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
-    layers = chosen_layers(module, config.lora_layers)
-    layers = {name: layer for name, layer in layers.items() if not name.startswith("length_embedder")}
-    smallest = min(layers, key=lambda name: min(layers[name].weight.shape))
-    most = min(layers[smallest].weight.shape)
-    if config.lora_rank > most:
-        outputs, inputs = layers[smallest].weight.shape
-        raise UserError(
-            f"--lora-rank {config.lora_rank} is above what the layer {smallest} ({inputs} to {outputs}) can have",
-            f"At most {most}; 16 is usual. --lora-layers leaves layers out.",
-        )
+    layers = adapted_layers(module, config)
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]
@@ -219,6 +214,25 @@ def inject(module: nn.Module, config: AdapterConfig) -> int:
     )
     inject_adapter_in_model(settings, module, ADAPTER)
     return len(layers)
+
+
+def adapted_layers(module: nn.Module, config: AdapterConfig) -> dict[str, nn.Linear]:
+    """Return the layers of ``module`` that an adapter is put beside.
+
+    Raises:
+        UserError: the rank is above the smaller side of one of them; layers of such names do not exist.
+    """
+    layers = chosen_layers(module, config.lora_layers)
+    layers = {name: layer for name, layer in layers.items() if not name.startswith("length_embedder")}
+    sides = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    smallest = min(sides, key=lambda name: min(sides[name]))
+    inputs, outputs = sides[smallest]
+    if config.lora_rank > min(inputs, outputs):
+        raise UserError(
+            f"--lora-rank {config.lora_rank} is above what the layer {smallest} ({inputs} to {outputs}) can have",
+            f"At most {min(inputs, outputs)}; 16 is usual. --lora-layers leaves layers out.",
+        )
+    return layers
 
 
 def chosen_layers(module: nn.Module, wanted: Sequence[str]) -> dict[str, nn.Linear]:

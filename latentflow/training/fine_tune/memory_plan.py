@@ -224,7 +224,8 @@ class MemoryPlanner:
             *(f"  {name:{width}}  {_gib(size):>7}" for name, size in parts.items() if size != 0),
             *([before] if settings.cached else []),
             *(f"{gib} GB: {self._fit(settings, plan, gib)}" for gib in CARDS),
-            f"{RESERVED:g} GiB of each card is left to CUDA itself. All of this is counted from the model's configs.",
+            f"{RESERVED:g} GiB of each card is left to CUDA itself. All this is counted from the model's configs, not "
+            "measured.",
         ]
 
     def _fit(self, settings: FineTuning, plan: MemoryPlan, gib: int) -> str:
@@ -375,7 +376,7 @@ def refuse_too_large(
         "(--dry-run counts it, part by part)",
         f"It fits with {' '.join(found[0])}."
         if found
-        else "It fits with none of the flags that save memory.",
+        else "No flag that saves memory makes it fit.",
     )
 
 

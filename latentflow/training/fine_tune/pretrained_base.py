@@ -21,6 +21,7 @@ from ...families import FlowModel
 from ...families.from_configs import model_from_configs
 from ...families.index import pipeline_class, read_index
 from ...families.pretrained import PretrainedModel
+from ...families.sizes import check_size
 from ...families.stored_weights import parameter_count
 from ...families.text_encoders import TEXT_ENCODERS
 from ...flow import TimeDensity
@@ -32,6 +33,7 @@ from ...utils.names import as_spelled
 from ...utils.weight_files import variants, weight_files
 from ..data import DataSplits
 from ..loop.distributed import compute_dtype, process_state
+from .adapters import adapted_layers
 from .defaults import held_out_share
 from .encoded_prompts import EncodedPrompts
 
@@ -93,8 +95,8 @@ class PretrainedBase:
         shape = model_from_configs(folder, options)
         if shape.takes_masks or shape.extra or shape.needs_images or not shape.has_velocity:
             raise UserError(
-                f"{checkpoint}, {with_article(type(shape.pipeline).__name__)}, is no model that is fine-tuned here: it "
-                "draws from images, or has no velocity",
+                f"{checkpoint} is {with_article(type(shape.pipeline).__name__)}, which cannot be fine-tuned here: it "
+                "draws from images, or predicts no velocity",
                 "Start from a text-to-image model of its family.",
             )
         return cls(checkpoint, folder, shape, options)
@@ -135,13 +137,13 @@ class PretrainedBase:
             f"--lora-rank {adapter.lora_rank} --learning-rate {loop.learning_rate:g} --lr-scheduler "
             f"{loop.lr_scheduler} --condition-dropout {config.flow.condition_dropout:g}"
         )
-        side = config.data.resolution
+        side, uses = config.data.resolution, loop.max_train_steps * batch / max(1, images)
         return [
-            f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} of {self.size / 1e6:.0f} M "
-            f"parameters: each image is used about {loop.max_train_steps * batch / max(1, images):.0f} times",
-            f"settings: {flags} (defaults of the family: {defaults.source})",
-            f"training times: {_density_text(self.shape.training_density(side, side), config.flow)}",
-            f"resolution: {side} pixels",
+            f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} whose network has "
+            f"{self.size / 1e6:,.0f} M parameters; each image is used about {uses:.{int(uses < 10)}f} times",
+            f"settings: {flags} (the family's, unless you gave others; from {defaults.source})",
+            f"noise levels: {_density_text(self.shape.training_density(side, side), config.flow)}",
+            f"resolution: {side} x {side} pixels{', or as many in another shape' * config.framing.buckets}",
         ]
 
     # ---------------------------------------------------------------- parts
@@ -272,7 +274,7 @@ def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> Non
     if unknown:
         raise UserError(
             f"{name} has no classes named {few(unknown)}",
-            f"It knows {few([*shape.classes], 12)}; a pretrained model gets no new ones.",
+            f"It knows {few([*shape.classes], 12)}. Classes cannot be added to a pretrained model.",
         )
 
 
@@ -285,9 +287,10 @@ def with_base_settings(
     """Return the settings of a run with those that follow from the model and the data; what is ``given`` stays.
 
     Raises:
-        UserError: a setting has no effect on a pretrained model, or contradicts another one.
+        UserError: a setting has no effect on a pretrained model, does not fit it, or contradicts another one.
     """
     _refuse_unused(config, base)
+    check_size(config.data.resolution, config.data.resolution, base.shape.size_multiple)
     defaults = base.shape.training_defaults
     adapter = config.adapter
     if "lora_rank" not in given and base.size > LARGE and base.loads_adapters:
@@ -295,6 +298,8 @@ def with_base_settings(
     flow = config.flow
     if "condition_dropout" not in given:
         flow = replace(flow, condition_dropout=defaults.condition_dropout)
+    if adapter.lora_rank:
+        adapted_layers(base.shape.network, adapter)
     tuned = replace(config, adapter=adapter, flow=flow)
     if tuned.fine_tuning.quantize and not adapter.lora_rank:
         raise UserError(
@@ -316,8 +321,8 @@ def _fitted(
     if adapter.lora_rank and loop.optimizer == "muon":
         if "optimizer" in given:
             raise UserError(
-                "--optimizer muon with an adapter: it turns whole matrices, an adapter's are only their factors",
-                "Leave it out: an adapter is trained with AdamW.",
+                "--optimizer muon with an adapter: it orthogonalises whole matrices, of which an adapter has factors",
+                "Leave it out: adapters are trained with AdamW.",
             )
         loop = replace(loop, optimizer="adamw")
     changes: dict[str, Any] = {
@@ -362,7 +367,8 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
     if found:
         flags = " ".join(f"--{name.replace('_', '-')}" for name in found)
         raise UserError(
-            f"the network of {base.name} decides {flags}", f"Leave {'it' if len(found) == 1 else 'them'} out."
+            f"{flags}: not for a pretrained model such as {base.name}, which is trained as it is",
+            f"Leave {'it' if len(found) == 1 else 'them'} out.",
         )
 
 
@@ -373,11 +379,13 @@ def base_dtype(loop: LoopConfig, adapter: AdapterConfig, device: torch.device) -
 
 def _density_text(density: TimeDensity, flow: FlowConfig) -> str:
     """Return the density of the noise levels in words."""
-    if flow.time_density is not None or flow.weighting is not None:
-        return f"--time-density {flow.time_density or 'of the weighting'}"
+    if flow.time_density is not None:
+        return f"--time-density {flow.time_density}"
+    if flow.weighting is not None:
+        return f"those of --weighting {flow.weighting}"
     levels = 1.0 - density.quantile(torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64))
     low, middle, high = levels.tolist()
     return (
-        f"as the family was trained; of the noise levels (0 is data, 1 noise) a tenth is below {low:.2f}, half below "
-        f"{middle:.2f}, a tenth above {high:.2f}"
+        f"as the family was trained: a tenth below {low:.2f}, half below {middle:.2f}, a tenth above {high:.2f} (0 is "
+        "the image, 1 is noise alone)"
     )
