@@ -26,6 +26,8 @@ class Ideogram4Model(PretrainedModel):
     """
 
     encodes_with_network = True
+    #: its images turn grey under it, as diffusers' train_dreambooth_lora_ideogram4.py says
+    bears_autocast = False
     sampling_options = ("guidance_schedule", "mu", "std")
     noise_channels_last = True
 

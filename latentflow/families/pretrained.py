@@ -85,6 +85,8 @@ class PretrainedModel(FlowModel):
     one_by_one: bool = False
     #: the pipeline looks at its network where it encodes prompts, and does not open without it
     encodes_with_network: bool = False
+    #: the network computes right under torch's autocast
+    bears_autocast: bool = True
     #: the pipeline draws its noise with the channels last
     noise_channels_last: bool = False
     #: cells of the latent that make one token of the network, along a side
@@ -346,7 +348,7 @@ class PretrainedModel(FlowModel):
                 if self.takes_masks
                 else "Add them: rows.with_control(images).",
             )
-        placed = rows.to(self.device, self.network.dtype)
+        placed = rows.to(self.device, self.dtype)
         return {**placed.values, **{name: placed.kept[name] for name in self.extra}}
 
     def with_extra(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
@@ -475,7 +477,8 @@ class PretrainedModel(FlowModel):
         output = torch.empty_like(x)
         for length in {len(row) for row in embeds}:
             rows = [row for row in range(len(x)) if len(embeds[row]) == length]
-            output[rows] = evaluate(rows, torch.stack([embeds[row] for row in rows]))
+            found = evaluate(rows, torch.stack([embeds[row] for row in rows]))
+            output[rows] = found.to(output.dtype)  # autocast chooses its own
         return output
 
 

@@ -169,7 +169,7 @@ class ReferenceModel(PretrainedModel):
         Raises:
             UserError: the images of the rows differ in size or number.
         """
-        kept = rows.to(self.device, self.network.dtype).kept
+        kept = rows.to(self.device, self.dtype).kept
         if len({len(row) for row in kept.get("references", ())}) > 1:
             raise UserError(
                 "the images that the rows draw from differ in size or number",

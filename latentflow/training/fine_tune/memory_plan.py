@@ -374,9 +374,7 @@ def refuse_too_large(
     raise UserError(
         f"this run takes {plan.peak / GIB:.1f} GiB of memory, and {device} has {room:.1f} "
         "(--dry-run counts it, part by part)",
-        f"It fits with {' '.join(found[0])}."
-        if found
-        else "No flag that saves memory makes it fit.",
+        f"It fits with {' '.join(found[0])}." if found else "No flag that saves memory makes it fit.",
     )
 
 

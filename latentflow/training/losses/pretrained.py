@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Self
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from ...autoencoder import downscale_factor
 from ...config import FlowConfig
-from ...families import FlowModel
 from ...families.model import Rows, Values
+from ...families.pretrained import PretrainedModel
 from ...flow import PathSample
 from .flow import Density, FlowLoss
 
@@ -27,7 +28,7 @@ def in_batch(rows: Rows) -> dict[str, Values]:
     return values | {f"{_KEPT}{name}": value for name, value in rows.kept.items()}
 
 
-def of_batch(batch: Mapping[str, Any], model: FlowModel) -> Rows:
+def of_batch(batch: Mapping[str, Any], model: PretrainedModel) -> Rows:
     """Return the rows of a batch, see `in_batch`."""
 
     def named(start: str) -> dict[str, Values]:
@@ -56,7 +57,7 @@ class PretrainedLoss(FlowLoss):
 
     def __init__(
         self,
-        model: FlowModel,
+        model: PretrainedModel,
         config: FlowConfig,
         seed: int,
         *,
@@ -147,7 +148,7 @@ def cell_factors(masks: Tensor, has_mask: Tensor, cells: torch.Size, outside: fl
 class _Network(nn.Module):
     """A model's network, called as those of our own are: network(xt, t, rows)."""
 
-    def __init__(self, model: FlowModel, guidance_scale: float) -> None:
+    def __init__(self, model: PretrainedModel, guidance_scale: float) -> None:
         super().__init__()
         self.network = model.network
         self._model, self._guidance_scale = model, guidance_scale
@@ -164,6 +165,7 @@ class _Network(nn.Module):
         return self
 
     def forward(self, xt: Tensor, t: Tensor, rows: Rows) -> Tensor:
-        x, condition = xt.to(self.network.dtype), self._model.prepare(rows)
-        output = self._model.predict(x, t.float(), condition, None, self._guidance_scale)
+        x, condition = xt.to(self._model.dtype), self._model.prepare(rows)
+        with nullcontext() if self._model.bears_autocast else torch.autocast(x.device.type, enabled=False):
+            output = self._model.predict(x, t.float(), condition, None, self._guidance_scale)
         return output.float()
