@@ -22,7 +22,7 @@ from .pretrained import QUICK, base_flags, photos
 
 pytestmark = pytest.mark.usefixtures("no_memorisation")
 NAME = "StableDiffusionPipeline"
-LORA = "--lora-rank 2 --max-train-steps 2".split()
+LORA = ["--lora-rank", "2", "--max-train-steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,10 @@ def without_weights(folder: Path, to: Path) -> Path:
         ("--lora-rank 2 --optimizer muon", "--optimizer muon with an adapter"),
         ("--lora-rank 2 --quantize nf4", "--quantize nf4 needs a GPU"),
         ("--quantize nf4 --lora-rank 0", "--quantize nf4: quantised weights cannot learn"),
-        ("--quantize int8", "--quantize int8: quantised weights cannot learn"),  # small: no adapter by default
+        (
+            "--quantize int8",
+            "--quantize int8: quantised weights cannot learn",
+        ),  # small: no adapter by default
         ("--mixed-precision fp16", "--mixed-precision fp16 needs a GPU"),
         ("--resolution 17", "--resolution 17 is not a multiple of 2"),
         ("--resolution 17", "Use --resolution 16."),
@@ -87,7 +90,10 @@ def test_flags_that_cannot_be_had_are_refused_before_anything_is_encoded(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("StableDiffusionInpaintPipeline", "a StableDiffusionInpaintPipeline, cannot be fine-tuned: it draws from"),
+        (
+            "StableDiffusionInpaintPipeline",
+            "a StableDiffusionInpaintPipeline, cannot be fine-tuned: it draws from",
+        ),
         ("FluxFillPipeline", "it draws from images"),
         ("StableDiffusionInstructPix2PixPipeline", "it draws from images"),
         ("QwenImageEditPipeline", "a QwenImageEditPipeline, cannot be fine-tuned: it draws from images"),

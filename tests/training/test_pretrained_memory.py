@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
-import shutil
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -60,9 +57,7 @@ def measure(
 
     def measured(loss: PretrainedLoss, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         if loss.training:
-            alive = [
-                one for one in gc.get_objects() if isinstance(one, torch.Tensor) and WIDTH in one.shape
-            ]
+            alive = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and WIDTH in one.shape]
             found.append((psutil.Process().memory_info().rss, len(alive)))
         return forward(loss, batch)
 

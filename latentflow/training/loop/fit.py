@@ -176,7 +176,8 @@ class Loop:
         self.callbacks.begin()
         self.saver = Saver(self.checkpoints, self.config.checkpoints_total_limit, sharded=self.sharded)
         self.saver.saved = self.step
-        self.clock = Clock(self.config.validation_time or 1.0, self.config.limited)
+        kinds = [kind for kind in self.config.limited if kind != "validation" or self.callbacks.validate]
+        self.clock = Clock(self.config.validation_time or 1.0, kinds)
         together(lambda: self._begin_report(flops))
         last = self.config.max_train_steps
         try:
