@@ -225,7 +225,9 @@ def timed(record: Path, warm_up: int, steps: int, program: Path, arguments: list
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
                 times[-1] = clock()
-            seconds = [after - before for before, after in zip(times[warm_up:], times[warm_up + 1 :])]
+            seconds = [
+                after - before for before, after in zip(times[warm_up:], times[warm_up + 1 :], strict=False)
+            ]
             record.write_text(json.dumps({"seconds": seconds, "memory": memory[0]}))
             raise SystemExit(0)
 
