@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.training_utils import cast_training_params
+from torch import Tensor, nn
 
 from ...config import AdapterConfig
 from ...errors import UserError, with_article
@@ -41,6 +43,7 @@ class PretrainedAdapter:
         self._whole = sum(weight.numel() for weight in model.network.parameters())
         self.layers = inject(model.network, config)
         cast_training_params(model.network, torch.float32)
+        _compute_as_base(model.network)
 
     def lines(self) -> list[str]:
         """Describe what is trained, for the plan."""
@@ -75,3 +78,26 @@ class PretrainedAdapter:
         taken = {} if save is None else inspect.signature(save).parameters
         parts = (name for name in ("transformer", "unet") if f"{name}_lora_layers" in taken)
         return next((name for name in parts if name in pipeline.components), None)
+
+
+class _Factor(nn.Linear):
+    """A factor of a LoRA in float32, which computes in the precision of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def _compute_as_base(network: Any) -> None:
+    """Let an adapter in float32 compute in the precision of the base, as it will when images are drawn.
+
+    So a base in half precision needs no autocast, which brings every norm's output to float32 and back. peft would
+    widen the input of each layer. The weight norms of DoRA, which half precision is too coarse for, stay in float32.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    # Parameters of these names do not count as the network's `dtype`, and those of 4 bits before them are none.
+    network._keep_in_fp32_modules = [*(network._keep_in_fp32_modules or ()), "lora_"]
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer) and not layer.lora_variant:
+            layer.cast_input_dtype_enabled = False
+            layer.lora_A[ADAPTER].__class__ = layer.lora_B[ADAPTER].__class__ = _Factor
