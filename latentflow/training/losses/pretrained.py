@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Self
 
@@ -81,7 +82,7 @@ class PretrainedLoss(FlowLoss):
         if drop is None or not drop.any():
             return rows
         places = torch.arange(len(rows)) + len(rows) * drop.cpu()
-        null = replace(self._null.repeat(len(rows)), kept=rows.kept)
+        null = replace(self._null.repeat(len(rows)).to(batch["latents"].device), kept=rows.kept)
         return Rows.cat([rows, null])[places]
 
     def dropped(self, random: SampleRandom) -> Tensor:
@@ -156,7 +157,7 @@ class _Network(nn.Module):
         super().__init__()
         self.network = model.network
         self._model, self._guidance_scale = model, guidance_scale
-        self._dtype = model.network.dtype  # asked once: a large network searches through thousands of modules
+        self._dtype = model.network.dtype  # asked once: it takes milliseconds in a large network
 
     def train(self, mode: bool = True) -> Self:
         """Leave the network in evaluation mode, but for the dropout of an adapter: HiDream's has another output in
@@ -170,9 +171,9 @@ class _Network(nn.Module):
         return self
 
     def forward(self, xt: Tensor, t: Tensor, rows: Rows) -> Tensor:
-        x, condition = xt.to(self._dtype), self._model.prepare(rows)
+        x, condition = xt.to(self._dtype), self._model.arrange(rows.to(xt.device, self._dtype))
         # A base in half precision computes as it does when images are drawn; autocast would only add casts.
-        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32
-        with torch.autocast(x.device.type, enabled=autocast):
+        half = x.dtype != torch.float32
+        with torch.autocast(x.device.type, enabled=False) if half else nullcontext():
             output = self._model.predict(x, t.float(), condition, None, self._guidance_scale)
         return output.float()
