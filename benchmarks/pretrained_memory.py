@@ -4,8 +4,9 @@
 
 Networks and text encoders are built on the meta device with the settings that their authors publish, and their
 parameters counted. Quantised are the weights of linear layers: to int8 (1 byte, and 5 for each row), or to nf4 (half a
-byte, and 4 for each block of 64); the rest stays in bfloat16. Prints the table of docs/guide/pretrained.md in GB (10^9
-bytes). Activations, some 1 to 4 GB at 1024 x 1024 pixels, come on top.
+byte, a byte for each block of 64, and 4 for each 256 blocks: double quantisation, as --quantize nf4 has it); the rest
+stays in bfloat16. Prints the table of docs/guide/pretrained.md in GB (10^9 bytes). Activations, some 1 to 4 GB at
+1024 x 1024 pixels, come on top.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ def table() -> list[str]:
         for makes in ((model.network,), model.encoders):
             parts = [without_memory(make) for make in makes]
             sizes = [
-                f"{sum(stored_bytes(part, stored) for part in parts) / 1e9:.1f}"
+                f"{sum(stored_bytes(part, stored, double=True) for part in parts) / 1e9:.1f}"
                 for stored in ("bfloat16", "int8", "nf4")
             ]
             cells += [f"{sum(map(parameter_count, parts)) / 1e9:.1f} B", *sizes]

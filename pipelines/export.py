@@ -19,7 +19,7 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import AdapterChoice
 from latentflow.errors import UserError, one_line
-from latentflow.inference.opening import check_checkpoint, open_pipeline, split_adapter
+from latentflow.inference.opening import check_checkpoint, open_pipeline, split_adapter, with_run_adapter
 from latentflow.utils.files import result_of, unfinished_run
 
 
@@ -100,19 +100,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.training.export import pipeline_facts
     from latentflow.training.report.card import write_card, write_export_card
 
-    pipe = open_pipeline(LatentFlowPipeline, config.source, "cpu", config).to(
-        dtype=getattr(torch, config.export_dtype)
-    )
-    adapters = [*["fast"] * config.fast, *map(adapter_name, config.lora)]
-    origin = Path(result_of(config.source))
+    source, choice = with_run_adapter(config.source, config)
+    pipe = open_pipeline(LatentFlowPipeline, source, "cpu", choice)
+    if choice.lora and not hasattr(
+        pipe, "merge_lora_weights"
+    ):  # a pretrained model, beside whose weights they are
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    pipe = pipe.to(dtype=getattr(torch, config.export_dtype))
+    adapters = [*["fast"] * choice.fast, *map(adapter_name, choice.lora)]
+    origin = Path(result_of(source))
 
     def write(folder: Path) -> None:
         pipe.save_pretrained(folder)
         facts = pipeline_facts(pipe, where=one_line(config.output))
-        if unfinished_run(config.source) and not adapters:
-            write_card(folder, Path(config.source), facts)
+        if unfinished_run(source) and not adapters:
+            write_card(folder, Path(source), facts)
         elif adapters or not (origin / "README.md").is_file():
-            write_export_card(folder, facts, config.source, adapters)
+            write_export_card(folder, facts, source, adapters)
         else:
             for name in ("README.md", "sample.png"):
                 if (origin / name).is_file():

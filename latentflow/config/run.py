@@ -145,6 +145,9 @@ class AdapterConfig:
     """The adapter is multiplied by alpha / rank. Default: the rank."""
     lora_dora: bool = False
     """Also learn the length of each row of the weights (DoRA)."""
+    lora_dropout: float = 0.0
+    """Share of the adapter's inputs that are set to 0 at random while it is trained, against learning a few images by
+    heart; 0 to below 1, such as 0.1."""
     lora_layers: tuple[str, ...] = ("attention", "feed-forward")
     """Layers with an adapter: attention, feed-forward, all (every linear layer), or parts of layer names, such as
     blocks.0 cross_attn."""
@@ -163,10 +166,17 @@ class AdapterConfig:
             return
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise UserError(f"--lora-alpha is {self.lora_alpha}", "It must be above 0; default: the rank.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora-dropout is {self.lora_dropout}", "It must be 0 or more, and below 1.")
         if not self.lora_layers:
             raise UserError("--lora-layers names none", "Name some, or leave it out.")
         if importlib.util.find_spec("peft") is None:
             raise missing("--lora-rank needs", "peft")
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings that must not change when a run is resumed; see `FlowConfig.describe`."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "lora_dropout" or value}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import diffusers
@@ -55,13 +55,22 @@ def model_from_configs(
             if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str | None)):
                 values[name] = entry  # a plain setting
             elif entry[0] is None or any(word in name for word in _READ_FILES):
-                values[name] = None
+                values[name] = _processor(entry, str(name_or_path), name, hub_options(options))
             else:
                 made = component_class(file, name, entry, object)
                 values[name] = _from_config(made, str(name_or_path), name, hub_options(options))
         stock = pipeline(**values)
         stock.register_to_config(_name_or_path=str(name_or_path))  # by which `distilled` knows some
         return family(stock, **(family_options or {}))
+
+
+def _processor(entry: list[str | None], source: str, name: str, options: dict[str, Any]) -> Any:
+    """Return a processor of transformers, which a few pipelines ask for their template of prompts; else None."""
+    if "processor" not in name or entry[0] != "transformers":
+        return None
+    with suppress(OSError, ValueError, ImportError):
+        return component_class(source, name, entry, object).from_pretrained(source, subfolder=name, **options)
+    return None
 
 
 def _from_config(kind: Any, source: str, name: str, options: dict[str, Any]) -> Any:

@@ -220,7 +220,7 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
     def network_alone(self) -> Self:
         """Return the model without its other components: it computes where its network is."""
         others = {name: None for name, part in self.pipeline.components.items() if part is not self.network}
-        dtype = self.network.dtype  # of another component, the network would be brought to that one's
+        dtype = self.dtype  # of another component, the network would be brought to that one's
         return type(self)(self.pipeline.from_pipe(self.pipeline, dtype=dtype, **others))
 
     @property
@@ -238,6 +238,21 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
         """The device that computes, also where weights are offloaded from it."""
         device: torch.device = self.pipeline._execution_device
         return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the network's inputs.
+
+        diffusers takes the first floating-point weight, which beside layers in 4 bits may be an adapter's.
+        """
+        network = self.network
+        weights = ((name, one.dtype) for name, one in network.named_parameters() if one.is_floating_point())
+        first, _ = next(weights, ("", None))
+        if "lora_" not in first:
+            return network.dtype  # type: ignore[no-any-return]
+        own = [dtype for name, dtype in weights if "lora_" not in name]
+        lowest: torch.dtype = min(own, key=lambda dtype: dtype.itemsize, default=network.dtype)
+        return lowest  # some layers are kept in float32
 
     # ---------------------------------------------------------------- conditions
 
@@ -438,7 +453,7 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
 
     def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> Velocity:
         """Return the velocity under ``rows`` alone, on the straight path, where nothing is singular."""
-        condition, dtype = self.prepare(rows), self.network.dtype
+        condition, dtype = self.prepare(rows), self.dtype
         # diffusers' caches of a network keep what they remember under these rows apart from the rest.
         cache, name = getattr(self.network, "cache_context", nullcontext), f"rows {next(_NUMBERS)}"
 
@@ -455,7 +470,7 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
 
     def prepare(self, rows: Rows) -> Any:
         """Return ``rows`` as `predict` takes them, on the network's device and in its precision; called once."""
-        return self.arrange(rows.to(self.device, self.network.dtype))
+        return self.arrange(rows.to(self.device, self.dtype))
 
     def arrange(self, rows: Rows) -> Any:
         """Return rows that are on the network's device and in its precision as `predict` takes them."""

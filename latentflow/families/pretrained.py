@@ -83,8 +83,10 @@ class PretrainedModel(FlowModel):
     sampling_options: tuple[str, ...] = ()
     #: prompts are encoded one by one, where those of a batch would change one another
     one_by_one: bool = False
-    #: the pipeline looks at its network where it encodes prompts, and does not open without it
-    encodes_with_network: bool = False
+    #: the pipeline opens with all of its parts only, or looks at its network where it encodes prompts
+    opens_whole: bool = False
+    #: the network computes right under torch's autocast
+    bears_autocast: bool = True
     #: the pipeline draws its noise with the channels last
     noise_channels_last: bool = False
     #: cells of the latent that make one token of the network, along a side
@@ -474,7 +476,8 @@ class PretrainedModel(FlowModel):
         output = torch.empty_like(x)
         for length in {len(row) for row in embeds}:
             rows = [row for row in range(len(x)) if len(embeds[row]) == length]
-            output[rows] = evaluate(rows, torch.stack([embeds[row] for row in rows]))
+            found = evaluate(rows, torch.stack([embeds[row] for row in rows]))
+            output[rows] = found.to(output.dtype)  # autocast chooses its own
         return output
 
 

@@ -50,8 +50,8 @@ def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
         () or (B, 1, ..., 1), in t's precision (at least float32; float64 for a Python number), on t's device.
 
     Raises:
-        ValueError: t has another shape; or, where it is on the CPU, lies outside [0, 1] or is NaN. A GPU would have to be
-            waited for.
+        ValueError: t has another shape; or, where it is on the CPU, lies outside [0, 1] or is NaN (a GPU would have to
+            be waited for).
     """
     t = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
     t = t.to(compute_dtype(t))

@@ -25,6 +25,7 @@ from .memory import check_memory_flags, decoder_options, loading_options, place
 
 if TYPE_CHECKING:
     from ..pipeline.base import FlowPipeline
+    from ..training.adapted_run import AdaptedRun
 
 P = TypeVar("P", bound="FlowPipeline")
 SHIPPED = SHIPPED_CHECKPOINTS / "emoji-64"
@@ -76,7 +77,8 @@ def open_pipeline(
     Args:
         kind: its class.
         checkpoint: pipeline folder, run folder, hub id or single file; None: the shipped checkpoint. A run that is
-            not finished is opened at its newest checkpoint, and a line on stderr says so.
+            not finished is opened at its newest checkpoint, and a line on stderr says so. The run of a pretrained
+            model's adapter is opened as that model, with the adapter.
         device: "auto" (a GPU if there is one) or torch's name of one.
         adapters: adapters to merge into its weights.
         memory: precision of its weights, and where they wait.
@@ -86,6 +88,7 @@ def open_pipeline(
             such device, or this machine has none; see `check_memory_flags`.
         OutOfMemory: it does not fit into the memory of the device.
     """
+    checkpoint, adapters = with_run_adapter(checkpoint, adapters)
     source, memory = resolve(checkpoint), memory or MemoryConfig()
     target = fastest_device() if device == "auto" else check_device(device)
     check_memory_flags(memory, target)
@@ -130,14 +133,51 @@ def open_pipeline(
 
 
 def resolve(checkpoint: str | None) -> str:
-    """Return the pipeline folder, that of a run where it is finished, or the hub id."""
+    """Return the pipeline folder, or the hub id: of a run its pipeline where it is finished, or the pretrained model
+    of which it trains an adapter.
+
+    Raises:
+        UserError: the shipped checkpoint is missing; the model of a run is.
+    """
     if checkpoint is None and not (SHIPPED / "model_index.json").is_file():
         raise UserError(
             f"the shipped checkpoint is missing: {SHIPPED}",
             "Give --checkpoint DIR, or train one: latentflow train FOLDER -o runs/mine, then "
             "--checkpoint runs/mine",
         )
-    return str(SHIPPED) if checkpoint is None else result_of(checkpoint)
+    source = str(SHIPPED) if checkpoint is None else result_of(checkpoint)
+    adapted = _adapted_run(source)
+    return adapted.base if adapted else source
+
+
+def with_run_adapter(
+    checkpoint: str | None, adapters: AdapterChoice | None
+) -> tuple[str | None, AdapterChoice | None]:
+    """Return the model of a run that trains an adapter of it, and the adapters with the run's own before them; any
+    other checkpoint and its adapters as they are.
+
+    Where the run is not finished, a line on stderr says so.
+
+    Raises:
+        UserError: the run has saved nothing yet; or its model is missing.
+    """
+    adapted = None if checkpoint is None else _adapted_run(result_of(checkpoint))
+    if adapted is None:
+        return checkpoint, adapters
+    folder, line = adapted.adapter()
+    if line:
+        print(line, file=sys.stderr)
+    chosen = adapters or AdapterChoice()
+    options = (*adapted.options, *chosen.family_options)
+    return adapted.base, replace(chosen, lora=(str(folder), *chosen.lora), family_options=options)
+
+
+def _adapted_run(source: str) -> AdaptedRun | None:
+    if not unfinished_run(source):
+        return None
+    from ..training.adapted_run import adapted_run
+
+    return adapted_run(source)
 
 
 def settings_folder(source: str) -> Path | None:
@@ -199,7 +239,7 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
                 "Leave --fast out, or give a LoRA that was made for this model: --lora FILE.",
             )
         if choice.lora:
-            _load_adapters(pipe, choice.lora)
+            _load_adapters(pipe, choice.lora, choice.lora_any_base)
         return
     if choice.fast:
         if Path(checkpoint).is_dir() and not (Path(checkpoint) / "fast").is_dir():
@@ -219,16 +259,16 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
     pipe.unload_lora_weights()
 
 
-def _load_adapters(pipe: Any, texts: Sequence[str]) -> None:
+def _load_adapters(pipe: Any, texts: Sequence[str], any_base: bool) -> None:
     """Load the adapters by the loader of a pretrained model's family.
 
     Raises:
-        UserError: it has none, or an adapter cannot be loaded.
+        UserError: it has none, or an adapter cannot be loaded, see `load_adapter`.
     """
     weights = {}
     for number, text in enumerate(texts):
         source, weight = split_adapter(text)
-        pipe.load_lora_weights(source, adapter_name=f"adapter-{number}")
+        pipe.load_lora_weights(source, adapter_name=f"adapter-{number}", any_base=any_base)
         weights[f"adapter-{number}"] = weight
     pipe.set_adapters(list(weights), list(weights.values()))
 

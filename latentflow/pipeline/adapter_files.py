@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, reading, reason
 from ..families.few_steps import FewSteps
-from ..utils.components import about, is_finite
+from ..utils.components import about, is_finite, without_reports
 from ..utils.files import MEND, check_settings, check_types, parse_json, read_settings
 from .adapter_layouts import OWN_LAYOUT, in_peft_names, layer_of, layout_of, model_of
 
@@ -72,8 +72,9 @@ class AdapterFacts:
     """The facts in a file of ours beyond diffusers' format.
 
     Attributes:
-        base: type of numbers -> hash of the base's network in it, see `base_hashes`.
-        base_name: what the base was called.
+        base: type of numbers -> hash of the base's network in it, see `base_hashes`; of a pretrained model:
+            `fingerprint`.
+        base_name: what the base was called, see `shared_name`.
         words, classes: what the base does not know, in the order of the rows.
         few_steps: how the network is sampled with the adapter, as `FewSteps.plain` has it; empty: as without.
     """
@@ -151,14 +152,7 @@ def read_adapter(
     if folder is not None and folder.is_dir() and not wanted["weight_name"]:
         wanted["weight_name"] = _file_in(folder, shown)
     try:
-        state, metadata, file_metadata = _fetch_state_dict(
-            source,
-            use_safetensors=True,
-            user_agent=_USER_AGENT,
-            allow_pickle=False,
-            return_file_metadata=True,
-            **wanted,
-        )
+        state, metadata, file_metadata = _fetch(source, wanted)
     except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError, HTTPError) as error:
         what = "could not be read" if there else "is no file or folder here, and was not found on the hub"
         raise UserError(
@@ -191,6 +185,39 @@ def read_adapter(
     model = model_of(state, file_metadata)
     note = ", ".join([f"layout: {layout}"] * (layout != OWN_LAYOUT) + [f"made for {model}"] * bool(model))
     return state, settings or None, facts, note
+
+
+def read_facts(source: Any, shown: str, options: Mapping[str, Any]) -> AdapterFacts:
+    """Read our facts from an adapter's file of any family; there are none in other files, nor in what is no file.
+
+    Args:
+        source, shown, options: see `read_adapter`.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    if isinstance(source, Mapping):
+        return AdapterFacts()
+    try:
+        with without_reports():
+            *_, file_metadata = _fetch(str(source), {name: options.get(name) for name in _PLACE})
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError, HTTPError):
+        return AdapterFacts()  # the family's own loader says what is wrong, or reads a file of another kind
+    with about(shown):
+        return facts_of(file_metadata)
+
+
+def _fetch(source: Any, place: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Return the tensors of a safetensors file or of a dict, peft's settings, and the metadata of the file."""
+    found: tuple[Any, Any, Any] = _fetch_state_dict(
+        source,
+        use_safetensors=True,
+        user_agent=_USER_AGENT,
+        allow_pickle=False,
+        return_file_metadata=True,
+        **place,
+    )
+    return found
 
 
 def _is_sound(value: Tensor) -> bool:

@@ -28,6 +28,7 @@ from ..models import with_words
 from ..utils.files import restore_permissions
 from ..utils.libraries import install_command, missing
 from .adapter_additions import Added, around_mean, summed
+from .adapter_bases import other_base
 from .adapter_files import (
     CLASSES,
     PARTS,
@@ -329,11 +330,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         check_architecture(self._parts(), state, settings, called, facts)
         dtype, base = self._added().base
         if not any_base and facts.base.get(dtype) not in (None, base):
-            raise UserError(
-                f"{called} was made for a base with other weights ({facts.base_name or 'unnamed'})",
-                "Load it onto that one. To try it on this one all the same: any_base=True, on the command line "
-                "--lora-any-base.",
-            )
+            raise other_base(called, facts.base_name)
         words = take_rows(state, WORDS, facts.words, called)
         classes = take_rows(state, CLASSES, facts.classes, called)
         return state, settings, words, classes, take_mode(state, facts, self.transformer, called)

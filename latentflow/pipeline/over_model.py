@@ -86,7 +86,7 @@ class ModelPipeline(CallMixin):
         """Load an adapter by the stock pipeline's loader; see `load_adapter`.
 
         Raises:
-            UserError: it cannot be read, or has nothing for this model.
+            UserError: it cannot be read, has nothing for this model, or was made for another base.
         """
         load_adapter(self.model.pipeline, source, adapter_name, **options)
 

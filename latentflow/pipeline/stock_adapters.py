@@ -5,6 +5,7 @@ That loader passes over a file that has nothing for the model, and only logs it.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -21,7 +22,10 @@ from torch import Tensor, nn
 from ..errors import UserError, few, plural, with_article
 from ..utils.components import is_finite, library_reads, without_reports
 from ..utils.libraries import missing
+from .adapter_bases import fingerprint, is_other_base, other_base
+from .adapter_files import read_facts
 from .adapter_layouts import model_of
+from .offloading import weights_in_place
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +34,12 @@ _FIRST_FACTOR = re.compile(r"[._](lora_A|lora_down|lora\.down|lora_linear_layer\
 
 
 def load_adapter(
-    pipeline: Any, source: str | os.PathLike[str] | Mapping[str, Tensor], name: str | None, **options: Any
+    pipeline: Any,
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    name: str | None,
+    *,
+    any_base: bool = False,
+    **options: Any,
 ) -> None:
     """Load an adapter into a stock pipeline; one that is refused leaves the pipeline as it was.
 
@@ -40,12 +49,13 @@ def load_adapter(
         pipeline: a pipeline of diffusers.
         source: file, folder, hub id, or tensors by name.
         name: what to call it; default: as diffusers does.
+        any_base: accept one that was made for another base of the same family.
         options: of the pipeline's own ``load_lora_weights``.
 
     Raises:
         UserError: peft is missing; the pipeline has no loader; the name is taken; the adapter cannot be read, is not
-            finite, or half of its layers or more have no place in this model; the model that it was made for is named
-            where its names tell it.
+            finite, was made for another base, or half of its layers or more have no place in this model; the model that
+            it was made for is named where the file or its names tell it.
     """
     if not USE_PEFT_BACKEND:
         raise missing("adapters need", "peft")
@@ -59,6 +69,8 @@ def load_adapter(
             f"Choose another name, or take that one out first: pipe.delete_adapters('{name}').",
         )
     active = [(layer, layer.active_adapters) for _, layer in _layers(pipeline)]
+    if not any_base:
+        _check_base(pipeline, source, options)
     try:
         _load(pipeline, source, name, options)
     except BaseException:
@@ -67,6 +79,31 @@ def load_adapter(
             for layer, names in active:
                 layer.set_adapter(names)
         raise
+
+
+def adapted_part(pipeline: Any) -> str | None:
+    """Return the name of the network as the pipeline's loader of adapters has it; None without a loader of its own.
+
+    PRX's is Stable Diffusion's, for a component that PRX lacks.
+    """
+    save = getattr(pipeline, "save_lora_weights", None)
+    taken = {} if save is None else inspect.signature(save).parameters
+    parts = (name for name in ("transformer", "unet") if f"{name}_lora_layers" in taken)
+    return next((name for name in parts if name in pipeline.components), None)
+
+
+def _check_base(
+    pipeline: Any, source: str | os.PathLike[str] | Mapping[str, Tensor], options: Mapping[str, Any]
+) -> None:
+    """Refuse an adapter whose file has the fingerprint of another base."""
+    shown = f"the adapter {source}"
+    facts, network = read_facts(source, shown, options), getattr(pipeline, adapted_part(pipeline) or "", None)
+    if not facts.base or network is None:
+        return
+    with weights_in_place(pipeline):
+        here = fingerprint(network)
+    if is_other_base(facts.base, here):
+        raise other_base(shown, facts.base_name)
 
 
 def _load(
@@ -83,6 +120,8 @@ def _load(
         pipeline.load_lora_weights(source, adapter_name=name, **options)
     new = _adapter_names(pipeline) - before
     loaded = [(where, layer) for where, layer in _layers(pipeline) if new & {*layer.lora_A}]
+    for _, layer in loaded:
+        layer.lora_dropout.eval()  # a dropout that the file's settings name is loaded in training mode
     with without_reports():
         state = pipeline.lora_state_dict({**source} if isinstance(source, Mapping) else source, **options)
     keys = [key for key in (state[0] if isinstance(state, tuple) else state) if _FIRST_FACTOR.search(key)]

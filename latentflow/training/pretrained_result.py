@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..config import RunConfig
 from ..data import Source, to_pil
-from ..families import FlowModel
 from ..families.index import read_index
+from ..families.pretrained import PretrainedModel
 from ..pipeline.generate import LatentFlowPipeline
 from ..pipeline.over_model import over_model
 from .data import DataSplits, shown_by
@@ -44,7 +44,7 @@ class PretrainedResult:
         prompts: the encoded captions of ``splits``.
     """
 
-    model: FlowModel
+    model: PretrainedModel
     adapter: PretrainedAdapter | None
     prompts: EncodedPrompts
     splits: DataSplits
@@ -74,7 +74,8 @@ class PretrainedResult:
         pipe.set_progress_bar_config(disable=True)
         model.vae.to(device)
         images = []
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
+        lower = model.dtype == torch.float32 and model.bears_autocast and has_fast_bfloat16(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=lower):
             for seed, row in enumerate(rows):  # one by one: memory is that of the smallest card
                 drawn = pipe(
                     **self._condition(source, row),
@@ -172,11 +173,8 @@ class PretrainedResult:
 
     def command(self) -> str:
         """Return the line that draws an image with the result."""
-        if self.adapter is None:
-            return generate_command(self.model.condition_kind, self._example(), str(self.folder))
-        return generate_command(
-            self.model.condition_kind, self._example(), self.base.name, adapter=str(self.output)
-        )
+        opened = self.output if self.adapter else self.folder
+        return generate_command(self.model.condition_kind, self._example(), str(opened))
 
     def _example(self) -> str:
         return shown_by(self.splits.source, [0], self.model)[0]

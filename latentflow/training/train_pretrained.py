@@ -17,7 +17,7 @@ from ..config import RunConfig
 from ..data import Source
 from ..families import FlowModel
 from ..families.distilled import training_warning
-from ..families.quantization import quantization
+from ..families.quantization import check_quantization, quantization
 from ..pipeline.adapter_files import weights_hash
 from ..utils.memory import memory_phase
 from .data import Captions, DataSplits, LatentCache
@@ -33,8 +33,10 @@ from .fine_tune.pretrained_base import (
     load_pretrained_data,
     with_base_settings,
 )
+from .fine_tune.pretrained_prior import pretrained_prior, prior_data
+from .fine_tune.prior import MixedData
 from .loop.checkpoint import list_checkpoints
-from .loop.distributed import process_state
+from .loop.distributed import check_precision, process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
 from .loop.stopping import Stop
@@ -79,12 +81,16 @@ def train_pretrained(
     config = replace(config, loop=config.loop.with_validation_time(given_keys))
     splits = load_pretrained_data(config, base, given_keys)
     training, validation = splits.training, splits.validation
-    config = replace(with_base_settings(config, base, len(training), given_keys), data=splits.data)
+    prior, prior_line = pretrained_prior(base, config.fine_tuning)
+    own_share = 1 - config.fine_tuning.prior_share if prior else 1.0
+    config = with_base_settings(config, base, len(training), given_keys, own_share)
+    config = replace(config, data=splits.data)
     config.loop.check_validated(len(validation) > 0)
     dtype = base_dtype(config.loop, config.adapter, state.device)
     for line in [
-        *plan_lines(splits, config.loop, own_share=1.0),
-        *base.lines(config, len(training)),
+        *plan_lines(splits, config.loop, own_share),
+        *base.lines(config, len(training), own_share),
+        prior_line,
         *([f"WARNING: {warning}"] if (warning := training_warning(base.shape)) else []),
     ]:
         log.info(line)
@@ -92,22 +98,25 @@ def train_pretrained(
         for line in MemoryPlanner(base.shape).lines(plan_of(config, dtype)):
             log.info(line)
         return
+    quantize = config.fine_tuning.quantize
+    check_precision(config.loop.mixed_precision)
+    if quantize:
+        check_quantization(quantize, state.device.type)
     refuse_too_large(base.shape, config, dtype, state.device)
 
     def keep_config() -> None:
         if state.is_main_process:
             write_config(config, output / "config.yaml")
 
-    if not list_checkpoints(output / "checkpoints"):
+    if not (list_checkpoints(output / "checkpoints") or (output / "prior").is_dir()):
         keep_config()
     base = base.fetched()
-    quantize = config.fine_tuning.quantize
     options = {"quantization_config": quantization(quantize, base.folder)} if quantize else {}
 
     # ---- prompts: encoded, then the text encoders are gone ----
     prompts = base.encoded_prompts(quantize, dtype)
     with memory_phase("encode prompts"), state.main_process_first():
-        encode_prompts(prompts, base, splits.source, config, dtype, options)
+        encode_prompts(prompts, base, splits.source, config, dtype, options, also=prior)
 
     # ---- latents: encoded, then the autoencoder waits for previews ----
     vae = base.open_autoencoder()
@@ -132,7 +141,7 @@ def train_pretrained(
         found = conditions(prompts, images, base.shape, config.loop.seed, mirror=mirror)
         return cache.latents(cache.framed(images, crops=crops), found, sampled=sampled)
 
-    data = latents(training)
+    own = latents(training)
     held_out = latents(validation.once(), crops=1) if len(validation) else None
     vae.cpu()
 
@@ -140,6 +149,14 @@ def train_pretrained(
     with memory_phase("load"):
         model = base.open_network(vae, dtype, **options)
     prompts.give_null(model)
+    data: LatentData | MixedData = own
+    if prior:  # drawn before anything in the network changes
+        drawn = prior_data(
+            base, model, prompts, prior, splits.data.resolution, output / "prior", config.loop.seed,
+            lambda images: conditions(prompts, images, base.shape, config.loop.seed, mirror=False),
+        )  # fmt: skip
+        data = MixedData(own, drawn, config.fine_tuning.prior_share)
+    torch.manual_seed(config.loop.seed)  # the adapter's first weights
     adapter = PretrainedAdapter(model, config.adapter) if config.adapter.lora_rank else None
     if adapter is None:
         model.network.requires_grad_(True)
@@ -162,7 +179,7 @@ def train_pretrained(
     meter = None
     if state.is_main_process and not config.loop.shard:
         usual = (config.loop.max_train_steps, config.loop.learning_rate)
-        meter = LearningMeter(loss, data, training, state.device, usual, images=16, batch_size=1)
+        meter = LearningMeter(loss, own, training, state.device, usual, images=16, batch_size=1)
     if config.loop.compile:
         model.network.compile()
     stop = Stop()
@@ -182,7 +199,8 @@ def train_pretrained(
             export=lambda folder: result.export(folder, meter, state.device),
             export_to=result.folder,
         ),
-        description=_description(config, splits, base, vae, adapter, batch),
+        description=_description(config, splits, base, vae, adapter, batch)
+        | ({"prior": [len(prior), config.fine_tuning.prior_share]} if prior else {}),
         resume_line=resume_command,
         stop=stop,
     )
@@ -208,13 +226,15 @@ def encode_prompts(
     config: RunConfig,
     dtype: torch.dtype,
     options: dict[str, Any],
+    also: list[str],
 ) -> None:
-    """Encode all captions of the data that are not in the cache, and what guidance leads away from.
+    """Encode all captions of the data that are not in the cache, other prompts, and what guidance leads away from.
 
     Raises:
         UserError: the text encoders cannot be read, or the cache not written.
     """
     texts = [*Captions(source, mirror=config.framing.mirror_captions)] if source.kind == "text" else []
+    texts += also if base.shape.takes_text else []
     if prompts.has_null and not prompts.missing(texts):
         return
     state = process_state()
@@ -257,6 +277,8 @@ def _description(
         "flow": config.flow.describe(),
         "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
         "quantize": config.fine_tuning.quantize,
+        "family_options": {name: base.options[name] for name in sorted(base.options)},
+        "outside_mask": config.fine_tuning.outside_mask if splits.source.has_masks else None,
         "autoencoder": weights_hash(vae),
         "images": {name: getattr(splits.data, name) for name in ("resolution", "background", "random_flip")},
         "optimizer": {"optimizer": config.loop.optimizer},

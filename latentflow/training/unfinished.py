@@ -22,7 +22,9 @@ from ..errors import UserError, reason
 from ..families import FlowModel
 from ..models import load_text_encoder
 from ..utils.files import result_of, unfinished_run
+from .adapted_run import adapted_run
 from .fine_tune.adapters import Adapter
+from .fine_tune.pretrained_base import is_pretrained
 from .loop.checkpoint import State, load_latest
 from .loop.distributed import process_state
 from .loop.run_folder import remove_folder, write_folder
@@ -59,29 +61,35 @@ def initial_folder(run: Path) -> Path:
     """Return the folder that `keep_initial` wrote, whose configs are those of the unfinished pipeline.
 
     Raises:
-        UserError: there is none, or no checkpoint yet; says how the run goes on. Or an autoencoder is trained there.
+        UserError: there is none, or no checkpoint yet; says how the run goes on. Or an autoencoder is trained there, or
+            a pretrained model.
     """
     if read_run(run).is_autoencoder:
         raise UserError(
             f"{run} is the run of an autoencoder, which generates nothing by itself",
             f"Train a generator with it: latentflow train DATA --vae {run / 'autoencoder'}",
         )
-    if (run / "adapter").is_dir() and not (run / "pipeline").is_dir():
-        base = read_run(run).config.get("init_from")
+    read = read_run(run)
+    base = read.config.get("init_from")
+    if (run / "adapter").is_dir() or (base and adapted_run(str(run))):
         raise UserError(
-            f"{run} holds an adapter of {base}, and no pipeline",
-            f"Draw with both: --checkpoint {base} --lora {run}. To make one pipeline of them: "
-            f"latentflow export {base} --lora {run} -o FOLDER.",
+            f"{run} trains an adapter of {base}, and is no pipeline to start from",
+            f"Make one of both first, and start from FOLDER: latentflow export {run} -o FOLDER",
         )
     if not any((run / "checkpoints").glob("step-*")):
         raise UserError(
             f"{run} is not finished and has saved no checkpoint yet",
-            f"Go on with it:\n  {read_run(run).resume()}",
+            f"Go on with it:\n  {read.resume()}",
+        )
+    if base and not (run / _INITIAL).is_dir() and is_pretrained(str(base)):
+        raise UserError(
+            f"{run} trains all weights of {base}, and its pipeline is written when it is finished",
+            f"Its images so far are in {run / 'samples'}. Go on with it:\n  {read.resume()}",
         )
     if not (run / _INITIAL / "model_index.json").is_file():
         raise UserError(
             f"{run} is not finished, and was begun by a version of latentflow whose unfinished runs do not open",
-            f"Go on with it, if only for a few steps:\n  {read_run(run).resume()}",
+            f"Go on with it, if only for a few steps:\n  {read.resume()}",
         )
     return run / _INITIAL
 

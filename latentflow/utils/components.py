@@ -47,7 +47,9 @@ def component_class(file: object, name: str, entry: Any, base: type) -> Any:
         raise UserError(f"{file}: {name} is {shown(entry)}", f"Expected: [module, class]. {MEND}")
     library, kind = entry
     try:
-        found = getattr(sys.modules.get(library), kind, None)
+        # a library, or a part of diffusers' own pipelines, such as kolors
+        place = sys.modules.get(library) or getattr(sys.modules.get("diffusers.pipelines"), library, None)
+        found = getattr(place, kind, None)
     except (ImportError, RuntimeError):  # raised by transformers where a package is not installed
         found = None
     if not (isinstance(found, type) and issubclass(found, base)):

@@ -14,7 +14,7 @@ from ..config import AdapterChoice, MemoryConfig
 from ..errors import UserError, finite, unknown, whole
 from ..inference.images import read_image
 from ..inference.memory import decoder_options
-from ..inference.opening import SHIPPED, local_folder, open_pipeline
+from ..inference.opening import SHIPPED, local_folder, open_pipeline, with_run_adapter
 from ..inference.sample import (
     BATCH,
     Capabilities,
@@ -152,6 +152,8 @@ class InferenceServer:
         preview_vae: str | None = None,
         memory: MemoryConfig | None = None,
     ) -> None:
+        self.name = checkpoint_name(str(SHIPPED) if checkpoint is None else checkpoint)
+        checkpoint, adapters = with_run_adapter(checkpoint, adapters)
         flags, folder = adapters or AdapterChoice(), local_folder(checkpoint)
         self._checkpoint, self._device, self._flags, self._memory = checkpoint, device, flags, memory
         self.preview_vae = preview_vae
@@ -159,7 +161,6 @@ class InferenceServer:
         self._opened: OrderedDict[AdapterChoice, Any] = OrderedDict()
         self._loading = threading.Lock()
         self._sampling = threading.Lock()  # pipelines and tokenizers are not safe in several threads
-        self.name = checkpoint_name(str(SHIPPED) if checkpoint is None else checkpoint)
         self.card = Card() if folder is None else read_card(folder)
         self.adapters = offered_adapters(folder, flags.lora, lora_folder)
         self.has_fast = flags.fast or (folder is not None and (folder / FAST).is_dir())

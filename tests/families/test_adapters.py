@@ -204,6 +204,23 @@ def test_an_adapter_that_is_damaged(adapters: Callable[..., Path], tmp_path: Pat
     assert not any(pipe.get_list_adapters().values())
 
 
+def test_the_dropout_of_a_file_is_not_applied_to_images(tmp_path: Path) -> None:
+    """Training programs write it among the settings, and diffusers loads it in training mode."""
+    pipe = deepcopy(checkpoint("FluxPipeline"))
+    config = peft.LoraConfig(r=2, lora_dropout=0.5, target_modules=ATTENTION, init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+    pipe.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=peft.get_peft_model_state_dict(pipe.transformer),
+        transformer_lora_adapter_metadata=config.to_dict(),
+    )
+    ours = over("FluxPipeline")
+    ours.load_lora_weights(tmp_path)
+    few: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
+    images = [ours("red apple", generator=seeded(), **few).images for _ in range(2)]
+    assert torch.equal(*images)
+
+
 def with_text_encoder(folder: Path, to: Path) -> Path:
     """Write the adapter of a folder with a layer of the first text encoder added."""
     tensors = load_file(next(folder.iterdir()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from latentflow import LatentFlowPipeline
 from latentflow.config import AdapterConfig, FlowConfig
 from latentflow.errors import UserError
 from latentflow.families import FAMILIES
+from latentflow.pipeline.adapter_bases import fingerprint
 from latentflow.training.fine_tune.pretrained_adapter import PretrainedAdapter
 from latentflow.training.losses.pretrained import PretrainedLoss, in_batch
 
@@ -43,6 +45,7 @@ def test_a_trained_adapter_opens_in_the_stock_pipeline(name: str, tmp_path: Path
         rows = model.encode_prompt([f"a red apple {number}" for number in range(8)])
     loss = PretrainedLoss(model, FlowConfig(), seed=1)
     adapter = PretrainedAdapter(model, AdapterConfig(lora_rank=2, lora_alpha=3.0))
+    assert adapter.fingerprint
     batch = {"latents": latents, **in_batch(rows), "sample_ids": [*range(8)]}
 
     def fixed() -> float:
@@ -78,6 +81,81 @@ def test_a_trained_adapter_opens_in_the_stock_pipeline(name: str, tmp_path: Path
     torch.testing.assert_close(
         opened("a red apple", generator=seeded(), **call).images, drawn, rtol=0.0, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_an_adapter_is_in_float32_whatever_its_base_is_in(name: str, dora: bool, dtype: torch.dtype) -> None:
+    tiny = TINY[name]
+    model: Any = FAMILIES[name.partition("-")[0]](deepcopy(checkpoint(name)), **tiny.call)
+    with torch.no_grad():
+        latents = model.encode(torch.rand(2, 3, tiny.side, tiny.side, generator=seeded(3)) * 2 - 1)
+        rows = model.encode_prompt(["a red apple", "a pear"])
+    model.network.to(dtype)
+    PretrainedAdapter(model, AdapterConfig(lora_rank=2, lora_dora=dora, lora_dropout=0.1))
+    learned = [weight for weight in model.network.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in learned} == {torch.float32} and model.network.dtype == dtype
+    with torch.no_grad():
+        for weight in learned:
+            weight.add_(0.1 * torch.randn(weight.shape, generator=seeded(1)))
+    loss = PretrainedLoss(model, FlowConfig(), seed=1)
+    before = [weight.detach().clone() for weight in learned]
+    optimizer = torch.optim.AdamW(learned, lr=1e-6)  # in 16 bits such a step changes no weight
+    made = loss({"latents": latents, **in_batch(rows), "sample_ids": [0, 1]})["loss"]
+    made.backward()
+    optimizer.step()
+    gradients = [weight.grad for weight in learned]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    changed = [bool((weight != old).any()) for weight, old in zip(learned, before, strict=True)]
+    assert all(changed) and made.isfinite()
+
+
+def test_what_the_plan_and_a_resumed_run_are_given() -> None:
+    """Counted by hand: the layers of a block are (inputs + outputs) x rank parameters each."""
+    model: Any = FAMILIES["FluxPipeline"](deepcopy(checkpoint("FluxPipeline")), **TINY["FluxPipeline"].call)
+    whole = sum(weight.numel() for weight in model.network.parameters())
+    config = AdapterConfig(lora_rank=4, lora_layers=("to_q", "to_k"), lora_dropout=0.25)
+    adapter = PretrainedAdapter(model, config)
+    count = 4 * (32 + 32) * 4
+    assert adapter.layers == 4 and adapter.lines() == [
+        f"adapter: LoRA of rank 4 in 4 layers: {count:,} trained parameters, {count / whole:.1%} of {whole / 1e6:.1f} M"
+    ]
+    description = adapter.description()
+    assert description == {
+        "lora_rank": 4, "lora_alpha": None, "lora_dora": False, "lora_layers": ("to_q", "to_k"),
+        "lora_text_encoder": False, "lora_dropout": 0.25, "base": adapter.fingerprint,
+    }  # fmt: skip
+    json.dumps(description)
+    assert adapter.fingerprint == fingerprint(model.network) != {}
+
+
+def test_dropout_is_for_training_alone(tmp_path: Path) -> None:
+    """Two losses of the same batch differ; images do not, ours nor those of the saved adapter in the stock pipeline."""
+    name = "FluxPipeline"
+    tiny, model = TINY[name], FAMILIES[name](deepcopy(checkpoint(name)), **TINY[name].call)
+    adapter = PretrainedAdapter(model, AdapterConfig(lora_rank=2, lora_dropout=0.5))
+    with torch.no_grad():
+        for key, weight in model.network.named_parameters():
+            if "lora_" in key:
+                weight.copy_(torch.randn(weight.shape, generator=seeded(1)))
+        latents = model.encode(torch.rand(2, 3, 16, 16, generator=seeded(3)) * 2 - 1)
+        batch = {
+            "latents": latents, **in_batch(model.encode_prompt(["a", "b"])), "sample_ids": [0, 1],
+        }  # fmt: skip
+        loss = PretrainedLoss(model, FlowConfig(), seed=1)
+        assert float(loss(batch)["loss"]) != float(loss(batch)["loss"])
+        loss.eval()
+        assert float(loss(batch)["loss"]) == float(loss(batch)["loss"])
+
+        adapter.save(tmp_path)
+        call: dict[str, Any] = {
+            "height": 16, "width": 16, "num_inference_steps": 2, "output_type": "pt", **tiny.call
+        }  # fmt: skip
+        stock = deepcopy(checkpoint(name))
+        stock.load_lora_weights(tmp_path)
+        images = [stock("a", generator=seeded(), **call).images for _ in range(2)]
+    assert torch.equal(*images)
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,13 @@ def rows_of(name: str, prompts: list[str] = PROMPTS) -> Any:
     return model.encode_prompt(prompts) if model.takes_text else model.encode_class([1, 3][: len(prompts)])
 
 
-def stock(name: str, prompts: list[str] = PROMPTS, **options: Any) -> Tensor:
-    """Return the stock pipeline's images (B, 3, H, W) in [0, 1]; CogView4's one by one, since it pads a batch."""
-    pipe, _, tiny = opened(name)
+def stock(name: str, prompts: list[str] = PROMPTS, pipe: Any = None, **options: Any) -> Tensor:
+    """Return the stock pipeline's images (B, 3, H, W) in [0, 1]; CogView4's one by one, since it pads a batch.
+
+    ``pipe`` is a pipeline with other weights, in the place of the tiny checkpoint's.
+    """
+    tiny = opened(name)[2]
+    pipe = opened(name)[0] if pipe is None else pipe
     accepted = inspect.signature(type(pipe).__call__).parameters
     call: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "pt", **tiny.call, **options}
     if "height" in accepted:

@@ -215,7 +215,11 @@ def checkpoint(name: str) -> Any:
             for parameter in module.parameters():  # large enough that each input has a visible effect
                 if parameter.ndim > 1:
                     nn.init.normal_(parameter, std=0.6 / parameter[0].numel() ** 0.5)
-    pipe = getattr(diffusers, name.partition("-")[0])(**components, **tiny.settings)
+    return small(getattr(diffusers, name.partition("-")[0])(**components, **tiny.settings), name)
+
+
+def small(pipe: Any, name: str) -> Any:
+    """Give a stock pipeline the sizes and lengths of a tiny checkpoint that no file of its folder holds."""
     pipe.set_progress_bar_config(disable=True)
     if name == "HiDreamImagePipeline":  # which scales every size to one area
         pipe.default_sample_size = 8
@@ -234,7 +238,7 @@ def checkpoint(name: str) -> Any:
     if name == "GlmImagePipeline":
         pipe.default_sample_size, pipe.generate_prior_tokens = 8, plan
     if name == "Kandinsky5T2IPipeline":
-        pipe.resolutions = [(tiny.side, tiny.side)]
+        pipe.resolutions = [(TINY[name].side,) * 2]
     if name == "PRXPipeline":  # whose cleaning of texts needs ftfy
         pipe.text_preprocessor.clean_text = pipe.text_preprocessor.basic_clean = str
     return pipe

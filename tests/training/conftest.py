@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,31 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"file_name": f"{number:02d}.png", "text": example.text})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Save a tiny checkpoint of tests/families/tiny.py as its users have it, once; do not change its files."""
+    from ..families.tiny import checkpoint
+
+    root = tmp_path_factory.mktemp("pretrained")
+
+    def saved(name: str) -> Path:
+        if not (root / name).exists():
+            checkpoint(name).save_pretrained(root / name)
+        return root / name
+
+    return saved
+
+
+@pytest.fixture(scope="module")
+def no_memorisation() -> Iterator[None]:
+    """Runs over pretrained models end without drawing 16 images to see what was memorised."""
+    from latentflow.training import pretrained_result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained_result, "FEW", 0)
+        yield
 
 
 @pytest.fixture(scope="module")

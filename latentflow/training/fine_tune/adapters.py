@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...config import AdapterConfig
 from ...errors import UserError
 from ...families import FlowModel
+from ...pipeline.adapter_bases import shared_name
 from ...pipeline.adapter_files import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
 from ...utils.files import save_tensors
 
@@ -85,9 +86,7 @@ class Adapter:
             classes=[*names],
             few_steps=model.few_steps.plain(),
         )
-        # The file is given away: a folder in the author's home would bear the author's name.
-        at_home = Path(checkpoint).expanduser().parent == Path.home()
-        self._base_name = Path(checkpoint).name if at_home else self._facts.base_name
+        self._base_name = shared_name(checkpoint)
         # An input that the base lacks: the adapter brings all of it.
         self._intervals: nn.Module | None = None
         if not base.network.config.get("interval_conditioning"):
@@ -108,25 +107,20 @@ class Adapter:
 
     def lines(self) -> list[str]:
         """Describe what is trained, for the plan."""
-        weights = [weight for part in self._modules().values() for weight in part.parameters()]
-        count = sum(weight.numel() for weight in weights if weight.requires_grad)
-        facts, kind = self._facts, "DoRA" if self._config.lora_dora else "LoRA"
         new = [
             f", {len(names)} new {noun}"
-            for noun, names in (("words", facts.words), ("classes", facts.classes))
+            for noun, names in (("words", self._facts.words), ("classes", self._facts.classes))
             if names
         ]
-        return [
-            f"adapter: {kind} of rank {self._config.lora_rank} in {self._layers} layers{''.join(new)}: "
-            f"{count:,} trained parameters, {count / self._whole:.1%} of {self._whole / 1e6:.1f} M"
-        ]
+        where = f"{self._layers} layers{''.join(new)}"
+        return [plan_line(self._config, where, trained_parameters(*self._modules().values()), self._whole)]
 
     def description(self) -> dict[str, Any]:
         """Return plain values that a resumed run must have as well."""
         facts = dataclasses.asdict(self._facts)
         if not facts["few_steps"]:  # as in runs from before there were any
             del facts["few_steps"]
-        return {**dataclasses.asdict(self._config), **facts}
+        return {**self._config.describe(), **facts}
 
     def merged(self) -> dict[str, nn.Module]:
         """Return copies of the pipeline's networks with the adapter in their weights, as if there had been none."""
@@ -191,9 +185,32 @@ def _check_same_inputs(base: nn.Module, network: nn.Module, checkpoint: str) -> 
         )
 
 
+def plan_line(config: AdapterConfig, where: str, trained: int, whole: int) -> str:
+    """Describe an adapter for the plan.
+
+    Args:
+        where: what it is in.
+        trained: number of its parameters.
+        whole: number of the parameters that would learn without it.
+    """
+    kind = "DoRA" if config.lora_dora else "LoRA"
+    return (
+        f"adapter: {kind} of rank {config.lora_rank} in {where}: {trained:,} trained parameters, "
+        f"{trained / whole:.1%} of {whole / 1e6:.1f} M"
+    )
+
+
+def trained_parameters(*modules: nn.Module) -> int:
+    """Return the number of parameters with gradients."""
+    return sum(weight.numel() for part in modules for weight in part.parameters() if weight.requires_grad)
+
+
 def peft_settings(module: Any) -> dict[str, Any]:
-    """Return peft's settings of the adapter in a module as plain values, in an order of their own."""
-    found = module.peft_config[ADAPTER].to_dict()
+    """Return peft's settings of the adapter in a module as plain values, in an order of their own.
+
+    They are for images: diffusers loads the dropout of these settings in training mode, and would draw with it.
+    """
+    found = module.peft_config[ADAPTER].to_dict() | {"lora_dropout": 0.0}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
 
 
@@ -203,10 +220,11 @@ def inject(module: nn.Module, config: AdapterConfig) -> int:
 
     layers = chosen_layers(module, config.lora_layers)
     layers = {name: layer for name, layer in layers.items() if not name.startswith("length_embedder")}
-    smallest = min(layers, key=lambda name: min(layers[name].weight.shape))
-    most = min(layers[smallest].weight.shape)
+    # Not by the shapes of their weights: those of nf4 are packed.
+    sides = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    smallest = min(sides, key=lambda name: min(sides[name]))
+    (inputs, outputs), most = sides[smallest], min(sides[smallest])
     if config.lora_rank > most:
-        outputs, inputs = layers[smallest].weight.shape
         raise UserError(
             f"--lora-rank {config.lora_rank} is above what the layer {smallest} ({inputs} to {outputs}) can have",
             f"At most {most}; 16 is usual. --lora-layers leaves layers out.",
@@ -214,6 +232,7 @@ def inject(module: nn.Module, config: AdapterConfig) -> int:
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
         use_dora=config.lora_dora,
         target_modules=[*layers],
     )
@@ -235,10 +254,11 @@ def chosen_layers(module: nn.Module, wanted: Sequence[str]) -> dict[str, nn.Line
         if not found and word in _GROUPS and tuple(wanted) == AdapterConfig().lora_layers:
             continue  # nobody asked for it, and Sana has convolutions in its place
         if not found:
+            groups = [name for name, group in _GROUPS.items() if any(map(group.search, linear))]
             kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})
             raise UserError(
                 f"--lora-layers {word}: {type(module).__name__} has no such layers",
-                f"Choices: {', '.join(_GROUPS)}, or parts of these names: {', '.join(kinds)}",
+                f"Choices: {', '.join(groups)}, or parts of these names: {', '.join(kinds)}",
             )
         chosen |= found
     return {name: layer for name, layer in linear.items() if name in chosen}

@@ -53,11 +53,7 @@ def fitted(
     Raises:
         UserError: a step has one sample, and should have some of two kinds; an adapter should be trained with Muon.
     """
-    if own_share < 1 and _samples(loop) < 2:
-        raise UserError(
-            "a step of one sample cannot have --prior-share of it from the checkpoint",
-            "Use --gradient-accumulation-steps 4 or so, or --prior-samples 0.",
-        )
+    check_shared(loop, own_share)
     if adapter and "optimizer" in given and loop.optimizer == "muon":
         raise UserError(
             "--optimizer muon with --lora-rank: it turns whole matrices, an adapter's are only their factors",
@@ -84,6 +80,19 @@ def fitted(
         changes[name] = min(getattr(loop, name), max(1, steps // parts))
     kept = {name: value for name, value in changes.items() if name not in given}
     return dataclasses.replace(loop, **kept)
+
+
+def check_shared(loop: LoopConfig, own_share: float) -> None:
+    """Refuse steps of one sample, where some are the user's and some the checkpoint's.
+
+    Raises:
+        UserError: a step has one sample.
+    """
+    if own_share < 1 and _samples(loop) < 2:
+        raise UserError(
+            "a step of one sample cannot have --prior-share of it from the checkpoint",
+            "Use --gradient-accumulation-steps 4 or so, or --prior-samples 0.",
+        )
 
 
 def usual(loop: LoopConfig, images: int, own_share: float, adapter: bool) -> tuple[int, float]:

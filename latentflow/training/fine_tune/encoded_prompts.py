@@ -49,12 +49,12 @@ class EncodedPrompts:
 
     def missing(self, texts: Iterable[str]) -> list[str]:
         """Return the texts that are not encoded yet, each once."""
-        return [text for text in dict.fromkeys(texts) if not self._file(f"+{text}").exists()]
+        return [text for text in dict.fromkeys(texts) if not self._has(f"+{text}")]
 
     @property
     def has_null(self) -> bool:
-        """Whether the row that guidance leads away from is encoded."""
-        return self._file(_NULL).exists()
+        """True once the row that guidance leads away from is encoded."""
+        return self._has(_NULL)
 
     def encode(self, model: FlowModel, texts: Iterable[str], *, progress: bool = True) -> None:
         """Encode the texts that are missing, one by one, so that a row does not depend on others; and the null.
@@ -79,6 +79,14 @@ class EncodedPrompts:
     def give_null(self, model: FlowModel) -> None:
         """Let a model without text encoders lead away from the encoded null."""
         vars(model)["null"] = self.null(model).repeat
+
+    def _has(self, key: str) -> bool:
+        """Return whether rows are kept, in a file that is whole."""
+        try:
+            with safetensors.safe_open(self._file(key), "pt"):
+                return True
+        except (OSError, safetensors.SafetensorError):
+            return False
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.rows.safetensors"

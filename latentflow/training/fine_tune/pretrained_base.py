@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ...config import AdapterConfig, FlowConfig, LoopConfig, NetworkConfig, RunConfig
+from ...config import AdapterConfig, AutoencoderConfig, FlowConfig, LoopConfig, NetworkConfig, RunConfig
 from ...data import Source, find_source, readable, split
 from ...errors import UserError, few, with_article
 from ...families import FlowModel
@@ -24,6 +24,7 @@ from ...families.pretrained import PretrainedModel
 from ...families.stored_weights import parameter_count
 from ...families.text_encoders import TEXT_ENCODERS
 from ...flow import TimeDensity
+from ...pipeline.stock_adapters import adapted_part
 from ...utils.components import library_reads, load_module, quiet_libraries
 from ...utils.files import pipeline_folder, result_of
 from ...utils.flags import parse_options
@@ -32,7 +33,7 @@ from ...utils.names import as_spelled
 from ...utils.weight_files import variants, weight_files
 from ..data import DataSplits
 from ..loop.distributed import compute_dtype, process_state
-from .defaults import held_out_share
+from .defaults import check_shared, held_out_share
 from .encoded_prompts import EncodedPrompts
 
 #: parameters of a network above which an adapter is trained by default
@@ -91,11 +92,15 @@ class PretrainedBase:
         folder = result_of(checkpoint)
         options = parse_options(family_options)
         shape = model_from_configs(folder, options)
-        if shape.takes_masks or shape.extra or shape.needs_images or not shape.has_velocity:
+        kind = f"{checkpoint}, {with_article(type(shape.pipeline).__name__)}, cannot be fine-tuned"
+        if shape.takes_masks or shape.extra or shape.needs_images:
             raise UserError(
-                f"{checkpoint}, {with_article(type(shape.pipeline).__name__)}, is no model that is fine-tuned here: it "
-                "draws from images, or has no velocity",
-                "Start from a text-to-image model of its family.",
+                f"{kind}: it draws from images", "Start from a text-to-image model of its family."
+            )
+        if not shape.has_velocity:
+            raise UserError(
+                f"{kind}: it is a consistency model, which has no velocity",
+                "Start from the model that it was distilled from.",
             )
         return cls(checkpoint, folder, shape, options)
 
@@ -117,20 +122,20 @@ class PretrainedBase:
 
     @property
     def loads_adapters(self) -> bool:
-        """Whether diffusers loads adapters into this pipeline."""
-        from .pretrained_adapter import PretrainedAdapter
+        """True where diffusers loads adapters into this pipeline."""
+        return adapted_part(self.shape.pipeline) is not None
 
-        return PretrainedAdapter._part(self.shape.pipeline) is not None
-
-    def lines(self, config: RunConfig, images: int) -> list[str]:
+    def lines(self, config: RunConfig, images: int, own_share: float = 1.0) -> list[str]:
         """Describe the fine-tune, for the plan.
 
         Args:
             config: of `with_base_settings`.
             images: number of images that are trained on.
+            own_share: share of the samples that are images of the data.
         """
         loop, defaults, adapter = config.loop, self.shape.training_defaults, config.adapter
         batch = loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)
+        uses = own_share * loop.max_train_steps * batch / max(1, images)
         flags = (
             f"--lora-rank {adapter.lora_rank} --learning-rate {loop.learning_rate:g} --lr-scheduler "
             f"{loop.lr_scheduler} --condition-dropout {config.flow.condition_dropout:g}"
@@ -138,7 +143,7 @@ class PretrainedBase:
         side = config.data.resolution
         return [
             f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} of {self.size / 1e6:.0f} M "
-            f"parameters: each image is used about {loop.max_train_steps * batch / max(1, images):.0f} times",
+            f"parameters: each image is used about {uses:.0f} times",
             f"settings: {flags} (defaults of the family: {defaults.source})",
             f"training times: {_density_text(self.shape.training_density(side, side), config.flow)}",
             f"resolution: {side} pixels",
@@ -174,12 +179,9 @@ class PretrainedBase:
 
     def open_encoders(self, device: torch.device, dtype: torch.dtype, **options: Any) -> FlowModel:
         """Open the text encoders, without the network where the family's pipeline can do without."""
-        absent = {name: None for name in read_index(self.folder) if name in (*_NETWORKS, "safety_checker")}
-        if self.shape.encodes_with_network:
-            absent = {}
-        model = FlowModel.from_pretrained(
-            self.folder, self.options, vae=None, dtype=dtype, **absent, **options
-        )
+        unused = () if self.shape.opens_whole else (*_NETWORKS, "vae", "safety_checker")
+        absent = {name: None for name in read_index(self.folder) if name in unused}
+        model = FlowModel.from_pretrained(self.folder, self.options, dtype=dtype, **absent, **options)
         for part in model.pipeline.components.values():
             if isinstance(part, nn.Module) and getattr(part, "hf_quantizer", None) is None:
                 part.to(device)
@@ -193,12 +195,16 @@ class PretrainedBase:
         vae: Any = load_module(type(self.shape.vae), folder, use_safetensors=True, variant=variant)
         return vae.float().requires_grad_(False)
 
-    def open_network(self, vae: Any, dtype: torch.dtype, **options: Any) -> FlowModel:
+    def open_network(self, vae: Any, dtype: torch.dtype, **options: Any) -> PretrainedModel:
         """Open the network, frozen, and the settings of the pipeline, with this autoencoder."""
-        absent = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
+        unused = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
+        absent = {} if self.shape.opens_whole else unused
         model = FlowModel.from_pretrained(
             self.folder, self.options, **absent, vae=vae, dtype=dtype, **options
         )
+        assert isinstance(model, PretrainedModel)
+        for name in unused:
+            setattr(model.pipeline, name, None)
         model.network.requires_grad_(False)
         model.pipeline.register_to_config(_name_or_path=self.name)  # not the cache's folder
         return model
@@ -236,6 +242,12 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
     data = replace(data, validation=held_out_share(given, data.validation, len(source)))
     if "resolution" not in given:
         data = replace(data, resolution=usual_side(shape))
+    if data.resolution % (multiple := shape.size_multiple):
+        nearest = max(1, round(data.resolution / multiple)) * multiple
+        raise UserError(
+            f"--resolution {data.resolution} is not a multiple of {multiple}, as {base.name} needs",
+            f"Use --resolution {nearest}.",
+        )
     rows = split(source, data.validation, config.loop.seed, stratify=data.stratify)
     training, validation = map(source.subset, rows)
     return DataSplits(source, training, validation, data, base.folder)
@@ -280,9 +292,12 @@ def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> Non
 
 
 def with_base_settings(
-    config: RunConfig, base: PretrainedBase, images: int, given: Collection[str]
+    config: RunConfig, base: PretrainedBase, images: int, given: Collection[str], own_share: float = 1.0
 ) -> RunConfig:
     """Return the settings of a run with those that follow from the model and the data; what is ``given`` stays.
+
+    Args:
+        own_share: share of the samples that are images of the data.
 
     Raises:
         UserError: a setting has no effect on a pretrained model, or contradicts another one.
@@ -302,16 +317,21 @@ def with_base_settings(
             "Train an adapter (--lora-rank 16), or leave --quantize out.",
         )
     rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
-    return replace(tuned, loop=_fitted(config.loop, given, images, rate, adapter))
+    return replace(tuned, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
 
 
 def _fitted(
-    loop: LoopConfig, given: Collection[str], images: int, rate: float, adapter: AdapterConfig
+    loop: LoopConfig,
+    given: Collection[str],
+    images: int,
+    rate: float,
+    adapter: AdapterConfig,
+    own_share: float,
 ) -> LoopConfig:
     """Return the loop's settings for a pretrained model.
 
-    One image a step, as memory allows; a constant rate; AdamW's usual second decay, which averages over a thousand
-    steps of one image.
+    One image a step, as memory allows, and one of the model's own where it draws some; a constant rate; AdamW's usual
+    second decay, which averages over a thousand steps of one image.
     """
     if adapter.lora_rank and loop.optimizer == "muon":
         if "optimizer" in given:
@@ -322,15 +342,16 @@ def _fitted(
         loop = replace(loop, optimizer="adamw")
     changes: dict[str, Any] = {
         "train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": 1 if own_share == 1 else 2,
         "learning_rate": rate,
         "lr_scheduler": "constant",
         "adam_beta2": 0.999,
         "lr_embeddings": 1.0,
     }
     loop = replace(loop, **{name: value for name, value in changes.items() if name not in given})
+    check_shared(loop, own_share)
     batch = loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)
-    steps = math.ceil(_USES * images ** (1 / 3) / batch)
+    steps = math.ceil(_USES * images ** (1 / 3) / (own_share * batch))
     if "max_train_steps" in given:
         steps = loop.max_train_steps
     changes = {"max_train_steps": steps, "lr_warmup_steps": min(100, max(1, steps // 10))}
@@ -340,11 +361,12 @@ def _fitted(
 
 
 def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
-    """Refuse settings that a pretrained network decides itself."""
+    """Refuse settings that a pretrained model decides itself."""
     network = replace(config.network, gradient_checkpointing=False)
     fixed: list[tuple[Any, Any, Collection[str]]] = [
         (config.flow, FlowConfig(), _FREE),
         (network, NetworkConfig(), ()),
+        (config.autoencoder, AutoencoderConfig(), ()),
         (config.text, type(config.text)(), ()),
         (config.routing, type(config.routing)(), ()),
         (config.alignment, type(config.alignment)(), ()),
@@ -358,11 +380,13 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
     found += ["vae"] if config.vae else []
     found += ["latents_as_is"] if config.latents_as_is else []
     found += ["size_conditioning"] if config.framing.size_conditioning else []
+    found += ["lr_layer_decay"] if config.loop.lr_layer_decay != 1.0 else []
     found += ["lora_text_encoder"] if config.adapter.lora_text_encoder else []
     if found:
         flags = " ".join(f"--{name.replace('_', '-')}" for name in found)
         raise UserError(
-            f"the network of {base.name} decides {flags}", f"Leave {'it' if len(found) == 1 else 'them'} out."
+            f"{base.name}, a pretrained model, takes no {flags}",
+            f"Leave {'it' if len(found) == 1 else 'them'} out.",
         )
 
 

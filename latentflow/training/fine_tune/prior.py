@@ -98,7 +98,7 @@ def prior_prompts(
             hint = unfit[0]
         return [], f"prior samples: none, so the checkpoint may forget what your images do not show ({hint})"
     if config.prior_prompts:
-        prompts = in_turn(_read_prompts(config.prior_prompts), count)
+        prompts = in_turn(read_prompts(config.prior_prompts), count)
         origin = f"for the captions in {config.prior_prompts}"
     elif model.takes_text:
         prompts = _words(model.pipeline.tokenizer, count, seed)
@@ -123,7 +123,12 @@ def in_turn(names: list[str], count: int) -> list[str]:
     return [names[number * spread // count % len(names)] for number in range(count)]
 
 
-def _read_prompts(file: str) -> list[str]:
+def read_prompts(file: str) -> list[str]:
+    """Return the lines of ``--prior-prompts`` that are not empty.
+
+    Raises:
+        UserError: the file cannot be read, or has none.
+    """
     with reading(f"--prior-prompts {file}", OSError, fix="Give a text file with one caption per line."):
         raw = Path(file).expanduser().read_bytes()
     lines = [line.strip() for line in decode(raw, f"--prior-prompts {file}").splitlines()]

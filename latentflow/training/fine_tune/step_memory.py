@@ -251,7 +251,7 @@ def training_step(
                 torch.autocast(_DEVICE, torch.bfloat16, enabled=autocast),
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
             ):
-                output = alone.predict(x.to(network.dtype), t, condition, None, alone.usual_guidance)
+                output = alone.predict(x.to(alone.dtype), t, condition, None, alone.usual_guidance)
                 loss = (output.float() - x).square().mean()
         except (AttributeError, KeyError, ValueError, RuntimeError) as error:
             raise NotCountedError(str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...data import Cropping, Example, LatentTable, Source, to_pil
+from ...data.dataset import Kind
 from ...errors import UserError, reading
 from ...families import FlowModel
 from ...pipeline.adapter_files import weights_hash
@@ -25,7 +27,7 @@ from ...utils.progress import progress_bar
 from ..data import conditions_of
 from ..loop.data_order import Stream, seeded
 from ..loop.distributed import process_state
-from ..losses.latent_data import BucketData, LatentData
+from ..losses.latent_data import BucketData, Conditions, LatentData
 from .base import open_base
 
 _TOGETHER = 50  # samples in a file, and drawn at once,
@@ -52,6 +54,24 @@ class SampleSettings:
     guidance: float = 1.0
     steps: int = 20
     solver: str | None = None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A checkpoint that draws samples.
+
+    Attributes:
+        pipeline: one of ours over ``model``.
+        call_arguments: turns prompts or classes into the condition of a call.
+        identity: hash of its weights.
+        together: most samples that are drawn at once.
+    """
+
+    model: FlowModel
+    pipeline: Any
+    call_arguments: Callable[[list[str]], dict[str, Any]]
+    identity: str
+    together: int = _TOGETHER
 
 
 @dataclass(frozen=True)
@@ -98,8 +118,26 @@ def teacher_data(
             f"{checkpoint} does not say of which size its samples are",
             "Nothing can be drawn from it before training.",
         )
+    teacher = Teacher(model, model.pipeline, model.call_arguments, weights_hash(model.network))
     with memory_phase(settings.phase), state.main_process_first():
-        tensors = _samples(model, prompts, side, folder, settings, state.device)
+        tensors = samples(teacher, prompts, side, folder, settings)
+    source = sample_source(f"samples of {checkpoint}", kind, prompts, trained.classes, settings, tensors)
+    pipeline = trained.pipeline
+    conditions = conditions_of(
+        source, settings.seed, pipeline.tokenizer, None if trains_text else pipeline.text_encoder
+    )
+    return sample_data(source, tensors, side, conditions, settings, size_conditioning=trained.takes_sizes)
+
+
+def sample_source(
+    name: str,
+    kind: Kind,
+    prompts: list[str],
+    classes: Sequence[str],
+    settings: SampleSettings,
+    tensors: Mapping[str, Tensor],
+) -> Source:
+    """Return samples as examples, with the prompt or class that each was drawn for."""
     images = tensors.get("pixels")
     examples = tuple(
         TeacherSample(
@@ -110,40 +148,48 @@ def teacher_data(
         )
         for number, prompt in enumerate(prompts)
     )
-    source = Source(f"samples of {checkpoint}", examples, kind, trained.classes if kind == "class" else ())
-    natural = np.full((len(prompts), 2), side, dtype=np.int32)
-    framing = Cropping(source, ((side, side),), np.zeros(len(prompts), dtype=np.int32), natural)
-    pipeline = trained.pipeline
+    return Source(name, examples, kind, tuple(classes) if kind == "class" else ())
+
+
+def sample_data(
+    source: Source,
+    tensors: dict[str, Tensor],
+    side: int,
+    conditions: Conditions,
+    settings: SampleSettings,
+    *,
+    size_conditioning: bool = False,
+) -> LatentData:
+    """Return samples, see `samples`, as training data."""
+    count = len(source)
+    natural = np.full((count, 2), side, dtype=np.int32)
+    framing = Cropping(source, ((side, side),), np.zeros(count, dtype=np.int32), natural)
     latents = LatentTable(tensors.pop("latents")[:, None], None)
     return LatentData(
         framing,
         [BucketData(latents, tensors)],
-        conditions_of(
-            source, settings.seed, pipeline.tokenizer, None if trains_text else pipeline.text_encoder
-        ),
+        conditions,
         flips=False,
-        size_conditioning=trained.takes_sizes,
+        size_conditioning=size_conditioning,
         seed=settings.seed,
     )
 
 
-def _samples(
-    model: FlowModel,
-    prompts: list[str],
-    side: int,
-    folder: Path,
-    settings: SampleSettings,
-    device: torch.device,
+def samples(
+    teacher: Teacher, prompts: list[str], side: int, folder: Path, settings: SampleSettings
 ) -> dict[str, Tensor]:
     """Read the samples in ``folder``, and draw those that are missing.
 
     Returns:
         ``latents`` (N, C, h, w), and if they are kept the ``noise`` that they came from, of the same shape, and
         ``pixels`` (N, 3, H, W) uint8.
+
+    Raises:
+        UserError: ``folder`` holds samples of another checkpoint, or drawn otherwise.
     """
     plain = {name: value for name, value in asdict(settings).items() if name not in ("what", "phase")}
-    _claim(folder, {"checkpoint": weights_hash(model.network), "asked": prompts, "side": side, **plain})
-    together = min(_TOGETHER, max(1, _PIXELS // side**2))
+    _claim(folder, {"checkpoint": teacher.identity, "asked": prompts, "side": side, **plain})
+    together = min(teacher.together, max(1, _PIXELS // side**2))
     files = {
         folder / f"{start:06d}.safetensors": range(start, min(start + together, len(prompts)))
         for start in range(0, len(prompts), together)
@@ -157,8 +203,8 @@ def _samples(
     }
     with progress_bar(hidden=not missing, **title) as bar:
         for file, rows in missing.items():
-            model.pipeline.to(device)
-            drawn = _draw(model, prompts[rows.start : rows.stop], rows.start, side, settings)
+            teacher.model.pipeline.to(process_state().device)
+            drawn = _draw(teacher, prompts[rows.start : rows.stop], rows.start, side, settings)
             with replacing(file) as partial:
                 save_tensors({name: value.contiguous() for name, value in drawn.items()}, partial)
             bar.update(len(rows))
@@ -167,14 +213,14 @@ def _samples(
 
 
 def _draw(
-    model: FlowModel, prompts: list[str], start: int, side: int, settings: SampleSettings
+    teacher: Teacher, prompts: list[str], start: int, side: int, settings: SampleSettings
 ) -> dict[str, Tensor]:
-    rows = range(start, start + len(prompts))
+    model, rows = teacher.model, range(start, start + len(prompts))
     random = (seeded(settings.seed, Stream.TEACHER_SAMPLES, row) for row in rows)
     generators = [torch.Generator().manual_seed(each.initial_seed()) for each in random]
-    noise = model.noise(len(prompts), side, side, generators)
-    latents = model.pipeline(
-        **model.call_arguments(prompts), height=side, width=side, guidance_scale=settings.guidance,
+    noise = model.noise(len(rows), side, side, generators)
+    latents = teacher.pipeline(
+        **teacher.call_arguments(prompts), height=side, width=side, guidance_scale=settings.guidance,
         num_inference_steps=settings.steps, solver=settings.solver, generator=generators, latents=noise,
         output_type="latent",
     ).images  # fmt: skip

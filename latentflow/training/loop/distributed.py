@@ -139,16 +139,25 @@ def full_rate(accelerator: Accelerator, config: LoopConfig, flops: float) -> flo
     return float(rate * accelerator.num_processes / flops)
 
 
+def check_precision(mixed_precision: str) -> None:
+    """Refuse fp16 without a GPU.
+
+    Raises:
+        UserError: there is none.
+    """
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError(
+            "--mixed-precision fp16 needs a GPU", "Leave it out: auto takes the fastest there is."
+        )
+
+
 def make_accelerator(config: LoopConfig, find_unused_parameters: bool) -> Accelerator:
     """Return the accelerator of a run.
 
     Raises:
         UserError: fp16 without a GPU.
     """
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError(
-            "--mixed-precision fp16 needs a GPU", "Leave it out: auto takes the fastest there is."
-        )
+    check_precision(config.mixed_precision)
     # `process_state` comes before accelerate makes a state of its own.
     precision = resolve(config.mixed_precision, process_state().device)
     AcceleratorState._reset_state()  # a process may train an autoencoder and then a flow with other settings

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ...autoencoder import downscale_factor
 from ...config import FlowConfig
-from ...families import FlowModel
 from ...families.model import Rows, Values
+from ...families.pretrained import PretrainedModel
 from ...flow import PathSample
 from ..loop.data_order import SampleRandom
 from .flow import Density, FlowLoss
@@ -29,7 +29,7 @@ def in_batch(rows: Rows) -> dict[str, Values]:
     return values | {f"{_KEPT}{name}": value for name, value in rows.kept.items()}
 
 
-def of_batch(batch: Mapping[str, Any], model: FlowModel) -> Rows:
+def of_batch(batch: Mapping[str, Any], model: PretrainedModel) -> Rows:
     """Return the rows of a batch, see `in_batch`."""
 
     def named(start: str) -> dict[str, Values]:
@@ -58,7 +58,7 @@ class PretrainedLoss(FlowLoss):
 
     def __init__(
         self,
-        model: FlowModel,
+        model: PretrainedModel,
         config: FlowConfig,
         seed: int,
         *,
@@ -153,11 +153,11 @@ def cell_factors(masks: Tensor, has_mask: Tensor, cells: torch.Size, outside: fl
 class _Network(nn.Module):
     """A model's network, called as those of our own are: network(xt, t, rows)."""
 
-    def __init__(self, model: FlowModel, guidance_scale: float) -> None:
+    def __init__(self, model: PretrainedModel, guidance_scale: float) -> None:
         super().__init__()
         self.network = model.network
         self._model, self._guidance_scale = model, guidance_scale
-        self._dtype = model.network.dtype  # asked once: it takes milliseconds in a large network
+        self._dtype = model.dtype  # asked once: it takes milliseconds in a large network
 
     def train(self, mode: bool = True) -> Self:
         """Leave the network in evaluation mode, but for the dropout of an adapter: HiDream's has another output in
@@ -173,7 +173,7 @@ class _Network(nn.Module):
     def forward(self, xt: Tensor, t: Tensor, rows: Rows) -> Tensor:
         x, condition = xt.to(self._dtype), self._model.arrange(rows.to(xt.device, self._dtype))
         # A base in half precision computes as it does when images are drawn; autocast would only add casts.
-        half = x.dtype != torch.float32
-        with torch.autocast(x.device.type, enabled=False) if half else nullcontext():
+        plain = x.dtype != torch.float32 or not self._model.bears_autocast
+        with torch.autocast(x.device.type, enabled=False) if plain else nullcontext():
             output = self._model.predict(x, t.float(), condition, None, self._guidance_scale)
         return output.float()
