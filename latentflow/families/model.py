@@ -471,7 +471,11 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
 
     def prepare(self, rows: Rows) -> Any:
         """Return ``rows`` as `predict` takes them, on the network's device and in its precision; called once."""
-        return rows.to(self.device, self.dtype)
+        return self.arrange(rows.to(self.device, self.dtype))
+
+    def arrange(self, rows: Rows) -> Any:
+        """Return rows that are on the network's device and in its precision as `predict` takes them."""
+        return rows
 
     @abstractmethod
     def predict(

@@ -21,6 +21,7 @@ from ...families import FlowModel
 from ...families.from_configs import model_from_configs
 from ...families.index import pipeline_class, read_index
 from ...families.pretrained import PretrainedModel
+from ...families.sizes import check_size
 from ...families.stored_weights import parameter_count
 from ...families.text_encoders import TEXT_ENCODERS
 from ...flow import TimeDensity
@@ -39,6 +40,8 @@ from .pretrained_adapter import check_adapter
 
 #: parameters of a network above which an adapter is trained by default
 LARGE = 500_000_000
+#: settings with which the usual number of steps and learning rate are those of another run
+KEPT = ("lora_rank", "train_batch_size", "gradient_accumulation_steps")
 _USUAL_SIDE = 1024  # pixels, of models that do not say which, and at most, by default
 _USES = 740  # samples of one image; of n images the cube root of n times as many (docs/guide/fine-tune-pretrained.md)
 # components that training never needs
@@ -143,11 +146,11 @@ class PretrainedBase:
         )
         side = config.data.resolution
         return [
-            f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} of {self.size / 1e6:.0f} M "
-            f"parameters: each image is used about {uses:.0f} times",
-            f"settings: {flags} (defaults of the family: {defaults.source})",
-            f"training times: {_density_text(self.shape.training_density(side, side), config.flow)}",
-            f"resolution: {side} pixels",
+            f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} whose network has "
+            f"{self.size / 1e6:,.0f} M parameters; each image is used about {uses:.{int(uses < 10)}f} times",
+            f"settings: {flags} (the family's, unless you gave others; from {defaults.source})",
+            f"noise levels: {_density_text(self.shape.training_density(side, side), config.flow)}",
+            f"resolution: {side} x {side} pixels{', or as many in another shape' * config.framing.buckets}",
         ]
 
     # ---------------------------------------------------------------- parts
@@ -293,7 +296,7 @@ def _conditioned(source: Source, base: PretrainedBase, *, asked: str) -> Source:
     if unknown := [label for label in classes if label not in known]:
         raise UserError(
             f"{name} has no classes named {few(unknown)}",
-            f"It knows {few([*shape.classes], 12)}; a pretrained model gets no new ones.",
+            f"It knows {few([*shape.classes], 12)}. Classes cannot be added to a pretrained model.",
         )
     return replace(source, classes=classes)
 
@@ -314,6 +317,7 @@ def with_base_settings(
             adapter.
     """
     _refuse_unused(config, base)
+    check_size(config.data.resolution, config.data.resolution, base.shape.size_multiple)
     defaults = base.shape.training_defaults
     adapter = config.adapter
     if "lora_rank" not in given and base.size > LARGE and base.loads_adapters:
@@ -349,8 +353,8 @@ def _fitted(
     if adapter.lora_rank and loop.optimizer == "muon":
         if "optimizer" in given:
             raise UserError(
-                "--optimizer muon with an adapter: it turns whole matrices, an adapter's are only their factors",
-                "Leave it out: an adapter is trained with AdamW.",
+                "--optimizer muon with an adapter: it orthogonalises whole matrices, of which an adapter has factors",
+                "Leave it out: adapters are trained with AdamW.",
             )
         loop = replace(loop, optimizer="adamw")
     changes: dict[str, Any] = {
@@ -410,11 +414,13 @@ def base_dtype(loop: LoopConfig, adapter: AdapterConfig, device: torch.device) -
 
 def _density_text(density: TimeDensity, flow: FlowConfig) -> str:
     """Return the density of the noise levels in words."""
-    if flow.time_density is not None or flow.weighting is not None:
-        return f"--time-density {flow.time_density or 'of the weighting'}"
+    if flow.time_density is not None:
+        return f"--time-density {flow.time_density}"
+    if flow.weighting is not None:
+        return f"those of --weighting {flow.weighting}"
     levels = 1.0 - density.quantile(torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64))
     low, middle, high = levels.tolist()
     return (
-        f"as the family was trained; of the noise levels (0 is data, 1 noise) a tenth is below {low:.2f}, half below "
-        f"{middle:.2f}, a tenth above {high:.2f}"
+        f"as the family was trained: a tenth below {low:.2f}, half below {middle:.2f}, a tenth above {high:.2f} (0 is "
+        "the image, 1 is noise alone)"
     )
