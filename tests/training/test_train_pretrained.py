@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from latentflow import LatentFlowPipeline
+from latentflow.config import AdapterConfig, LoopConfig
 from latentflow.families import Rows
 from latentflow.training.fine_tune.encoded_prompts import EncodedPrompts
+from latentflow.training.fine_tune.pretrained_base import PretrainedBase, base_dtype
 from latentflow.training.losses.pretrained import PretrainedLoss
 
 from ..families.test_family_programs import STAND_INS
@@ -152,29 +154,48 @@ def test_a_full_training_may_be_saved_in_bfloat16(
     opened_by_diffusers(tmp_path / "bfloat16" / "pipeline", name)
 
 
-def test_the_base_is_in_float32_where_it_would_overflow(
-    pretrained: Callable[[str], Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def half(pretrained: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that is stored in float16 alone, as a variant."""
+    base = tmp_path_factory.mktemp("half") / "base"
+    kind, folder = diffusers.StableDiffusionPipeline, pretrained("StableDiffusionPipeline")
+    kind.from_pretrained(folder, torch_dtype=torch.float16).save_pretrained(base, variant="fp16")
+    return base
+
+
+def test_autoencoder_and_adapter_are_in_float32_whatever_the_precision(
+    half: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SDXL's autoencoder overflows in float16: it is float32 whatever the precision, T5 is too under fp16."""
-    name, seen = "StableDiffusionPipeline", {}
-    base = tmp_path / "base"
-    diffusers.StableDiffusionPipeline.from_pretrained(
-        pretrained(name), torch_dtype=torch.float16
-    ).save_pretrained(base, variant="fp16")
+    """SDXL's autoencoder overflows in float16."""
+    seen: dict[str, torch.dtype] = {}
     forward = PretrainedLoss.forward
 
     def looked_at(loss: PretrainedLoss, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         model = loss._model[0]
-        seen.update(
-            {"vae": model.vae.dtype, "network": model.network.dtype, "latents": batch["latents"].dtype}
-        )
+        network = model.network.conv_in.weight.dtype
+        seen.update(vae=model.vae.dtype, network=network, latents=batch["latents"].dtype)
         return forward(loss, batch)
 
     monkeypatch.setattr(PretrainedLoss, "forward", looked_at)
-    line = [photos(tmp_path / "data", 16, 2), "-o", tmp_path / "run", *base_flags(name, base), *QUICK]
+    data = photos(tmp_path / "data", 16, 2)
+    line = [data, "-o", tmp_path / "run", *base_flags("StableDiffusionPipeline", half), *QUICK]
     call(cache, *line, "--lora-rank", 2, "--max-train-steps", 1, "--mixed-precision", "bf16")
     assert seen == {"vae": torch.float32, "network": torch.bfloat16, "latents": torch.float32}
     assert all(value.dtype == torch.float32 for value in adapter(tmp_path / "run").values())
+    fp16, lora = LoopConfig(mixed_precision="fp16"), AdapterConfig(lora_rank=2)
+    assert base_dtype(fp16, lora, torch.device("cuda")) == torch.float16
+    assert PretrainedBase.of(str(half)).open_autoencoder().dtype == torch.float32
+
+
+def test_the_result_of_a_base_that_is_stored_as_a_variant_opens_without_naming_one(
+    half: Path, cache: Path, tmp_path: Path
+) -> None:
+    data, name = photos(tmp_path / "data", 16, 2), "StableDiffusionPipeline"
+    call(cache, data, "-o", tmp_path / "run", *base_flags(name, half), *QUICK, "--max-train-steps", 1)
+    opened_by_diffusers(tmp_path / "run" / "pipeline", name)
+    opened(tmp_path / "run" / "pipeline", name)
+    vae = (half / "vae" / "diffusion_pytorch_model.fp16.safetensors").read_bytes()
+    assert (tmp_path / "run/pipeline/vae/diffusion_pytorch_model.safetensors").read_bytes() == vae
 
 
 def test_a_plan_reads_no_weights_and_makes_nothing(
@@ -207,11 +228,12 @@ def test_one_caption_for_images_that_have_none(
     data = photos(tmp_path / "data", 16, 4, captions=False)
     (data / "2.txt").write_text("a blue apple")
     write = EncodedPrompts.encode
-    monkeypatch.setattr(
-        EncodedPrompts,
-        "encode",
-        lambda self, model, texts, **more: (encoded.extend(texts), write(self, model, texts, **more)),
-    )
+
+    def encode(self: EncodedPrompts, model: Any, texts: list[str], **options: Any) -> None:
+        encoded.extend(texts)
+        write(self, model, texts, **options)
+
+    monkeypatch.setattr(EncodedPrompts, "encode", encode)
     line = [data, "-o", tmp_path / "run", *base_flags(name, pretrained(name)), *QUICK, "--max-train-steps", 1]
     said = call(cache, *line, "--caption", "a photo of sks dog", "--preview-steps", 1)
     assert "3 images without a caption, given this one: a photo of sks dog" in said
