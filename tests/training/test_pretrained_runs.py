@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from latentflow import LatentFlowPipeline
 from latentflow.config import SamplingConfig
+from latentflow.errors import UserError
 from latentflow.inference.opening import open_pipeline
 from latentflow.inference.sample import read_capabilities
 from latentflow.training import pretrained_result
@@ -261,6 +262,13 @@ def test_a_run_opens_as_its_base_with_its_adapter_finished_or_not(
     stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert type(stock).__name__ == "FluxPipeline"
     assert "adapters merged into its weights: open" in (tmp_path / "merged" / "README.md").read_text()
+
+    half, _ = drawn("half", "--checkpoint", flux, "--lora", f"{run}=0.5", *option)
+    call(cache, flux, "--lora", f"{run}=0.5", "-o", tmp_path / "halved", file=program("export"))
+    halved, _ = drawn("halved", "--checkpoint", tmp_path / "halved", *option)
+    assert abs(half - halved).max() <= 1 < abs(half - with_adapter).max()
+    with pytest.raises(UserError, match="a folder with them would not open"):
+        pipe.save_pretrained(tmp_path / "broken")
 
     # the line that finishes it
     assert "done:" in paste(cache, match[1])
