@@ -415,7 +415,7 @@ class ClassDiTModel(DiffusionModel):
 
     prompt_options = ()
     patch = 2
-    encodes_with_network = True  # the null follows its classes
+    opens_whole = True  # the null follows its classes
 
     @property
     def takes_text(self) -> bool:

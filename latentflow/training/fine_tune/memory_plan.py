@@ -224,7 +224,8 @@ class MemoryPlanner:
             *(f"  {name:{width}}  {_gib(size):>7}" for name, size in parts.items() if size != 0),
             *([before] if settings.cached else []),
             *(f"{gib} GB: {self._fit(settings, plan, gib)}" for gib in CARDS),
-            f"{RESERVED:g} GiB of each card is left to CUDA itself. All of this is counted from the model's configs.",
+            f"{RESERVED:g} GiB of each card is left to CUDA itself. All this is counted from the model's configs, not "
+            "measured.",
         ]
 
     def _fit(self, settings: FineTuning, plan: MemoryPlan, gib: int) -> str:
@@ -373,9 +374,7 @@ def refuse_too_large(
     raise UserError(
         f"this run takes {plan.peak / GIB:.1f} GiB of memory, and {device} has {room:.1f} "
         "(--dry-run counts it, part by part)",
-        f"It fits with {' '.join(found[0])}."
-        if found
-        else "It fits with none of the flags that save memory.",
+        f"It fits with {' '.join(found[0])}." if found else "No flag that saves memory makes it fit.",
     )
 
 

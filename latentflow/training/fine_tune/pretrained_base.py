@@ -21,6 +21,7 @@ from ...families import FlowModel
 from ...families.from_configs import model_from_configs
 from ...families.index import pipeline_class, read_index
 from ...families.pretrained import PretrainedModel
+from ...families.sizes import check_size
 from ...families.stored_weights import parameter_count
 from ...families.text_encoders import TEXT_ENCODERS
 from ...flow import TimeDensity
@@ -35,6 +36,7 @@ from ..data import DataSplits
 from ..loop.distributed import compute_dtype, process_state
 from .defaults import check_shared, held_out_share
 from .encoded_prompts import EncodedPrompts
+from .pretrained_adapter import check_adapter
 
 #: parameters of a network above which an adapter is trained by default
 LARGE = 500_000_000
@@ -144,11 +146,11 @@ class PretrainedBase:
         )
         side = config.data.resolution
         return [
-            f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} of {self.size / 1e6:.0f} M "
-            f"parameters: each image is used about {uses:.0f} times",
-            f"settings: {flags} (defaults of the family: {defaults.source})",
-            f"training times: {_density_text(self.shape.training_density(side, side), config.flow)}",
-            f"resolution: {side} pixels",
+            f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} whose network has "
+            f"{self.size / 1e6:,.0f} M parameters; each image is used about {uses:.{int(uses < 10)}f} times",
+            f"settings: {flags} (the family's, unless you gave others; from {defaults.source})",
+            f"noise levels: {_density_text(self.shape.training_density(side, side), config.flow)}",
+            f"resolution: {side} x {side} pixels{', or as many in another shape' * config.framing.buckets}",
         ]
 
     # ---------------------------------------------------------------- parts
@@ -156,6 +158,7 @@ class PretrainedBase:
     def encoded_prompts(self, quantize: str | None, dtype: torch.dtype) -> EncodedPrompts:
         """Return the cache of the prompts of this model's text encoders."""
         index = read_index(self.folder)
+        looked_at = self.shape.network.config if self.shape.opens_whole else {}
         networks = (*_NETWORKS, "vae", "scheduler", "safety_checker")
         files = [
             [
@@ -176,6 +179,7 @@ class PretrainedBase:
                 "dtype": str(dtype),
                 "quantize": quantize,
                 "options": {name: self.options[name] for name in sorted(self.options)},
+                **{name: value for name, value in looked_at.items() if not name.startswith("_")},
             }
         )
 
@@ -240,7 +244,7 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
             f"{data.data} holds latents, and a pretrained model encodes images itself",
             "Give the folder of images: their latents are cached.",
         )
-    _check_condition(source, base, asked=data.condition)
+    source = _conditioned(source, base, asked=data.condition)
     data = replace(data, validation=held_out_share(given, data.validation, len(source)))
     if "resolution" not in given:
         data = replace(data, resolution=usual_side(shape))
@@ -262,7 +266,12 @@ def usual_side(shape: FlowModel) -> int:
     return max(1, int(min(side, _USUAL_SIDE)) // multiple) * multiple
 
 
-def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> None:
+def _conditioned(source: Source, base: PretrainedBase, *, asked: str) -> Source:
+    """Return the images with their classes as the model spells them.
+
+    Raises:
+        UserError: they lack what the model draws from.
+    """
     shape, name = base.shape, base.name
     if shape.takes_text:
         if source.kind != "text" and asked != "none":
@@ -276,18 +285,20 @@ def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> Non
                 f"all captions of {source.name} are empty",
                 'Write some, or give all images one: --caption "a photo of sks dog". --condition none trains without.',
             )
-        return
+        return source
     if source.kind == "text" or (source.kind != "class" and asked != "none"):
         raise UserError(
             f"{name} draws classes, and {source.name} has {'captions' if source.kind == 'text' else 'none'}",
             "Sort the images into folders named as its classes (--condition class).",
         )
-    unknown = [label for label in source.classes if as_spelled(label, shape.classes) not in shape.classes]
-    if unknown:
+    known = {**dict.fromkeys(shape.classes), **shape.labels}  # a class may have several names
+    classes = tuple(as_spelled(label, known) for label in source.classes)
+    if unknown := [label for label in classes if label not in known]:
         raise UserError(
             f"{name} has no classes named {few(unknown)}",
-            f"It knows {few([*shape.classes], 12)}; a pretrained model gets no new ones.",
+            f"It knows {few([*shape.classes], 12)}. Classes cannot be added to a pretrained model.",
         )
+    return replace(source, classes=classes)
 
 
 # ---------------------------------------------------------------- settings
@@ -302,9 +313,11 @@ def with_base_settings(
         own_share: share of the samples that are images of the data.
 
     Raises:
-        UserError: a setting has no effect on a pretrained model, or contradicts another one.
+        UserError: a setting has no effect on a pretrained model, or contradicts another one; it cannot have such an
+            adapter.
     """
     _refuse_unused(config, base)
+    check_size(config.data.resolution, config.data.resolution, base.shape.size_multiple)
     defaults = base.shape.training_defaults
     adapter = config.adapter
     if "lora_rank" not in given and base.size > LARGE and base.loads_adapters:
@@ -318,6 +331,8 @@ def with_base_settings(
             f"--quantize {tuned.fine_tuning.quantize}: quantised weights cannot learn, and all are to be trained",
             "Train an adapter (--lora-rank 16), or leave --quantize out.",
         )
+    if adapter.lora_rank:
+        check_adapter(base.shape, adapter)
     rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
     return replace(tuned, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
 
@@ -338,8 +353,8 @@ def _fitted(
     if adapter.lora_rank and loop.optimizer == "muon":
         if "optimizer" in given:
             raise UserError(
-                "--optimizer muon with an adapter: it turns whole matrices, an adapter's are only their factors",
-                "Leave it out: an adapter is trained with AdamW.",
+                "--optimizer muon with an adapter: it orthogonalises whole matrices, of which an adapter has factors",
+                "Leave it out: adapters are trained with AdamW.",
             )
         loop = replace(loop, optimizer="adamw")
     changes: dict[str, Any] = {
@@ -399,11 +414,13 @@ def base_dtype(loop: LoopConfig, adapter: AdapterConfig, device: torch.device) -
 
 def _density_text(density: TimeDensity, flow: FlowConfig) -> str:
     """Return the density of the noise levels in words."""
-    if flow.time_density is not None or flow.weighting is not None:
-        return f"--time-density {flow.time_density or 'of the weighting'}"
+    if flow.time_density is not None:
+        return f"--time-density {flow.time_density}"
+    if flow.weighting is not None:
+        return f"those of --weighting {flow.weighting}"
     levels = 1.0 - density.quantile(torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64))
     low, middle, high = levels.tolist()
     return (
-        f"as the family was trained; of the noise levels (0 is data, 1 noise) a tenth is below {low:.2f}, half below "
-        f"{middle:.2f}, a tenth above {high:.2f}"
+        f"as the family was trained: a tenth below {low:.2f}, half below {middle:.2f}, a tenth above {high:.2f} (0 is "
+        "the image, 1 is noise alone)"
     )
