@@ -323,7 +323,9 @@ def diffusion(images: Path, cache: Path, folder: Path) -> Path:
     return folder / "diffusion"
 
 
-@pytest.mark.parametrize(("made", "layout"), [("run", "comfyui"), ("diffusion", "kohya")])
+@pytest.mark.parametrize(
+    ("made", "layout"), [("run", "comfyui"), pytest.param("diffusion", "kohya", marks=pytest.mark.slow)]
+)
 def test_its_adapter_is_exported_in_other_layouts(
     made: str, layout: str, cache: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
