@@ -155,6 +155,14 @@ class PretrainedBase:
 
     # ---------------------------------------------------------------- parts
 
+    @property
+    def variant(self) -> str | None:
+        """The variant of the weights, such as fp16, where a component has no others."""
+        for folder in (Path(self.folder) / name for name in read_index(self.folder)):
+            if (there := variants(folder)) and weight_files(folder, None) is None:
+                return there[0]
+        return None
+
     def encoded_prompts(self, quantize: str | None, dtype: torch.dtype) -> EncodedPrompts:
         """Return the cache of the prompts of this model's text encoders."""
         index = read_index(self.folder)
@@ -187,7 +195,8 @@ class PretrainedBase:
         """Open the text encoders, without the network where the family's pipeline can do without."""
         unused = () if self.shape.opens_whole else (*_NETWORKS, "vae", "safety_checker")
         absent = {name: None for name in read_index(self.folder) if name in unused}
-        model = FlowModel.from_pretrained(self.folder, self.options, dtype=dtype, **absent, **options)
+        options = {**absent, **options, "dtype": dtype, "variant": self.variant}
+        model = FlowModel.from_pretrained(self.folder, self.options, **options)
         for part in model.pipeline.components.values():
             if isinstance(part, nn.Module) and getattr(part, "hf_quantizer", None) is None:
                 part.to(device)
@@ -196,8 +205,7 @@ class PretrainedBase:
     def open_autoencoder(self) -> Any:
         """Open the autoencoder, in float32: some overflow in float16."""
         folder = Path(self.folder) / "vae"
-        there = variants(folder)
-        variant = there[0] if len(there) == 1 and weight_files(folder, None) is None else None
+        variant = self.variant if weight_files(folder, None) is None else None
         vae: Any = load_module(type(self.shape.vae), folder, use_safetensors=True, variant=variant)
         return vae.float().requires_grad_(False)
 
@@ -205,9 +213,8 @@ class PretrainedBase:
         """Open the network, frozen, and the settings of the pipeline, with this autoencoder."""
         unused = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
         absent = {} if self.shape.opens_whole else unused
-        model = FlowModel.from_pretrained(
-            self.folder, self.options, **absent, vae=vae, dtype=dtype, **options
-        )
+        options = {**absent, **options, "vae": vae, "dtype": dtype, "variant": self.variant}
+        model = FlowModel.from_pretrained(self.folder, self.options, **options)
         assert isinstance(model, PretrainedModel)
         for name in unused:
             setattr(model.pipeline, name, None)
