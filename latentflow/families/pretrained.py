@@ -83,8 +83,8 @@ class PretrainedModel(FlowModel):
     sampling_options: tuple[str, ...] = ()
     #: prompts are encoded one by one, where those of a batch would change one another
     one_by_one: bool = False
-    #: the pipeline looks at its network where it encodes prompts, and does not open without it
-    encodes_with_network: bool = False
+    #: the pipeline opens with all of its parts only, or looks at its network where it encodes prompts
+    opens_whole: bool = False
     #: the network computes right under torch's autocast
     bears_autocast: bool = True
     #: the pipeline draws its noise with the channels last
@@ -335,8 +335,8 @@ class PretrainedModel(FlowModel):
 
         return evaluated
 
-    def prepare(self, rows: Rows) -> dict[str, Any]:
-        """Return the values by their names, on the network's device and in its precision.
+    def arrange(self, rows: Rows) -> dict[str, Any]:
+        """Return the values by their names.
 
         Raises:
             UserError: the rows lack the images that the network takes.
@@ -348,8 +348,7 @@ class PretrainedModel(FlowModel):
                 if self.takes_masks
                 else "Add them: rows.with_control(images).",
             )
-        placed = rows.to(self.device, self.dtype)
-        return {**placed.values, **{name: placed.kept[name] for name in self.extra}}
+        return {**rows.values, **{name: rows.kept[name] for name in self.extra}}
 
     def with_extra(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
         """Return x (B, C, h, w) and, in further channels, what the network takes of images.

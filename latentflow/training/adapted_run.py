@@ -51,8 +51,10 @@ class AdaptedRun:
             raise _nothing_yet(run)
         shape = model_from_configs(self.base, parse_options(self.options))
         settings = dict(state["description"]["adapter"])
+        base = settings.pop("base", {})
         settings["lora_layers"] = tuple(settings["lora_layers"])
         adapter = PretrainedAdapter(shape, AdapterConfig(**settings))
+        adapter.fingerprint = base  # which the shapes alone do not have
         weights = {
             name.removeprefix("network.network."): value
             for name, value in {**state["flow-weights"], **state["flow-average"]}.items()

@@ -157,18 +157,18 @@ class PretrainedResult:
 
     def facts(self) -> CardFacts:
         """Return the facts for the card of the result."""
-        model = self.model
-        parts = {
-            name: part for name, part in model.pipeline.components.items() if isinstance(part, nn.Module)
-        }
+        model, pipeline = self.model, self.base.shape.pipeline  # which has all parts, if only their shapes
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         return CardFacts(
             where=self.config.push_to_hub or str(self.folder),
             kind=model.condition_kind,
             example=self._example(),
             classes=tuple(model.classes),
             parts=parts,
+            samples=_SHOWN,
             sample_steps=(model.usual_steps,),
             resolution=self.splits.data.resolution,
+            stock=type(pipeline).__name__,
         )
 
     def command(self) -> str:

@@ -33,12 +33,14 @@ from ...utils.names import as_spelled
 from ...utils.weight_files import variants, weight_files
 from ..data import DataSplits
 from ..loop.distributed import compute_dtype, process_state
-from .adapters import adapted_layers
 from .defaults import check_shared, held_out_share
 from .encoded_prompts import EncodedPrompts
+from .pretrained_adapter import check_adapter
 
 #: parameters of a network above which an adapter is trained by default
 LARGE = 500_000_000
+#: settings with which the usual number of steps and learning rate are those of another run
+KEPT = ("lora_rank", "train_batch_size", "gradient_accumulation_steps")
 _USUAL_SIDE = 1024  # pixels, of models that do not say which, and at most, by default
 _USES = 740  # samples of one image; of n images the cube root of n times as many (docs/guide/fine-tune-pretrained.md)
 # components that training never needs
@@ -155,6 +157,7 @@ class PretrainedBase:
     def encoded_prompts(self, quantize: str | None, dtype: torch.dtype) -> EncodedPrompts:
         """Return the cache of the prompts of this model's text encoders."""
         index = read_index(self.folder)
+        looked_at = self.shape.network.config if self.shape.opens_whole else {}
         networks = (*_NETWORKS, "vae", "scheduler", "safety_checker")
         files = [
             [
@@ -175,17 +178,15 @@ class PretrainedBase:
                 "dtype": str(dtype),
                 "quantize": quantize,
                 "options": {name: self.options[name] for name in sorted(self.options)},
+                **{name: value for name, value in looked_at.items() if not name.startswith("_")},
             }
         )
 
     def open_encoders(self, device: torch.device, dtype: torch.dtype, **options: Any) -> FlowModel:
         """Open the text encoders, without the network where the family's pipeline can do without."""
-        absent = {name: None for name in read_index(self.folder) if name in (*_NETWORKS, "safety_checker")}
-        if self.shape.encodes_with_network:
-            absent = {}
-        model = FlowModel.from_pretrained(
-            self.folder, self.options, vae=None, dtype=dtype, **absent, **options
-        )
+        unused = () if self.shape.opens_whole else (*_NETWORKS, "vae", "safety_checker")
+        absent = {name: None for name in read_index(self.folder) if name in unused}
+        model = FlowModel.from_pretrained(self.folder, self.options, dtype=dtype, **absent, **options)
         for part in model.pipeline.components.values():
             if isinstance(part, nn.Module) and getattr(part, "hf_quantizer", None) is None:
                 part.to(device)
@@ -201,11 +202,14 @@ class PretrainedBase:
 
     def open_network(self, vae: Any, dtype: torch.dtype, **options: Any) -> PretrainedModel:
         """Open the network, frozen, and the settings of the pipeline, with this autoencoder."""
-        absent = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
+        unused = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
+        absent = {} if self.shape.opens_whole else unused
         model = FlowModel.from_pretrained(
             self.folder, self.options, **absent, vae=vae, dtype=dtype, **options
         )
         assert isinstance(model, PretrainedModel)
+        for name in unused:
+            setattr(model.pipeline, name, None)
         model.network.requires_grad_(False)
         model.pipeline.register_to_config(_name_or_path=self.name)  # not the cache's folder
         return model
@@ -239,7 +243,7 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
             f"{data.data} holds latents, and a pretrained model encodes images itself",
             "Give the folder of images: their latents are cached.",
         )
-    _check_condition(source, base, asked=data.condition)
+    source = _conditioned(source, base, asked=data.condition)
     data = replace(data, validation=held_out_share(given, data.validation, len(source)))
     if "resolution" not in given:
         data = replace(data, resolution=usual_side(shape))
@@ -261,7 +265,12 @@ def usual_side(shape: FlowModel) -> int:
     return max(1, int(min(side, _USUAL_SIDE)) // multiple) * multiple
 
 
-def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> None:
+def _conditioned(source: Source, base: PretrainedBase, *, asked: str) -> Source:
+    """Return the images with their classes as the model spells them.
+
+    Raises:
+        UserError: they lack what the model draws from.
+    """
     shape, name = base.shape, base.name
     if shape.takes_text:
         if source.kind != "text" and asked != "none":
@@ -275,18 +284,20 @@ def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> Non
                 f"all captions of {source.name} are empty",
                 'Write some, or give all images one: --caption "a photo of sks dog". --condition none trains without.',
             )
-        return
+        return source
     if source.kind == "text" or (source.kind != "class" and asked != "none"):
         raise UserError(
             f"{name} draws classes, and {source.name} has {'captions' if source.kind == 'text' else 'none'}",
             "Sort the images into folders named as its classes (--condition class).",
         )
-    unknown = [label for label in source.classes if as_spelled(label, shape.classes) not in shape.classes]
-    if unknown:
+    known = {**dict.fromkeys(shape.classes), **shape.labels}  # a class may have several names
+    classes = tuple(as_spelled(label, known) for label in source.classes)
+    if unknown := [label for label in classes if label not in known]:
         raise UserError(
             f"{name} has no classes named {few(unknown)}",
             f"It knows {few([*shape.classes], 12)}. Classes cannot be added to a pretrained model.",
         )
+    return replace(source, classes=classes)
 
 
 # ---------------------------------------------------------------- settings
@@ -301,7 +312,8 @@ def with_base_settings(
         own_share: share of the samples that are images of the data.
 
     Raises:
-        UserError: a setting has no effect on a pretrained model, does not fit it, or contradicts another one.
+        UserError: a setting has no effect on a pretrained model, or contradicts another one; it cannot have such an
+            adapter.
     """
     _refuse_unused(config, base)
     defaults = base.shape.training_defaults
@@ -311,14 +323,14 @@ def with_base_settings(
     flow = config.flow
     if "condition_dropout" not in given:
         flow = replace(flow, condition_dropout=defaults.condition_dropout)
-    if adapter.lora_rank:
-        adapted_layers(base.shape.network, adapter)
     tuned = replace(config, adapter=adapter, flow=flow)
     if tuned.fine_tuning.quantize and not adapter.lora_rank:
         raise UserError(
             f"--quantize {tuned.fine_tuning.quantize}: quantised weights cannot learn, and all are to be trained",
             "Train an adapter (--lora-rank 16), or leave --quantize out.",
         )
+    if adapter.lora_rank:
+        check_adapter(base.shape, adapter)
     rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
     return replace(tuned, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
 

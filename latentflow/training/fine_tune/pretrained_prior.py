@@ -111,7 +111,9 @@ def prior_data(
         teacher = Teacher(model, pipeline, call_arguments, _network_hash(base, model), together=1)
         tensors = samples(teacher, asked, side, folder, settings)
     model.pipeline.to("cpu")
-    source = sample_source(f"samples of {base.name}", model.condition_kind, asked, model.classes, settings, tensors)
+    source = sample_source(
+        f"samples of {base.name}", model.condition_kind, asked, model.classes, settings, tensors
+    )
     return sample_data(source, tensors, side, conditions(source), settings)
 
 
