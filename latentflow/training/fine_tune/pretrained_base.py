@@ -21,7 +21,6 @@ from ...families import FlowModel
 from ...families.from_configs import model_from_configs
 from ...families.index import pipeline_class, read_index
 from ...families.pretrained import PretrainedModel
-from ...families.sizes import check_size
 from ...families.stored_weights import parameter_count
 from ...families.text_encoders import TEXT_ENCODERS
 from ...flow import TimeDensity
@@ -324,7 +323,6 @@ def with_base_settings(
             adapter.
     """
     _refuse_unused(config, base)
-    check_size(config.data.resolution, config.data.resolution, base.shape.size_multiple)
     defaults = base.shape.training_defaults
     adapter = config.adapter
     if "lora_rank" not in given and base.size > LARGE and base.loads_adapters:
