@@ -1,10 +1,12 @@
-"""Flags with which the fine-tune of a pretrained model fits into a graphics card: counted, nothing is downloaded.
+"""Memory and time of fine-tuning pretrained models on graphics cards: counted, nothing is downloaded.
 
     python benchmarks/fine_tune_memory.py                      # a quarter of an hour on one core
     python benchmarks/fine_tune_memory.py flux2-klein-4b       # some of the models
 
-Prints the table of docs/guide/fine-tune-pretrained.md, by the planner of `latentflow train --dry-run`, from the configs
-of tests/training/configs. No GPU is used.
+Prints the two tables of docs/guide/fine-tune-pretrained.md from the configs of tests/training/configs: the flags with
+which a run fits, by the planner of `latentflow train --dry-run`; and the operations of a step, which is simulated on
+tensors without values, with the seconds that they take at the share of a GPU's peak that `--dry-run` assumes of our own
+networks. No GPU is used.
 """
 
 from __future__ import annotations
@@ -13,12 +15,17 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from latentflow.config import AdapterConfig
 from latentflow.families.from_configs import model_from_configs
+from latentflow.training.estimate import GPUS, UTILISATION
 from latentflow.training.fine_tune.memory_plan import CARDS, GIB, FineTuning, MemoryPlanner
 
 CONFIGS = Path(__file__).resolve().parents[1] / "tests" / "training" / "configs"
@@ -76,6 +83,37 @@ def rows(name: str, folder: Path, sides: Iterable[int] = SIDES, *, full: bool = 
         yield f"| {MODELS[name]}, {what} | {' | '.join(cell(made, settings, gib) for gib in CARDS)} |"
 
 
+def operations(name: str, folder: Path, side: int) -> float:
+    """Return the floating-point operations of a step with gradient checkpointing; a multiply-add is two."""
+
+    def attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)  # type: ignore[no-any-return]
+
+    def backward(out: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(out, q, k, v)  # type: ignore[no-any-return]
+
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    made, settings = planner(name, folder), replace(default(side), gradient_checkpointing=True)
+    made.weights(settings)
+    made._image(settings)  # before: only the step is counted
+    with FlopCounterMode(
+        display=False, custom_mapping={on_cpu: attention, on_cpu_backward: backward}
+    ) as counter:
+        made._activations(settings)
+    return float(counter.get_total_flops())
+
+
+def time_row(name: str, folder: Path) -> str:
+    """Return the line of a model: for each size the operations, and the seconds on each GPU."""
+    cells = []
+    for side in SIDES:
+        flops = operations(name, folder, side)
+        seconds = [f"{flops / (UTILISATION * gpu.flops_per_second):.2g}" for gpu in GPUS]
+        cells += [f"{flops / 1e12:.0f}", *seconds]
+    return f"| {MODELS[name]} | {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -88,6 +126,11 @@ def main() -> None:
         for name in chosen:
             for line in rows(name, Path(folder)):
                 print(line, flush=True)
+        gpus = " | ".join(gpu.name.removeprefix("NVIDIA ") for gpu in GPUS)
+        columns = " | ".join(f"{side} px, TFLOP | {gpus}" for side in SIDES)
+        print(f"\n| | {columns} |", f"|{'---|' * (1 + len(SIDES) * (1 + len(GPUS)))}", sep="\n")
+        for name in chosen:
+            print(time_row(name, Path(folder)), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from ...families import FlowModel
 from ...families.from_configs import model_from_configs
 from ...families.index import pipeline_class, read_index
 from ...families.pretrained import PretrainedModel
-from ...families.sizes import check_size
 from ...families.stored_weights import parameter_count
 from ...families.text_encoders import TEXT_ENCODERS
 from ...flow import TimeDensity
@@ -47,6 +46,8 @@ _USES = 740  # samples of one image; of n images the cube root of n times as man
 # components that training never needs
 _UNUSED = (*TEXT_ENCODERS, "safety_checker", "image_encoder", "prior")
 _NETWORKS = ("transformer", "unet", "unconditional_transformer")
+# values of --quantize whose weights autograd keeps in 16 bits as well; bitsandbytes makes them anew
+_WIDENED = ("int8", "float8")
 # settings of `FlowConfig` that do not belong to the network, and may be chosen
 _FREE = ("weighting", "weighting_options", "time_density", "time_options", "condition_dropout")
 
@@ -144,13 +145,18 @@ class PretrainedBase:
             f"--lora-rank {adapter.lora_rank} --learning-rate {loop.learning_rate:g} --lr-scheduler "
             f"{loop.lr_scheduler} --condition-dropout {config.flow.condition_dropout:g}"
         )
-        side = config.data.resolution
+        side, quantize = config.data.resolution, config.fine_tuning.quantize
         return [
             f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} whose network has "
             f"{self.size / 1e6:,.0f} M parameters; each image is used about {uses:.{int(uses < 10)}f} times",
             f"settings: {flags} (the family's, unless you gave others; from {defaults.source})",
             f"noise levels: {_density_text(self.shape.training_density(side, side), config.flow)}",
             f"resolution: {side} x {side} pixels{', or as many in another shape' * config.framing.buckets}",
+            *(
+                [_checkpointed(quantize)]
+                if quantize in _WIDENED and config.network.gradient_checkpointing
+                else []
+            ),
         ]
 
     # ---------------------------------------------------------------- parts
@@ -324,7 +330,6 @@ def with_base_settings(
             adapter.
     """
     _refuse_unused(config, base)
-    check_size(config.data.resolution, config.data.resolution, base.shape.size_multiple)
     defaults = base.shape.training_defaults
     adapter = config.adapter
     if "lora_rank" not in given and base.size > LARGE and base.loads_adapters:
@@ -333,15 +338,33 @@ def with_base_settings(
     if "condition_dropout" not in given:
         flow = replace(flow, condition_dropout=defaults.condition_dropout)
     tuned = replace(config, adapter=adapter, flow=flow)
-    if tuned.fine_tuning.quantize and not adapter.lora_rank:
+    network, checkpoints = config.network, base.shape.network._supports_gradient_checkpointing
+    if tuned.fine_tuning.quantize:
+        _check_quantised(tuned)
+        if "gradient_checkpointing" not in given and tuned.fine_tuning.quantize in _WIDENED:
+            network = replace(network, gradient_checkpointing=checkpoints)
+    if network.gradient_checkpointing and not checkpoints:
         raise UserError(
-            f"--quantize {tuned.fine_tuning.quantize}: quantised weights cannot learn, and all are to be trained",
-            "Train an adapter (--lora-rank 16), or leave --quantize out.",
+            f"--gradient-checkpointing: {type(base.shape.network).__name__} has none", "Leave it out."
         )
     if adapter.lora_rank:
         check_adapter(base.shape, adapter)
     rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
-    return replace(tuned, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
+    return replace(tuned, network=network, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
+
+
+def _check_quantised(config: RunConfig) -> None:
+    quantize = config.fine_tuning.quantize
+    if not config.adapter.lora_rank:
+        raise UserError(
+            f"--quantize {quantize}: quantised weights cannot learn, and all are to be trained",
+            "Train an adapter (--lora-rank 16), or leave --quantize out.",
+        )
+    if config.loop.shard and process_state().num_processes > 1:
+        raise UserError(
+            f"--quantize {quantize} with --shard: quantised weights cannot be spread over processes",
+            "Leave one of the two out: without --shard, each process holds all quantised weights.",
+        )
 
 
 def _fitted(
@@ -417,6 +440,13 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
 def base_dtype(loop: LoopConfig, adapter: AdapterConfig, device: torch.device) -> torch.dtype:
     """Return the precision of the network's weights: what it computes in where they are frozen, else float32."""
     return compute_dtype(loop.mixed_precision, device) if adapter.lora_rank else torch.float32
+
+
+def _checkpointed(quantize: str | None) -> str:
+    return (
+        f"gradient checkpointing: on, as a step would keep a copy of each {quantize} weight in 16 bits without "
+        "(--no-gradient-checkpointing)"
+    )
 
 
 def _density_text(density: TimeDensity, flow: FlowConfig) -> str:
