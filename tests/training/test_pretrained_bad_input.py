@@ -73,6 +73,7 @@ def without_weights(folder: Path, to: Path) -> Path:
         ("--inpainting", "takes no --inpainting\n"),
         ("--route-share 0.5", "takes no --route-share\n"),
         ("--size-conditioning", "takes no --size-conditioning\n"),
+        ("--ema-lengths 0.1", "takes no --ema-lengths\n"),
         ("--lr-layer-decay 0.8", "takes no --lr-layer-decay\n"),
         ("--lora-text-encoder --lora-rank 2", "takes no --lora-text-encoder\n"),
         ("--preset tiny", "takes no --network-preset"),

@@ -427,6 +427,7 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
     found += ["vae"] if config.vae else []
     found += ["latents_as_is"] if config.latents_as_is else []
     found += ["size_conditioning"] if config.framing.size_conditioning else []
+    found += ["ema_lengths"] if config.loop.ema_lengths else []
     found += ["lr_layer_decay"] if config.loop.lr_layer_decay != 1.0 else []
     found += ["lora_text_encoder"] if config.adapter.lora_text_encoder else []
     if found:
