@@ -71,9 +71,8 @@ class AdaptedRun:
             shape.network.load_state_dict(weights, strict=False, assign=True)
         temporary = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        folder = (
-            Path(temporary) / run.folder.resolve().name / "adapter"
-        )  # the page calls it by the run's name
+        # The page calls the adapter by the name of the run.
+        folder = Path(temporary) / run.folder.resolve().name / "adapter"
         adapter.save(folder)
         target = f" of {run.target}" if run.target else ""
         line = f"{run.folder} is not finished: step {state['step']}{target}. To finish it:\n  {run.resume()}"
@@ -103,7 +102,7 @@ def adapted_run(source: str) -> AdaptedRun | None:
         return None
     if not any((folder / "checkpoints").glob("step-*")) and not (folder / "adapter").is_dir():
         raise _nothing_yet(run)
-    return AdaptedRun(run, result_of(str(base)), tuple(run.config.get("family_options") or ()))
+    return AdaptedRun(run, result_of(str(base)), tuple(map(str, run.config.get("family_options") or ())))
 
 
 def _nothing_yet(run: Run) -> UserError:

@@ -177,7 +177,8 @@ def test_too_little_memory_is_said_before_anything_is_read(
     base = without_weights(pretrained(NAME), tmp_path / "base")
     line[line.index("--init-from") + 1] = base
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**30 + 2**18))
-    said = call(cache, data, *line, "--max-train-steps", 2, expect=2)
+    flags = [*line, "--max-train-steps", 2]
+    said = call(cache, data, *flags, expect=2)
     assert "GiB of memory, and cpu has 1.0 (--dry-run counts it" in said
     assert not (tmp_path / "run" / "checkpoints").exists()
 

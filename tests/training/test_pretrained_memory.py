@@ -31,9 +31,9 @@ STEPS = 22
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A tiny model with a text encoder more than ten times as large as its network; and the encoder's bytes."""
     pipe = deepcopy(checkpoint(NAME))
-    config = {**pipe.transformer.config, "num_attention_heads": 16, "attention_head_dim": 32}
+    config = {**pipe.transformer.config, "num_attention_heads": 8, "attention_head_dim": 32}
     network = type(pipe.transformer).from_config({**config, "axes_dims_rope": (8, 12, 12)})
-    settings = {**pipe.text_encoder_2.config.to_dict(), "num_layers": 6, "d_ff": WIDTH}
+    settings = {**pipe.text_encoder_2.config.to_dict(), "num_layers": 9, "d_ff": WIDTH}
     encoder = T5EncoderModel(T5Config.from_dict(settings))
     pipe.register_modules(transformer=network.eval(), text_encoder_2=encoder.eval())
     folder = tmp_path_factory.mktemp("large") / "base"
@@ -46,7 +46,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 def measure(
     large: tuple[Path, int], run: Path, data: Path, cache: Path, keep: bool = False
 ) -> list[tuple[int, int]]:
-    """Train in a process of its own; return its resident bytes and the encoder's live tensors in steps 2 to 20.
+    """Train in a process of its own; return its resident bytes in steps 2 to 20, the encoder's live tensors in some.
 
     Args:
         keep: hold the encoders, as a run does that forgets to drop them.
@@ -57,8 +57,11 @@ def measure(
 
     def measured(loss: PretrainedLoss, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         if loss.training:
-            alive = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and WIDTH in one.shape]
-            found.append((psutil.Process().memory_info().rss, len(alive)))
+            used, alive = psutil.Process().memory_info().rss, -1
+            if len(found) % 9 == 1:  # it looks at a million objects; those on the meta device have no memory
+                tensors = (one for one in gc.get_objects() if isinstance(one, torch.Tensor))
+                alive = sum(WIDTH in one.shape and not one.is_meta for one in tensors)
+            found.append((used, alive))
         return forward(loss, batch)
 
     def train(rank: int) -> None:
@@ -80,10 +83,9 @@ def test_text_encoders_are_gone_while_the_network_trains(large: tuple[Path, int]
     data = photos(tmp_path / "data", 16, 4)
     encoding = measure(large, tmp_path / "encoding", data, tmp_path / "cache")
     cached = measure(large, tmp_path / "cached", data, tmp_path / "cache")
-    for (used, alive), (other, _) in zip(encoding, cached, strict=True):
-        assert alive == 0
+    assert [alive for _, alive in encoding[::9]] == [0, 0, 0]
+    for (used, _), (other, _) in zip(encoding, cached, strict=True):
         assert abs(used - other) <= 0.1 * other
     # The same measure finds encoders that are kept.
     kept = measure(large, tmp_path / "kept", data, tmp_path / "other", keep=True)
-    assert all(alive >= 6 for _, alive in kept)
-    assert kept[0][0] - cached[0][0] > 0.1 * cached[0][0]
+    assert kept[0][1] == 18 and kept[0][0] - cached[0][0] > 0.1 * cached[0][0]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from latentflow import LatentFlowPipeline
 from latentflow.config import SamplingConfig
+from latentflow.errors import UserError
 from latentflow.inference.opening import open_pipeline
 from latentflow.inference.sample import read_capabilities
 from latentflow.training import pretrained_result
@@ -262,6 +263,13 @@ def test_a_run_opens_as_its_base_with_its_adapter_finished_or_not(
     assert type(stock).__name__ == "FluxPipeline"
     assert "adapters merged into its weights: open" in (tmp_path / "merged" / "README.md").read_text()
 
+    half, _ = drawn("half", "--checkpoint", flux, "--lora", f"{run}=0.5", *option)
+    call(cache, flux, "--lora", f"{run}=0.5", "-o", tmp_path / "halved", file=program("export"))
+    halved, _ = drawn("halved", "--checkpoint", tmp_path / "halved", *option)
+    assert abs(half - halved).max() <= 1 < abs(half - with_adapter).max()
+    with pytest.raises(UserError, match="a folder with them would not open"):
+        pipe.save_pretrained(tmp_path / "broken")
+
     # the line that finishes it
     assert "done:" in paste(cache, match[1])
 
@@ -315,7 +323,9 @@ def diffusion(images: Path, cache: Path, folder: Path) -> Path:
     return folder / "diffusion"
 
 
-@pytest.mark.parametrize(("made", "layout"), [("run", "comfyui"), ("diffusion", "kohya")])
+@pytest.mark.parametrize(
+    ("made", "layout"), [("run", "comfyui"), pytest.param("diffusion", "kohya", marks=pytest.mark.slow)]
+)
 def test_its_adapter_is_exported_in_other_layouts(
     made: str, layout: str, cache: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

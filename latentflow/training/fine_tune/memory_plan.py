@@ -26,6 +26,7 @@ from ...families.stored_weights import QUANTISED, parameter_count, stored_bytes
 from ...families.text_encoders import TEXT_ENCODERS
 from ..loop.optimizers import adam_bytes
 from .adapters import chosen_layers
+from .pretrained_adapter import compute_as_base
 from .step_memory import NotCountedError, encoding_images, encoding_prompts, training_step
 
 T = TypeVar("T")
@@ -288,6 +289,7 @@ class MemoryPlanner:
                     latent_shape=self._image(settings)[1],
                     text_length=self.model.prompt_tokens,
                     checkpointing=saves,
+                    autocast=not settings.lora_rank or settings.base == "float32",
                 ).peak
             except NotCountedError:
                 return None
@@ -309,6 +311,7 @@ def _learn(network: nn.Module, settings: FineTuning) -> None:
 
         layers = [*chosen_layers(network, settings.lora_layers)]
         inject_adapter_in_model(LoraConfig(r=settings.lora_rank, target_modules=layers), network)
+        compute_as_base(network)
 
 
 def _stored(encoder: nn.Module, settings: FineTuning) -> str:

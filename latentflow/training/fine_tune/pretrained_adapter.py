@@ -61,7 +61,7 @@ class PretrainedAdapter:
         self.fingerprint = fingerprint(model.network)
         self.layers = inject(model.network, config)
         cast_training_params(model.network, torch.float32)
-        _compute_as_base(model.network)
+        compute_as_base(model.network)
 
     def lines(self) -> list[str]:
         """Describe what is trained, for the plan."""
@@ -93,7 +93,7 @@ class _Factor(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def _compute_as_base(network: Any) -> None:
+def compute_as_base(network: Any) -> None:
     """Let an adapter in float32 compute in the precision of the base, as it will when images are drawn.
 
     So a base in half precision needs no autocast, which brings every norm's output to float32 and back. peft would

@@ -46,6 +46,8 @@ _USES = 740  # samples of one image; of n images the cube root of n times as man
 # components that training never needs
 _UNUSED = (*TEXT_ENCODERS, "safety_checker", "image_encoder", "prior")
 _NETWORKS = ("transformer", "unet", "unconditional_transformer")
+# values of --quantize whose weights autograd keeps in 16 bits as well; bitsandbytes makes them anew
+_WIDENED = ("int8", "float8")
 # settings of `FlowConfig` that do not belong to the network, and may be chosen
 _FREE = ("weighting", "weighting_options", "time_density", "time_options", "condition_dropout")
 
@@ -143,16 +145,29 @@ class PretrainedBase:
             f"--lora-rank {adapter.lora_rank} --learning-rate {loop.learning_rate:g} --lr-scheduler "
             f"{loop.lr_scheduler} --condition-dropout {config.flow.condition_dropout:g}"
         )
-        side = config.data.resolution
+        side, quantize = config.data.resolution, config.fine_tuning.quantize
         return [
             f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} whose network has "
             f"{self.size / 1e6:,.0f} M parameters; each image is used about {uses:.{int(uses < 10)}f} times",
             f"settings: {flags} (the family's, unless you gave others; from {defaults.source})",
             f"noise levels: {_density_text(self.shape.training_density(side, side), config.flow)}",
             f"resolution: {side} x {side} pixels{', or as many in another shape' * config.framing.buckets}",
+            *(
+                [_checkpointed(quantize)]
+                if quantize in _WIDENED and config.network.gradient_checkpointing
+                else []
+            ),
         ]
 
     # ---------------------------------------------------------------- parts
+
+    @property
+    def variant(self) -> str | None:
+        """The variant of the weights, such as fp16, where a component has no others."""
+        for folder in (Path(self.folder) / name for name in read_index(self.folder)):
+            if (there := variants(folder)) and weight_files(folder, None) is None:
+                return there[0]
+        return None
 
     def encoded_prompts(self, quantize: str | None, dtype: torch.dtype) -> EncodedPrompts:
         """Return the cache of the prompts of this model's text encoders."""
@@ -186,7 +201,8 @@ class PretrainedBase:
         """Open the text encoders, without the network where the family's pipeline can do without."""
         unused = () if self.shape.opens_whole else (*_NETWORKS, "vae", "safety_checker")
         absent = {name: None for name in read_index(self.folder) if name in unused}
-        model = FlowModel.from_pretrained(self.folder, self.options, dtype=dtype, **absent, **options)
+        options = {**absent, **options, "dtype": dtype, "variant": self.variant}
+        model = FlowModel.from_pretrained(self.folder, self.options, **options)
         for part in model.pipeline.components.values():
             if isinstance(part, nn.Module) and getattr(part, "hf_quantizer", None) is None:
                 part.to(device)
@@ -195,8 +211,7 @@ class PretrainedBase:
     def open_autoencoder(self) -> Any:
         """Open the autoencoder, in float32: some overflow in float16."""
         folder = Path(self.folder) / "vae"
-        there = variants(folder)
-        variant = there[0] if len(there) == 1 and weight_files(folder, None) is None else None
+        variant = self.variant if weight_files(folder, None) is None else None
         vae: Any = load_module(type(self.shape.vae), folder, use_safetensors=True, variant=variant)
         return vae.float().requires_grad_(False)
 
@@ -204,9 +219,8 @@ class PretrainedBase:
         """Open the network, frozen, and the settings of the pipeline, with this autoencoder."""
         unused = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
         absent = {} if self.shape.opens_whole else unused
-        model = FlowModel.from_pretrained(
-            self.folder, self.options, **absent, vae=vae, dtype=dtype, **options
-        )
+        options = {**absent, **options, "vae": vae, "dtype": dtype, "variant": self.variant}
+        model = FlowModel.from_pretrained(self.folder, self.options, **options)
         assert isinstance(model, PretrainedModel)
         for name in unused:
             setattr(model.pipeline, name, None)
@@ -324,15 +338,33 @@ def with_base_settings(
     if "condition_dropout" not in given:
         flow = replace(flow, condition_dropout=defaults.condition_dropout)
     tuned = replace(config, adapter=adapter, flow=flow)
-    if tuned.fine_tuning.quantize and not adapter.lora_rank:
+    network, checkpoints = config.network, base.shape.network._supports_gradient_checkpointing
+    if tuned.fine_tuning.quantize:
+        _check_quantised(tuned)
+        if "gradient_checkpointing" not in given and tuned.fine_tuning.quantize in _WIDENED:
+            network = replace(network, gradient_checkpointing=checkpoints)
+    if network.gradient_checkpointing and not checkpoints:
         raise UserError(
-            f"--quantize {tuned.fine_tuning.quantize}: quantised weights cannot learn, and all are to be trained",
-            "Train an adapter (--lora-rank 16), or leave --quantize out.",
+            f"--gradient-checkpointing: {type(base.shape.network).__name__} has none", "Leave it out."
         )
     if adapter.lora_rank:
         check_adapter(base.shape, adapter)
     rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
-    return replace(tuned, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
+    return replace(tuned, network=network, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
+
+
+def _check_quantised(config: RunConfig) -> None:
+    quantize = config.fine_tuning.quantize
+    if not config.adapter.lora_rank:
+        raise UserError(
+            f"--quantize {quantize}: quantised weights cannot learn, and all are to be trained",
+            "Train an adapter (--lora-rank 16), or leave --quantize out.",
+        )
+    if config.loop.shard and process_state().num_processes > 1:
+        raise UserError(
+            f"--quantize {quantize} with --shard: quantised weights cannot be spread over processes",
+            "Leave one of the two out: without --shard, each process holds all quantised weights.",
+        )
 
 
 def _fitted(
@@ -408,6 +440,13 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
 def base_dtype(loop: LoopConfig, adapter: AdapterConfig, device: torch.device) -> torch.dtype:
     """Return the precision of the network's weights: what it computes in where they are frozen, else float32."""
     return compute_dtype(loop.mixed_precision, device) if adapter.lora_rank else torch.float32
+
+
+def _checkpointed(quantize: str | None) -> str:
+    return (
+        f"gradient checkpointing: on, as a step would keep a copy of each {quantize} weight in 16 bits without "
+        "(--no-gradient-checkpointing)"
+    )
 
 
 def _density_text(density: TimeDensity, flow: FlowConfig) -> str:
