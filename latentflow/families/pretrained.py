@@ -85,6 +85,8 @@ class PretrainedModel(FlowModel):
     one_by_one: bool = False
     #: the pipeline opens with all of its parts only, or looks at its network where it encodes prompts
     opens_whole: bool = False
+    #: the network follows a plan of the image, which a language model draws of the prompt and rows keep
+    follows_plan: bool = False
     #: the network computes right under torch's autocast
     bears_autocast: bool = True
     #: the pipeline draws its noise with the channels last
