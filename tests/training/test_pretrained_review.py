@@ -99,7 +99,9 @@ def _pixels(source: Any, row: int) -> torch.Tensor:
     return pil_to_tensor(source.examples[row].open()).float() / 127.5 - 1
 
 
-@pytest.mark.parametrize(("name", "lower"), [("StableDiffusion3Pipeline", True), ("Ideogram4Pipeline", False)])
+@pytest.mark.parametrize(
+    ("name", "lower"), [("StableDiffusion3Pipeline", True), ("Ideogram4Pipeline", False)]
+)
 def test_images_are_drawn_in_a_precision_that_the_network_bears(
     name: str, lower: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +123,9 @@ def test_settings_of_the_pipeline_have_encoded_prompts_of_their_own(
     folder = Path(shutil.copytree(pretrained("StableDiffusionXLPipeline"), tmp_path / "base"))
     nulls = []
     for zeros in (True, False):
-        index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": zeros}
+        index = json.loads((folder / "model_index.json").read_text()) | {
+            "force_zeros_for_empty_prompt": zeros
+        }
         (folder / "model_index.json").write_text(json.dumps(index))
         base = PretrainedBase.of(str(folder))
         prompts = base.encoded_prompts(None, torch.float32)

@@ -185,7 +185,11 @@ class PretrainedBase:
             {
                 "pipeline": str(index.get("_class_name")),
                 "files": files,
-                "settings": {name: value for name, value in index.items() if isinstance(value, bool | int | str)},
+                "settings": {
+                    name: value
+                    for name, value in index.items()
+                    if not (name.startswith("_") or isinstance(value, list))
+                },
                 "libraries": [diffusers.__version__, transformers.__version__],
                 "dtype": str(dtype),
                 "quantize": quantize,
