@@ -100,6 +100,7 @@ def test_flags_that_cannot_be_had_are_refused_before_anything_is_encoded(
         ("QwenImageEditPipeline", "a QwenImageEditPipeline, cannot be fine-tuned: it draws from images"),
         ("SanaSprintPipeline", "it is a consistency model, which has no velocity"),
         ("LatentConsistencyModelPipeline", "it is a consistency model, which has no velocity"),
+        ("GlmImagePipeline", "its network follows a plan of the image, and there are none of your images"),
     ],
 )
 def test_models_that_are_not_fine_tuned(

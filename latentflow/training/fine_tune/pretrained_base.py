@@ -6,11 +6,14 @@ import dataclasses
 import gc
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -32,7 +35,7 @@ from ...utils.memory import release_memory
 from ...utils.names import as_spelled
 from ...utils.weight_files import variants, weight_files
 from ..data import DataSplits
-from ..loop.distributed import compute_dtype, process_state
+from ..loop.distributed import compute_dtype, has_fast_bfloat16, process_state
 from .defaults import check_shared, held_out_share
 from .encoded_prompts import EncodedPrompts
 from .pretrained_adapter import check_adapter
@@ -91,7 +94,8 @@ class PretrainedBase:
             family_options: as `FineTuningConfig.family_options`.
 
         Raises:
-            UserError: they cannot be read, or the model draws from images, which training does not give it.
+            UserError: they cannot be read; or the model draws from images or plans, which training does not give it,
+                or has no velocity.
         """
         quiet_libraries()
         folder = result_of(checkpoint)
@@ -106,6 +110,11 @@ class PretrainedBase:
             raise UserError(
                 f"{kind}: it is a consistency model, which has no velocity",
                 "Start from the model that it was distilled from.",
+            )
+        if shape.follows_plan:
+            raise UserError(
+                f"{kind}: its network follows a plan of the image, and there are none of your images",
+                "Start from a model of another family.",
             )
         return cls(checkpoint, folder, shape, options)
 
@@ -190,6 +199,12 @@ class PretrainedBase:
             {
                 "pipeline": str(index.get("_class_name")),
                 "files": files,
+                "settings": {
+                    name: value
+                    for name, value in index.items()
+                    if not (name.startswith("_") or isinstance(value, list))
+                },
+                "libraries": [diffusers.__version__, transformers.__version__],
                 "dtype": str(dtype),
                 "quantize": quantize,
                 "options": {name: self.options[name] for name in sorted(self.options)},
@@ -227,6 +242,12 @@ class PretrainedBase:
         model.network.requires_grad_(False)
         model.pipeline.register_to_config(_name_or_path=self.name)  # not the cache's folder
         return model
+
+
+def drawing_precision(model: FlowModel, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which a model draws: weights in float32 compute in bfloat16 where the network bears it."""
+    lower = model.dtype == torch.float32 and model.bears_autocast and has_fast_bfloat16(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=lower)
 
 
 def drop(model: FlowModel) -> None:
