@@ -346,6 +346,7 @@ def plan_of(config: RunConfig, dtype: torch.dtype) -> FineTuning:
         gradient_checkpointing=config.network.gradient_checkpointing,
         batch_size=config.loop.train_batch_size,
         resolution=config.data.resolution,
+        cached=not config.adapter.lora_text_encoder,
     )
 
 

@@ -24,7 +24,7 @@ from ...families.pretrained import PretrainedModel
 from ...families.stored_weights import parameter_count
 from ...families.text_encoders import TEXT_ENCODERS
 from ...flow import TimeDensity
-from ...pipeline.stock_adapters import adapted_part
+from ...pipeline.stock_adapters import adapted_encoders, adapted_part
 from ...utils.components import library_reads, load_module, quiet_libraries
 from ...utils.files import pipeline_folder, result_of
 from ...utils.flags import parse_options
@@ -33,6 +33,7 @@ from ...utils.names import as_spelled
 from ...utils.weight_files import variants, weight_files
 from ..data import DataSplits
 from ..loop.distributed import compute_dtype, process_state
+from ..losses.pretrained import TEXT_ENCODER_RATE
 from .defaults import check_shared, held_out_share
 from .encoded_prompts import EncodedPrompts
 
@@ -147,7 +148,17 @@ class PretrainedBase:
             f"settings: {flags} (defaults of the family: {defaults.source})",
             f"training times: {_density_text(self.shape.training_density(side, side), config.flow)}",
             f"resolution: {side} pixels",
+            *([self._encoders_line(loop.learning_rate)] if adapter.lora_text_encoder else []),
         ]
+
+    def _encoders_line(self, rate: float) -> str:
+        """Describe the training of text encoders."""
+        names = [*adapted_encoders(self.shape.pipeline)]
+        return (
+            f"text encoders: {' and '.join(names)} {'learn' if len(names) > 1 else 'learns'} too, at the rate "
+            f"{TEXT_ENCODER_RATE * rate:g}, {TEXT_ENCODER_RATE:g} of the network's, as in diffusers' own programs; "
+            "all text encoders stay in memory and encode the captions in each step"
+        )
 
     # ---------------------------------------------------------------- parts
 
@@ -238,7 +249,7 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
             f"{data.data} holds latents, and a pretrained model encodes images itself",
             "Give the folder of images: their latents are cached.",
         )
-    _check_condition(source, base, asked=data.condition)
+    _check_condition(source, base, asked=data.condition, learns_text=config.adapter.lora_text_encoder)
     data = replace(data, validation=held_out_share(given, data.validation, len(source)))
     if "resolution" not in given:
         data = replace(data, resolution=usual_side(shape))
@@ -260,7 +271,7 @@ def usual_side(shape: FlowModel) -> int:
     return max(1, int(min(side, _USUAL_SIDE)) // multiple) * multiple
 
 
-def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> None:
+def _check_condition(source: Source, base: PretrainedBase, *, asked: str, learns_text: bool) -> None:
     shape, name = base.shape, base.name
     if shape.takes_text:
         if source.kind != "text" and asked != "none":
@@ -268,6 +279,11 @@ def _check_condition(source: Source, base: PretrainedBase, *, asked: str) -> Non
                 f"{source.name} has no captions, and {name} draws from prompts",
                 "Write one beside each image (cat.txt beside cat.png), or give all of them one: "
                 '--caption "a photo of sks dog". --condition none trains without.',
+            )
+        if source.kind != "text" and learns_text:
+            raise UserError(
+                f"--lora-text-encoder: {source.name} is used without captions, from which a text encoder would learn",
+                "Leave it out, or --condition none.",
             )
         if source.kind == "text" and not any(any(captions) for captions in source.all_captions()):
             raise UserError(
@@ -307,6 +323,11 @@ def with_base_settings(
     adapter = config.adapter
     if "lora_rank" not in given and base.size > LARGE and base.loads_adapters:
         adapter = replace(adapter, lora_rank=defaults.lora_rank)
+    if adapter.lora_text_encoder and not adapted_encoders(base.shape.pipeline):
+        raise UserError(
+            f"--lora-text-encoder: diffusers has no adapters for the text encoders of {base.name}",
+            "Leave it out: those of Stable Diffusion 1 to 3, SDXL and FLUX.1 can have one.",
+        )
     flow = config.flow
     if "condition_dropout" not in given:
         flow = replace(flow, condition_dropout=defaults.condition_dropout)
@@ -381,7 +402,6 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
     found += ["latents_as_is"] if config.latents_as_is else []
     found += ["size_conditioning"] if config.framing.size_conditioning else []
     found += ["lr_layer_decay"] if config.loop.lr_layer_decay != 1.0 else []
-    found += ["lora_text_encoder"] if config.adapter.lora_text_encoder else []
     if found:
         flags = " ".join(f"--{name.replace('_', '-')}" for name in found)
         raise UserError(

@@ -18,7 +18,7 @@ from ...pipeline.over_model import over_model
 from ...utils.memory import memory_phase
 from ..loop.distributed import has_fast_bfloat16, process_state
 from ..losses.latent_data import Conditions, LatentData
-from .encoded_prompts import EncodedPrompts
+from .live_prompts import Prompts
 from .pretrained_base import PretrainedBase
 from .prior import in_turn, read_prompts
 from .teacher_samples import SampleSettings, Teacher, sample_data, sample_source, samples
@@ -70,7 +70,7 @@ def pretrained_prior(base: PretrainedBase, config: FineTuningConfig) -> tuple[li
 def prior_data(
     base: PretrainedBase,
     model: FlowModel,
-    prompts: EncodedPrompts,
+    prompts: Prompts,
     asked: list[str],
     side: int,
     folder: Path,
@@ -84,7 +84,7 @@ def prior_data(
 
     Args:
         model: of the base, with nothing trained in it yet.
-        prompts: holds ``asked`` encoded.
+        prompts: with those of ``asked``.
         asked: a prompt or class for each sample.
         side: of the images in pixels.
         conditions: turns samples into what the network is given with them.
@@ -111,7 +111,9 @@ def prior_data(
         teacher = Teacher(model, pipeline, call_arguments, _network_hash(base, model), together=1)
         tensors = samples(teacher, asked, side, folder, settings)
     model.pipeline.to("cpu")
-    source = sample_source(f"samples of {base.name}", model.condition_kind, asked, model.classes, settings, tensors)
+    source = sample_source(
+        f"samples of {base.name}", model.condition_kind, asked, model.classes, settings, tensors
+    )
     return sample_data(source, tensors, side, conditions(source), settings)
 
 
