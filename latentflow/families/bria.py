@@ -31,7 +31,7 @@ class BriaModel(PackedModel):
     Guidance leads away from zeros where there is no negative prompt.
     """
 
-    encodes_with_network = True
+    opens_whole = True
     one_by_one = True
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
@@ -80,7 +80,7 @@ class BriaModel(PackedModel):
 class BriaFiboModel(PretrainedModel):
     """Flow model of FIBO. Its rows have embeds (B, L, D), layers (B, L, layers, D') and mask (B, L) bool."""
 
-    encodes_with_network = True
+    opens_whole = True
     one_by_one = True
 
     @property
@@ -181,7 +181,7 @@ class BriaFibo2Model(PretrainedModel):
     Prompts are sentences or captions in JSON; images of the text that a caption asks for are not drawn for it.
     """
 
-    encodes_with_network = True
+    opens_whole = True
     prompt_options = ()
     one_by_one = True
 

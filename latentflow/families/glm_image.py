@@ -22,7 +22,7 @@ class GlmImageModel(CogView4Model):
     A plan is of one size: `encode_prompt` is given the size of the image. Guidance leaves the plan out.
     """
 
-    encodes_with_network = True
+    opens_whole = True
     one_by_one = True
 
     @property

@@ -25,7 +25,7 @@ class Ideogram4Model(PretrainedModel):
     are those of FLUX.2's autoencoder with the channels in another order, the cells of a token first.
     """
 
-    encodes_with_network = True
+    opens_whole = True
     #: its images turn grey under it, as diffusers' train_dreambooth_lora_ideogram4.py says
     bears_autocast = False
     sampling_options = ("guidance_schedule", "mu", "std")

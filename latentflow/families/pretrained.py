@@ -83,8 +83,8 @@ class PretrainedModel(FlowModel):
     sampling_options: tuple[str, ...] = ()
     #: prompts are encoded one by one, where those of a batch would change one another
     one_by_one: bool = False
-    #: the pipeline looks at its network where it encodes prompts, and does not open without it
-    encodes_with_network: bool = False
+    #: the pipeline opens with all of its parts only, or looks at its network where it encodes prompts
+    opens_whole: bool = False
     #: the network computes right under torch's autocast
     bears_autocast: bool = True
     #: the pipeline draws its noise with the channels last

@@ -13,7 +13,7 @@ from .pretrained import FixedShiftModel
 class PRXModel(FixedShiftModel):
     """Flow model of PRX. Its rows have embeds (B, L, D) and mask (B, L) bool."""
 
-    encodes_with_network = True
+    opens_whole = True
     prompt_options = ("tokenizer_max_length", "skip_text_cleaning")
 
     @property

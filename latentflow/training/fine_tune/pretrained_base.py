@@ -190,12 +190,9 @@ class PretrainedBase:
 
     def open_encoders(self, device: torch.device, dtype: torch.dtype, **options: Any) -> FlowModel:
         """Open the text encoders, without the network where the family's pipeline can do without."""
-        absent = {name: None for name in read_index(self.folder) if name in (*_NETWORKS, "safety_checker")}
-        if self.shape.encodes_with_network:
-            absent = {}
-        model = FlowModel.from_pretrained(
-            self.folder, self.options, vae=None, dtype=dtype, **absent, **options
-        )
+        unused = () if self.shape.opens_whole else (*_NETWORKS, "vae", "safety_checker")
+        absent = {name: None for name in read_index(self.folder) if name in unused}
+        model = FlowModel.from_pretrained(self.folder, self.options, dtype=dtype, **absent, **options)
         for part in model.pipeline.components.values():
             if isinstance(part, nn.Module) and getattr(part, "hf_quantizer", None) is None:
                 part.to(device)
@@ -211,11 +208,14 @@ class PretrainedBase:
 
     def open_network(self, vae: Any, dtype: torch.dtype, **options: Any) -> PretrainedModel:
         """Open the network, frozen, and the settings of the pipeline, with this autoencoder."""
-        absent = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
+        unused = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
+        absent = {} if self.shape.opens_whole else unused
         model = FlowModel.from_pretrained(
             self.folder, self.options, **absent, vae=vae, dtype=dtype, **options
         )
         assert isinstance(model, PretrainedModel)
+        for name in unused:
+            setattr(model.pipeline, name, None)
         model.network.requires_grad_(False)
         model.pipeline.register_to_config(_name_or_path=self.name)  # not the cache's folder
         return model
