@@ -52,7 +52,9 @@ class AdaptedRun:
         shape = model_from_configs(self.base, parse_options(self.options))
         settings = dict(state["description"]["adapter"])
         settings["lora_layers"] = tuple(settings["lora_layers"])
+        fingerprint = settings.pop("base", {})
         adapter = PretrainedAdapter(shape, AdapterConfig(**settings))
+        adapter.fingerprint = fingerprint  # which a model without weights has not
         weights = {**state["flow-weights"], **state["flow-average"]}
         parts = {  # by their names in `PretrainedLoss`
             "network.network.": shape.network,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ from torch import Tensor, nn
 
 from latentflow.config import AdapterConfig, FlowConfig, LoopConfig
 from latentflow.families import FAMILIES
+from latentflow.families.from_configs import model_from_configs
+from latentflow.families.stored_weights import parameter_count
+from latentflow.families.text_encoders import text_encoders
 from latentflow.pipeline.adapter_conversion import layouts_of, write_in_layout
+from latentflow.pipeline.adapter_files import read_facts
 from latentflow.pipeline.stock_adapters import adapted_encoders
 from latentflow.training.adapted_run import adapted_run
+from latentflow.training.fine_tune.memory_plan import FineTuning, MemoryPlanner
 from latentflow.training.fine_tune.pretrained_adapter import PretrainedAdapter
 from latentflow.training.loop.optimizers import make_optimizers
 from latentflow.training.losses.pretrained import PretrainedLoss
@@ -143,7 +149,7 @@ def test_captions_are_encoded_as_the_model_encodes_them_and_dropped_ones_are_its
     learner.loss.eval()
     with torch.no_grad():
         rows = learner.model.encode_prompt(CAPTIONS)
-        batch = {"captions": CAPTIONS, "sample_ids": [*range(4)]}
+        batch = {"captions": CAPTIONS, "latents": learner.latents}
         made = learner.loss.prompts(batch, torch.tensor([False, True, False, True]))
         null = learner.model.null(1)
     for key, value in made.values.items():
@@ -176,7 +182,7 @@ def test_the_stock_pipeline_opens_it_in_every_layout(name: str, tmp_path: Path) 
 
 
 LINE = shlex.split(
-    "--lora-rank 2 --lora-text-encoder --learning-rate 1e-2 --condition-dropout 0.2 --checkpointing-steps 4 "
+    "--lora-rank 2 --lora-text-encoder --learning-rate 1e-2 --condition-dropout 0.2 --checkpointing-steps 3 "
     "--gradient-accumulation-steps 2 --mirror-captions --random-flip"
 )
 
@@ -195,7 +201,7 @@ def whole(
 ) -> tuple[Path, str]:
     """A run on one process that nobody stopped, and what it printed."""
     run = tmp_path_factory.mktemp("whole")
-    return run, call(cache, *line, "-o", run, "--train-batch-size", 2, "--max-train-steps", 8)
+    return run, call(cache, *line, "-o", run, "--train-batch-size", 2, "--max-train-steps", 6)
 
 
 def test_a_run_says_what_learns_and_at_which_rate(whole: tuple[Path, str]) -> None:
@@ -206,7 +212,7 @@ def test_a_run_says_what_learns_and_at_which_rate(whole: tuple[Path, str]) -> No
     assert len([key for key in made if key.startswith("text")]) == 2 * 16
     moved = {key for key, value in made.items() if ".lora_B." in key and value.any()}
     assert {key.partition(".")[0] for key in moved} == {"unet", "text_encoder", "text_encoder_2"}
-    kept = {key.partition("/")[2].partition(".")[0] for key in state(run) if key.startswith("flow-weights")}
+    kept = {key.split("/")[-1].partition(".")[0] for key in state(run) if key.startswith("flow-weights")}
     assert kept == {"network", "text_encoders"}
     largest = {
         part: max(
@@ -230,12 +236,14 @@ def test_an_unfinished_run_has_the_adapter_of_its_newest_checkpoint(whole: tuple
     again = load_file(folder / Path(ADAPTER).name)
     assert "is not finished" in said and again.keys() == made.keys()
     assert all(torch.equal(again[key], made[key]) for key in made)
+    bases = [read_facts(place, "", {}).base for place in (folder, run / "adapter")]
+    assert bases[0] == bases[1] != {}
 
 
 def test_stopped_and_started_again_it_is_the_same_run(
     whole: tuple[Path, str], line: list[Any], cache: Path, tmp_path: Path
 ) -> None:
-    for steps in (4, 8):
+    for steps in (3, 6):
         said = call(cache, *line, "-o", tmp_path, "--train-batch-size", 2, "--max-train-steps", steps)
     assert "step 1/" not in said
     assert same_state(whole[0], tmp_path)
@@ -254,7 +262,7 @@ def test_two_processes_learn_what_one_learns(
     more: list[str],
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    call_on_two(cache, *line, *more, "-o", tmp_path, "--train-batch-size", 1, "--max-train-steps", 8)
+    call_on_two(cache, *line, *more, "-o", tmp_path, "--train-batch-size", 1, "--max-train-steps", 6)
     assert losses(tmp_path) == pytest.approx(losses(whole[0]), abs=1e-4)
     one, two = adapter(whole[0]), adapter(tmp_path)
     for key in one:
@@ -298,6 +306,25 @@ def test_what_cannot_learn_is_refused(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_the_plan_counts_encoders_that_stay(line: list[Any], cache: Path, tmp_path: Path) -> None:
-    said = call(cache, *line, "-o", tmp_path / "run", "--dry-run")
-    assert "text encoders and autoencoder" in said and "without the network" not in said
+def test_the_plan_counts_encoders_that_stay_and_learn(pretrained: Callable[[str], Path]) -> None:
+    """Of Stable Diffusion 3: weights that the adapter adds, counted by hand, and all three encoders."""
+    planner = MemoryPlanner(model_from_configs(pretrained("StableDiffusion3Pipeline")))
+    settings = FineTuning(lora_rank=4, resolution=16)
+    usual, learns = (planner.plan(replace(settings, lora_text_encoder=on)) for on in (False, True))
+    added = 0
+    for encoder in adapted_encoders(planner.model.pipeline).values():
+        config: Any = encoder.config
+        added += config.num_hidden_layers * 4 * 2 * config.hidden_size * 4
+    assert learns.adapter - usual.adapter == 4 * added == learns.gradients - usual.gradients > 0
+    encoders = sum(parameter_count(part) for part in text_encoders(planner.model.pipeline).values())
+    assert learns.kept == pytest.approx(2 * encoders, rel=0.02) and usual.kept == 0
+    assert learns.prompts == 0 and learns.images == usual.images + learns.kept
+    more = [
+        planner.plan(replace(settings, lora_text_encoder=True, batch_size=size)).activations
+        - planner.plan(replace(settings, batch_size=size)).activations
+        for size in (1, 2)
+    ]
+    assert more[1] == pytest.approx(2 * more[0], rel=0.1) and more[0] > 0
+    lines = planner.lines(replace(settings, lora_text_encoder=True))
+    assert any(line.startswith("  text encoders ") for line in lines)
+    assert any("without the network: " in line and "prompts" not in line for line in lines)

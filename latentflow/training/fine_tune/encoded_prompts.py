@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class EncodedPrompts:
         """Return the row that guidance leads away from."""
         return self._read(_NULL, model)
 
-    def entries(self, texts: Iterable[str]) -> dict[str, Values]:
+    def entries(self, texts: Iterable[str]) -> Mapping[str, Values]:
         """Return the rows of the texts as entries of a batch."""
         return in_batch(self.rows(texts))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 from ...families import FlowModel, Rows
@@ -22,7 +22,7 @@ class LivePrompts:
     def __init__(self, encoders: FlowModel) -> None:
         self._encoders = text_encoders(encoders.pipeline)
 
-    def entries(self, texts: Iterable[str]) -> dict[str, list[str]]:
+    def entries(self, texts: Iterable[str]) -> Mapping[str, list[str]]:
         """Return the texts as entries of a batch, for `PretrainedLoss` to encode."""
         return {CAPTIONS: [*texts]}
 

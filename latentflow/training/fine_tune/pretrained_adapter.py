@@ -25,8 +25,8 @@ from ...pipeline.stock_adapters import adapted_encoders, adapted_part
 from ...utils.files import save_tensors
 from .adapters import ADAPTER, inject, peft_settings, plan_line, trained_parameters
 
-# as in diffusers' train_dreambooth_lora_*.py
-_LAYERS_OF_CLIP = ("q_proj", "k_proj", "v_proj", "out_proj")
+#: layers of CLIP with an adapter, as in diffusers' train_dreambooth_lora_*.py
+LAYERS_OF_CLIP = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class PretrainedAdapter:
@@ -63,11 +63,11 @@ class PretrainedAdapter:
         self._encoder_layers = 0
         if config.lora_text_encoder:
             self.encoders = adapted_encoders(model.pipeline)
-            self._whole += sum(parameter_count(part) for part in self.encoders.values())
-            for part in text_encoders(model.pipeline).values():
-                part.requires_grad_(False)
-            for part in self.encoders.values():
-                self._encoder_layers += inject(part, replace(config, lora_layers=_LAYERS_OF_CLIP))
+            self._whole += sum(parameter_count(encoder) for encoder in self.encoders.values())
+            for encoder in text_encoders(model.pipeline).values():
+                encoder.requires_grad_(False)
+            for encoder in self.encoders.values():
+                self._encoder_layers += inject(encoder, replace(config, lora_layers=LAYERS_OF_CLIP))
             model.encodes_with_gradients = True
         cast_training_params([model.network, *self.encoders.values()], torch.float32)
 
@@ -95,7 +95,7 @@ class PretrainedAdapter:
             settings = peft_settings(module)
             if name in self.encoders:  # whatever the version of transformers calls the layers around these
                 weights = {with_text_model(key): value for key, value in weights.items()}
-                settings["target_modules"] = [*_LAYERS_OF_CLIP]
+                settings["target_modules"] = [*LAYERS_OF_CLIP]
             given[f"{name}_lora_layers"] = weights
             if f"{name}_lora_adapter_metadata" in taken:
                 given[f"{name}_lora_adapter_metadata"] = settings

@@ -59,10 +59,9 @@ class PretrainedLoss(FlowLoss):
     """The loss of a pretrained model's network, and of its text encoders where they learn.
 
     A batch holds rows of the model, see `in_batch`, in the place of prompts; where text encoders learn, the prompts
-    themselves: ``captions``, B texts. It may hold ``masks`` (B, 1, H, W) uint8
-    and ``has_mask`` (B,) bool: then the squared errors where a mask is 0 count ``outside`` times, and those of each
-    image are divided by their mean factor, so that a small mask weighs as much as a large one. See `FlowLoss` for the
-    rest.
+    themselves: ``captions``, B texts. It may hold ``masks`` (B, 1, H, W) uint8 and ``has_mask`` (B,) bool: then the
+    squared errors where a mask is 0 count ``outside`` times, and those of each image are divided by their mean factor,
+    so that a small mask weighs as much as a large one. See `FlowLoss` for the rest.
 
     Where the config names no density of times and no weighting, those of the family count: see
     `FlowModel.training_density` and `FlowModel.loss_weight`.
@@ -109,7 +108,7 @@ class PretrainedLoss(FlowLoss):
         if drop is None or not drop.any():
             return rows
         places = torch.arange(len(rows)) + len(rows) * drop.cpu()
-        null = encoded_null(model) if self._null is None else self._null
+        null = encoded_null(model) if self._null is None else self._null.to(batch["latents"].device)
         null = replace(null.repeat(len(rows)), kept=rows.kept)
         return Rows.cat([rows, null])[places]
 
