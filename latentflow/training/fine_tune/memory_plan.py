@@ -259,15 +259,17 @@ class MemoryPlanner:
         return self._once(key, count)
 
     def _prompts(self, settings: FineTuning) -> int:
-        """Return the bytes that encoding one prompt holds beside weights."""
+        """Return the bytes that encoding one prompt holds beside weights; all of a step where they are encoded then."""
+        together = settings.batch_size if settings.lora_text_encoder else 1
 
         def count() -> int:
             length = self.model.prompt_tokens
             return max(
-                (encoding_prompts(part, _stored(part, settings), length) for part in self.encoders), default=0
+                (encoding_prompts(part, _stored(part, settings), length, together) for part in self.encoders),
+                default=0,
             )
 
-        return self._once(("prompts", settings.encoders), count)
+        return self._once(("prompts", settings.encoders, together), count)
 
     def _learning_prompts(self, settings: FineTuning) -> int:
         """Return the bytes that text encoders which learn hold beside weights, for their backward pass."""
