@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Upload the folder."""
     config = parse(PushConfig, argv, prog="latentflow push", description=__doc__ or "")
     folder = Path(result_of(config.checkpoint))
-    if unfinished_run(config.checkpoint):
+    if unfinished_run(config.checkpoint) and (folder / "adapter").is_dir():  # of a pretrained model
+        folder = folder / "adapter"
+    elif unfinished_run(config.checkpoint):
         raise UserError(
             f"'{folder}' is a run that is not finished",
             f"Write what it has learnt so far as a pipeline, and push that: latentflow export {folder} -o FOLDER",

@@ -33,7 +33,7 @@ class DataConfig:
     background: str = "white"
     """Colour behind transparent images: a name or #rrggbb."""
     condition: Annotated[Literal["auto", "none", "class", "text"], Essential("data")] = "auto"
-    """Condition of the model. auto: captions if there are any, else classes (subfolders), else none."""
+    """Condition; auto: captions if there are any, else classes (subfolders), else none."""
     missing_caption: Literal["error", "empty", "skip"] = "error"
     """Handling of images without a caption: stop with an error, train on an empty caption, or skip them."""
     caption: Annotated[str | None, Essential("data")] = None
@@ -97,12 +97,13 @@ class FineTuningConfig:
 
     prior_samples: int | None = None
     """Number of images that the checkpoint generates before training, to be trained on together with yours. 0: none.
-    Default: 200, or 10 per class if that is more (at most 1000), if you have at most 1000 images; else none."""
+    Default: 200, or 10 per class if that is more (at most 1000), if you have at most 1000 images; else none. Pretrained
+    models: 100 if --prior-prompts is given, else none."""
     prior_share: float = 0.5
     """Share of these images in the samples of every step."""
     prior_prompts: str | None = None
     """Text file of captions for these images, one per line; those that the checkpoint was trained on are best.
-    Default: one or two words of its vocabulary per image."""
+    Default: one or two words of its vocabulary per image; pretrained models need the file."""
     quantize: Literal["nf4", "int8", "float8"] | None = None
     """Store the frozen weights of a pretrained model, and its text encoders, in 4 or 8 bits while an adapter is
     trained (extra `quantize`; nf4: extra `bitsandbytes` and a GPU)."""
@@ -139,8 +140,8 @@ class AdapterConfig:
     """
 
     lora_rank: Annotated[int, Essential("model")] = 0
-    """Train an adapter (LoRA) of this rank, usually 16, beside the frozen weights. 0: train all weights. Default: an
-    adapter for pretrained models above 500 million parameters, else 0."""
+    """Rank of an adapter (LoRA), usually 16; 0: train all weights. Above 500 million parameters a pretrained model gets
+    one by default."""
     lora_alpha: float | None = None
     """The adapter is multiplied by alpha / rank. Default: the rank."""
     lora_dora: bool = False
@@ -186,9 +187,9 @@ class RunConfig:
 
     data: DataConfig
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-    """Run folder. The result is its subfolder `pipeline`."""
+    """Run folder. The result is in `pipeline` or `adapter`."""
     init_from: Annotated[str | None, Essential()] = None
-    """Fine-tune: start from the weights of this pipeline folder, run folder or hub id."""
+    """Fine-tune this pipeline folder, run folder or hub id, or a pretrained model of diffusers."""
     vae: Annotated[str | None, Essential()] = None
     """Pretrained autoencoder of diffusers, or a pipeline that has one (folder or hub id). Default: train one on your
     images first."""

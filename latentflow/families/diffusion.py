@@ -415,6 +415,7 @@ class ClassDiTModel(DiffusionModel):
 
     prompt_options = ()
     patch = 2
+    opens_whole = True  # the null follows its classes
 
     @property
     def takes_text(self) -> bool:
@@ -457,11 +458,11 @@ class ClassDiTModel(DiffusionModel):
 
     def encode_class(self, labels: Sequence[int | str]) -> Rows:
         """Return one row for each class, a name or a number."""
-        return Rows(self, {"labels": torch.tensor(self.class_ids(labels), device=self.device)})
+        return Rows(self, {"labels": torch.tensor(self.class_ids(labels))})
 
     def null(self, n: int) -> Rows:
         """Return ``n`` rows without a class."""
-        return Rows(self, {"labels": torch.full((n,), self._null, device=self.device)})
+        return Rows(self, {"labels": torch.full((n,), self._null)})
 
     def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
         predicted: Tensor = self.evaluate(x, timestep=timestep, class_labels=condition["labels"])

@@ -67,13 +67,13 @@ class Flux2Model(ReferenceModel):
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
         pipeline, embeds, tokens = self.pipeline, condition["embeds"], self.pipeline._pack_latents(x)
-        places = pipeline._prepare_latent_ids(x).to(x.device)
+        places = pipeline._prepare_latent_ids(x).to(x.device, non_blocking=True)
         output: Tensor = self.evaluate(
             hidden_states=torch.cat([tokens, *condition["references"]], dim=1),
             timestep=1.0 - t,
             guidance=torch.full_like(t, guidance_scale) if self.embeds_guidance else None,
             encoder_hidden_states=embeds,
-            txt_ids=pipeline._prepare_text_ids(embeds).to(x.device),
+            txt_ids=pipeline._prepare_text_ids(embeds).to(x.device, non_blocking=True),
             img_ids=torch.cat([places, *condition["places"]], dim=1),
         )
         return -output[:, : tokens.shape[1]].transpose(1, 2).reshape(x.shape)

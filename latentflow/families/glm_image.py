@@ -80,9 +80,9 @@ class GlmImageModel(CogView4Model):
         levels: list[float] = (np.linspace(last, 1.0, steps + 1)[:-1].astype(np.int64) / last).tolist()
         return levels
 
-    def prepare(self, rows: Rows) -> dict[str, Any]:
+    def arrange(self, rows: Rows) -> dict[str, Any]:
         """Return the values by their names, and the plans, which rows that leave them out may lack."""
-        return {**super().prepare(rows), "plan": rows.to(self.device).kept.get("plan")}
+        return {**super().arrange(rows), "plan": rows.kept.get("plan")}
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float

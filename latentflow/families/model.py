@@ -295,7 +295,8 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
         if self.takes_text:
             return {"prompt": [*texts]}
         if self.takes_classes:
-            return {"class_labels": [self.classes.index(as_spelled(name, self.classes)) for name in texts]}
+            known = {**{name: number for number, name in enumerate(self.classes)}, **self.labels}
+            return {"class_labels": [known[as_spelled(name, known)] for name in texts]}
         return {"num_images_per_prompt": len(texts)}
 
     def rows_of(self, condition: Any, count: int) -> Rows:
@@ -470,7 +471,11 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
 
     def prepare(self, rows: Rows) -> Any:
         """Return ``rows`` as `predict` takes them, on the network's device and in its precision; called once."""
-        return rows.to(self.device, self.dtype)
+        return self.arrange(rows.to(self.device, self.dtype))
+
+    def arrange(self, rows: Rows) -> Any:
+        """Return rows that are on the network's device and in its precision as `predict` takes them."""
+        return rows
 
     @abstractmethod
     def predict(

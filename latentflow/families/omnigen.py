@@ -40,9 +40,9 @@ class OmniGenModel(PretrainedModel):
     def mu(self, steps: int, tokens: int) -> None:
         """Return None: the shift is fixed."""
 
-    def prepare(self, rows: Rows) -> dict[str, Any]:
+    def arrange(self, rows: Rows) -> dict[str, Any]:
         """Return the ids, and the lengths of the prompts whose positions they have."""
-        return {**super().prepare(rows), "length": [int(length) for length in rows.kept["length"]]}
+        return {**super().arrange(rows), "length": [int(length) for length in rows.kept["length"]]}
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float

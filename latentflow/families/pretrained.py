@@ -337,8 +337,8 @@ class PretrainedModel(FlowModel):
 
         return evaluated
 
-    def prepare(self, rows: Rows) -> dict[str, Any]:
-        """Return the values by their names, on the network's device and in its precision.
+    def arrange(self, rows: Rows) -> dict[str, Any]:
+        """Return the values by their names.
 
         Raises:
             UserError: the rows lack the images that the network takes.
@@ -350,8 +350,7 @@ class PretrainedModel(FlowModel):
                 if self.takes_masks
                 else "Add them: rows.with_control(images).",
             )
-        placed = rows.to(self.device, self.dtype)
-        return {**placed.values, **{name: placed.kept[name] for name in self.extra}}
+        return {**rows.values, **{name: rows.kept[name] for name in self.extra}}
 
     def with_extra(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
         """Return x (B, C, h, w) and, in further channels, what the network takes of images.

@@ -98,9 +98,9 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
         """Return a megapixel in the shape of an image."""
         return self.megapixel(image)
 
-    def prepare(self, rows: Rows) -> dict[str, Any]:
-        """Return what `ReferenceModel.prepare` does, the shapes as the network takes them."""
-        condition = super().prepare(rows)
+    def arrange(self, rows: Rows) -> dict[str, Any]:
+        """Return what `ReferenceModel.arrange` does, the shapes as the network takes them."""
+        condition = super().arrange(rows)
         [shapes] = condition["shapes"]
         return {**condition, "shapes": [[tuple(shape) for shape in row] for row in shapes.tolist()]}
 

@@ -162,14 +162,14 @@ class ReferenceModel(PretrainedModel):
         width, height, *_ = calculate(1024 * 1024, image.width / image.height)
         return self.floored(height, width)
 
-    def prepare(self, rows: Rows) -> dict[str, Any]:
+    def arrange(self, rows: Rows) -> dict[str, Any]:
         """Return values and what is kept by their names; of a list of what is kept, a list with the one tensor of all
         rows, empty where nothing is kept.
 
         Raises:
             UserError: the images of the rows differ in size or number.
         """
-        kept = rows.to(self.device, self.dtype).kept
+        kept = rows.kept
         if len({len(row) for row in kept.get("references", ())}) > 1:
             raise UserError(
                 "the images that the rows draw from differ in size or number",
@@ -178,7 +178,7 @@ class ReferenceModel(PretrainedModel):
         stacked = {
             name: [torch.stack(value)] if isinstance(value, list) else value for name, value in kept.items()
         }
-        return {"references": [], "places": [], **super().prepare(rows), **stacked}
+        return {"references": [], "places": [], **super().arrange(rows), **stacked}
 
 
 class _NetworkReached(Exception):  # noqa: N818 - no error: the way out of a pipeline's call

@@ -50,7 +50,8 @@ def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
         () or (B, 1, ..., 1), in t's precision (at least float32; float64 for a Python number), on t's device.
 
     Raises:
-        ValueError: t has another shape, lies outside [0, 1] or is NaN.
+        ValueError: t has another shape; or, where it is on the CPU, lies outside [0, 1] or is NaN (a GPU would have to
+            be waited for).
     """
     t = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
     t = t.to(compute_dtype(t))
@@ -60,7 +61,7 @@ def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
             f"pass a scalar t or one t per row, shape ({x.shape[0] if x.ndim else 1},)"
         )
     # `not inside` rather than `outside`, so that NaN is refused too.
-    if not bool(((t >= 0) & (t <= 1)).all()):
+    if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(
             f"t must lie in [0, 1] (t = 0 is noise, t = 1 is data) but spans "
             f"[{t.min().item():g}, {t.max().item():g}]; divide timesteps by their count, or clamp t"

@@ -18,7 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from ..autoencoder import downscale_factor
-from ..errors import UserError, with_article
+from ..errors import UserError, few, with_article
 from ..families import FlowModel, Rows
 from ..families.model import Size
 from .arguments import ConditionArguments
@@ -89,6 +89,20 @@ class ModelPipeline(CallMixin):
             UserError: it cannot be read, has nothing for this model, or was made for another base.
         """
         load_adapter(self.model.pipeline, source, adapter_name, **options)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write the stock pipeline's folder; see ``DiffusionPipeline.save_pretrained``.
+
+        Raises:
+            UserError: adapters are loaded beside the weights: the folder would not open.
+        """
+        parts = [name for name, part in self.components.items() if getattr(part, "peft_config", None)]
+        if parts:
+            raise UserError(
+                f"adapters are loaded beside the weights of {few(parts)}, and a folder with them would not open",
+                "Merge them first: pipe.fuse_lora(), then pipe.unload_lora_weights().",
+            )
+        self.model.pipeline.save_pretrained(save_directory, *args, **kwargs)
 
     def unknown_words(self, prompts: str | list[str]) -> list[str]:
         """Return no words: the vocabularies of pretrained text encoders spell everything."""

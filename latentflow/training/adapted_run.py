@@ -51,10 +51,10 @@ class AdaptedRun:
             raise _nothing_yet(run)
         shape = model_from_configs(self.base, parse_options(self.options))
         settings = dict(state["description"]["adapter"])
+        base = settings.pop("base", {})
         settings["lora_layers"] = tuple(settings["lora_layers"])
-        fingerprint = settings.pop("base", {})
         adapter = PretrainedAdapter(shape, AdapterConfig(**settings))
-        adapter.fingerprint = fingerprint  # which a model without weights has not
+        adapter.fingerprint = base  # which the shapes alone do not have
         weights = {**state["flow-weights"], **state["flow-average"]}
         parts = {  # by their names in `PretrainedLoss`
             "network.network.": shape.network,
@@ -81,9 +81,8 @@ class AdaptedRun:
                 part.load_state_dict(own, strict=False, assign=True)
         temporary = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        folder = (
-            Path(temporary) / run.folder.resolve().name / "adapter"
-        )  # the page calls it by the run's name
+        # The page calls the adapter by the name of the run.
+        folder = Path(temporary) / run.folder.resolve().name / "adapter"
         adapter.save(folder)
         target = f" of {run.target}" if run.target else ""
         line = f"{run.folder} is not finished: step {state['step']}{target}. To finish it:\n  {run.resume()}"
@@ -113,7 +112,7 @@ def adapted_run(source: str) -> AdaptedRun | None:
         return None
     if not any((folder / "checkpoints").glob("step-*")) and not (folder / "adapter").is_dir():
         raise _nothing_yet(run)
-    return AdaptedRun(run, result_of(str(base)), tuple(run.config.get("family_options") or ()))
+    return AdaptedRun(run, result_of(str(base)), tuple(map(str, run.config.get("family_options") or ())))
 
 
 def _nothing_yet(run: Run) -> UserError:

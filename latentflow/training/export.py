@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data import Source, cached_pixels, to_pil
 from ..data.masks import DEFAULT_SHAPES, random_masks
 from ..families import FlowModel
+from ..families.pretrained import PretrainedModel
 from ..models.text import UnknownWords
 from ..pipeline.inpaint import LatentFlowInpaintPipeline
 from .data import shown_by
@@ -105,6 +106,7 @@ def pipeline_facts(pipeline: Any, where: str, example: str = "") -> CardFacts:
         sample_steps=preview_steps(model),
         few_steps=model.few_steps,
         resolution=model.native_side,
+        stock=type(model.pipeline).__name__ if isinstance(model, PretrainedModel) else "",
     )
 
 

@@ -138,7 +138,8 @@ class PretrainedResult:
             self.write_card(folder)
 
     def _save_pipeline(self, folder: Path) -> None:
-        """Write a pipeline of the base's class: its files, but for the network's."""
+        """Write a pipeline of the base's class: its files, but for the network's; none is of a variant, which whoever
+        opens it would have to name."""
         source, network = Path(self.base.folder), self.model.network
         names = [name for name, part in self.model.pipeline.components.items() if part is network]
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +147,10 @@ class PretrainedResult:
             if (source / name).is_dir() and name not in names:
                 shutil.copytree(source / name, folder / name)
         shutil.copyfile(source / DiffusionPipeline.config_name, folder / DiffusionPipeline.config_name)
+        for file in [*folder.glob(f"*/*.{self.base.variant}.*")]:
+            whole = file.with_name(file.name.replace(f".{self.base.variant}.", "."))
+            if "-of-" not in file.name and not whole.exists():  # shards have the names that their index says
+                file.rename(whole)
         dtype = getattr(torch, self.config.export_dtype)
         network = network if network.dtype == dtype else copy.deepcopy(network).to(dtype=dtype)
         network.save_pretrained(folder / names[0])
@@ -157,18 +162,18 @@ class PretrainedResult:
 
     def facts(self) -> CardFacts:
         """Return the facts for the card of the result."""
-        model = self.model
-        parts = {
-            name: part for name, part in model.pipeline.components.items() if isinstance(part, nn.Module)
-        }
+        model, pipeline = self.model, self.base.shape.pipeline  # which has all parts, if only their shapes
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         return CardFacts(
             where=self.config.push_to_hub or str(self.folder),
             kind=model.condition_kind,
             example=self._example(),
             classes=tuple(model.classes),
             parts=parts,
+            samples=_SHOWN,
             sample_steps=(model.usual_steps,),
             resolution=self.splits.data.resolution,
+            stock=type(pipeline).__name__,
         )
 
     def command(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..config import FlowConfig, LoopConfig, RunConfig
+from ..errors import plural
 from ..families import FlowModel
 from ..families.few_steps import FewSteps
 from ..flow import AverageObjective
@@ -148,8 +149,8 @@ def plan_lines(splits: DataSplits, loop: LoopConfig, own_share: float | None = N
     lines = [f"{source.name}: {note}" for note in source.notes]
     lines += [
         f"data: {images} images to train on, {len(splits.validation)} held out; condition: {source.kind}",
-        f"plan: {loop.max_train_steps} steps of {batch} samples = {epochs:.1f} epochs, {loop.optimizer}, learning rate "
-        f"{loop.learning_rate:g}, {'float32' if precision == 'no' else precision} on {state.device}",
+        f"plan: {loop.max_train_steps} steps of {plural(batch, 'sample')} = {epochs:.1f} epochs, {loop.optimizer}, "
+        f"learning rate {loop.learning_rate:g}, {'float32' if precision == 'no' else precision} on {state.device}",
     ]
     if images < _FEW and own_share is None:  # a fine-tune has lines of its own for few images
         lines.append(

@@ -28,6 +28,7 @@ from .fine_tune.live_prompts import LivePrompts, Prompts
 from .fine_tune.memory_plan import MemoryPlanner, plan_of, refuse_too_large
 from .fine_tune.pretrained_adapter import PretrainedAdapter
 from .fine_tune.pretrained_base import (
+    KEPT,
     PretrainedBase,
     base_dtype,
     drop,
@@ -178,8 +179,9 @@ def train_pretrained(
     result = PretrainedResult(model, adapter, prompts, splits, config, base)
     meter = None
     if state.is_main_process and not config.loop.shard:
-        usual = (config.loop.max_train_steps, config.loop.learning_rate)
-        meter = LearningMeter(loss, own, training, state.device, usual, images=16, batch_size=1)
+        usual = with_base_settings(config, base, len(training), KEPT, own_share).loop
+        by_default = (usual.max_train_steps, usual.learning_rate)
+        meter = LearningMeter(loss, own, training, state.device, by_default, images=16, batch_size=1)
     if config.loop.compile:
         model.network.compile()
     stop = Stop()

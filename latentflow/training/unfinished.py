@@ -28,7 +28,7 @@ from .fine_tune.pretrained_base import is_pretrained
 from .loop.checkpoint import State, load_latest
 from .loop.distributed import process_state
 from .loop.run_folder import remove_folder, write_folder
-from .report.folder import read_run
+from .report.folder import Run, read_run
 
 log = logging.getLogger(__name__)
 
@@ -70,21 +70,12 @@ def initial_folder(run: Path) -> Path:
             f"Train a generator with it: latentflow train DATA --vae {run / 'autoencoder'}",
         )
     read = read_run(run)
-    base = read.config.get("init_from")
-    if (run / "adapter").is_dir() or (base and adapted_run(str(run))):
-        raise UserError(
-            f"{run} trains an adapter of {base}, and is no pipeline to start from",
-            f"Make one of both first, and start from FOLDER: latentflow export {run} -o FOLDER",
-        )
+    if (base := read.config.get("init_from")) and not (run / _INITIAL).is_dir():
+        _refuse_pretrained(read, str(base))
     if not any((run / "checkpoints").glob("step-*")):
         raise UserError(
             f"{run} is not finished and has saved no checkpoint yet",
             f"Go on with it:\n  {read.resume()}",
-        )
-    if base and not (run / _INITIAL).is_dir() and is_pretrained(str(base)):
-        raise UserError(
-            f"{run} trains all weights of {base}, and its pipeline is written when it is finished",
-            f"Its images so far are in {run / 'samples'}. Go on with it:\n  {read.resume()}",
         )
     if not (run / _INITIAL / "model_index.json").is_file():
         raise UserError(
@@ -92,6 +83,30 @@ def initial_folder(run: Path) -> Path:
             f"Go on with it, if only for a few steps:\n  {read.resume()}",
         )
     return run / _INITIAL
+
+
+def _refuse_pretrained(run: Run, base: str) -> None:
+    """Refuse the run of a pretrained model, whose checkpoints hold what is trained and no pipeline.
+
+    Raises:
+        UserError: it is one; or it is the run of an adapter whose pipeline is gone.
+    """
+    folder = run.folder
+    if adapted_run(str(folder)):
+        raise UserError(
+            f"{folder} trains an adapter of {base}, and is no pipeline to start from",
+            f"Make one of both first, and start from FOLDER: latentflow export {folder} -o FOLDER",
+        )
+    if is_pretrained(base):
+        raise UserError(
+            f"{folder} trains all weights of {base}, and its pipeline is written when it is finished",
+            f"Its images so far are in {folder / 'samples'}. Go on with it:\n  {run.resume()}",
+        )
+    if (folder / "adapter").is_dir():
+        raise UserError(
+            f"{folder} holds an adapter of {base}, and no pipeline",
+            f"Draw with both: --checkpoint {base} --lora {folder}",
+        )
 
 
 def unfinished_pipeline(run: Path) -> tuple[Any, str]:

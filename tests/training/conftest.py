@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from latentflow.data.sources.shapes import train_source
 from latentflow.training.loop import run_folder
@@ -58,6 +59,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing that failed is tried again at once."""
     monkeypatch.setattr(run_folder, "RETRY_SECONDS", (0.0, 0.0))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _autograd_without_threads() -> None:
+    """A plan of memory, on fake tensors, starts threads of autograd that no forked process has, unless it was begun
+    with real ones."""
+    torch.zeros((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(autouse=True, scope="session")

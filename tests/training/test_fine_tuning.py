@@ -28,7 +28,7 @@ from latentflow.training.data import refuse_renumbered_classes
 from latentflow.training.export import preview_source, shown_classes
 from latentflow.training.fine_tune.base import open_base, with_base_classes
 from latentflow.training.fine_tune.defaults import fitted, held_out_share
-from latentflow.training.fine_tune.memorisation import report_memorisation
+from latentflow.training.fine_tune.memorisation import report_memorisation_of
 from latentflow.training.fine_tune.prior import prior_prompts
 from latentflow.training.fine_tune.teacher_samples import TeacherSample
 from latentflow.training.loop.data_order import DataOrder
@@ -309,8 +309,12 @@ def test_memorisation_is_measured_on_all_classes_and_its_failure_is_a_warning(
     base, tmp_path, monkeypatch, caplog
 ) -> None:
     (tmp_path / "pipeline").symlink_to(base)
-    examples = tuple(TeacherSample(f"{n}", label="cat" if n < 18 else "dog") for n in range(20))
-    source, asked = Source("d", examples, "class", ("cat", "dog")), []
+    for number in range(20):
+        file = tmp_path / "data" / ("cat" if number < 18 else "dog") / f"{number:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noise(number, 16, 16).save(file)
+    source, asked = find_source(str(tmp_path / "data")), []
+    unreadable = tuple(TeacherSample(f"{n}", label="cat" if n < 18 else "dog") for n in range(20))
     draw = LatentFlowPipeline.__call__
 
     def drawn(self: LatentFlowPipeline, **settings: Any) -> Any:
@@ -318,8 +322,12 @@ def test_memorisation_is_measured_on_all_classes_and_its_failure_is_a_warning(
         return draw(self, **settings, num_inference_steps=1)
 
     monkeypatch.setattr(LatentFlowPipeline, "__call__", drawn)
-    report_memorisation(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
+    monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
+    report_memorisation_of(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
     assert Counter(asked) == {0: 15, 1: 1}
+    (tmp_path / "memorisation.json").unlink()
+    lost = Source("d", unreadable, "class", ("cat", "dog"))
+    report_memorisation_of(tmp_path, lost, lost.subset([]), "white", torch.device("cpu"))
     assert "was not measured whether the result copies your images: 0 was drawn as latents" in caplog.text
     assert not (tmp_path / "memorisation.json").exists()
 
@@ -339,7 +347,7 @@ def test_a_duplicate_in_the_data_does_not_hide_copies(base, tmp_path, monkeypatc
 
     monkeypatch.setattr(LatentFlowPipeline, "__call__", copies)
     monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
-    report_memorisation(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
+    report_memorisation_of(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
     assert "WARNING: memorisation: 16 of 16 generated images are nearly copies" in caplog.text
     found = json.loads((tmp_path / "memorisation.json").read_text())
     assert (found["ratio"], found["copied"], found["drawn"]) == (0.0, 16, 16)

@@ -110,7 +110,9 @@ def _captioned(source: Source, caption: str) -> Source:
         for example, lacks in zip(source.examples, lacking, strict=True)
     )
     note = f"{plural(sum(lacking), 'image')} without a caption, given this one: {caption}"
-    return replace(source, examples=examples, kind="text", classes=()).noted(note)
+    # no longer true: that there are no captions, or that classes are the condition
+    kept = tuple(line for line in source.notes if not line.startswith(("unconditional, ", "classes ")))
+    return replace(source, examples=examples, kind="text", classes=(), notes=kept).noted(note)
 
 
 def _find(data: str, request: DataRequest) -> Source:

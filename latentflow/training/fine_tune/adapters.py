@@ -214,10 +214,12 @@ def peft_settings(module: Any) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
 
 
-def inject(module: nn.Module, config: AdapterConfig) -> int:
-    """Freeze ``module``, put the adapter beside its layers, and return how many those are."""
-    from peft import LoraConfig, inject_adapter_in_model
+def adapted_layers(module: nn.Module, config: AdapterConfig) -> list[str]:
+    """Return the names of the layers of ``module``, which may be on the meta device, that get an adapter.
 
+    Raises:
+        UserError: there are none of the names asked for; the rank is above a layer's.
+    """
     layers = chosen_layers(module, config.lora_layers)
     layers = {name: layer for name, layer in layers.items() if not name.startswith("length_embedder")}
     # Not by the shapes of their weights: those of nf4 are packed.
@@ -229,12 +231,20 @@ def inject(module: nn.Module, config: AdapterConfig) -> int:
             f"--lora-rank {config.lora_rank} is above what the layer {smallest} ({inputs} to {outputs}) can have",
             f"At most {most}; 16 is usual. --lora-layers leaves layers out.",
         )
+    return [*layers]
+
+
+def inject(module: nn.Module, config: AdapterConfig) -> int:
+    """Freeze ``module``, put the adapter beside its layers, and return how many those are; see `adapted_layers`."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = adapted_layers(module, config)
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         use_dora=config.lora_dora,
-        target_modules=[*layers],
+        target_modules=layers,
     )
     inject_adapter_in_model(settings, module, ADAPTER)
     return len(layers)

@@ -13,7 +13,7 @@ from typing import Any
 from ...autoencoder import downscale_factor, load_autoencoder
 from ...config import FlowConfig
 from ...data import Source
-from ...errors import UserError, few, reason
+from ...errors import UserError, few, reason, with_article
 from ...families import FlowModel
 from ...flow import OBJECTIVES
 from ...models import MODELS, DiT, UNet
@@ -34,7 +34,11 @@ def open_base(checkpoint: str) -> FlowModel:
         model = FlowModel.from_pretrained(checkpoint)
     if not isinstance(model.network, DiT | UNet):
         kind = type(model.network).__name__
-        raise _no_checkpoint(checkpoint, f"its network is a {kind}, which latentflow does not train")
+        raise UserError(
+            f"{checkpoint} is a pretrained model: its network is {with_article(kind)}. Only models that latentflow has "
+            "trained from scratch are distilled",
+            f"It can be fine-tuned: latentflow train DATA --init-from {checkpoint}",
+        )
     return model
 
 

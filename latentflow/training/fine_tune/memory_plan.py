@@ -27,7 +27,7 @@ from ...families.text_encoders import TEXT_ENCODERS
 from ...pipeline.stock_adapters import adapted_encoders
 from ..loop.optimizers import adam_bytes
 from .adapters import chosen_layers
-from .pretrained_adapter import LAYERS_OF_CLIP
+from .pretrained_adapter import LAYERS_OF_CLIP, compute_as_base
 from .step_memory import NotCountedError, encoding_images, encoding_prompts, training_step
 
 T = TypeVar("T")
@@ -225,7 +225,8 @@ class MemoryPlanner:
             *(f"  {name:{width}}  {_gib(size):>7}" for name, size in parts.items() if size != 0),
             before,
             *(f"{gib} GB: {self._fit(settings, plan, gib)}" for gib in CARDS),
-            f"{RESERVED:g} GiB of each card is left to CUDA itself. All of this is counted from the model's configs.",
+            f"{RESERVED:g} GiB of each card is left to CUDA itself. All this is counted from the model's configs, not "
+            "measured.",
         ]
 
     def _fit(self, settings: FineTuning, plan: MemoryPlan, gib: int) -> str:
@@ -312,6 +313,7 @@ class MemoryPlanner:
                     latent_shape=self._image(settings)[1],
                     text_length=self.model.prompt_tokens,
                     checkpointing=saves,
+                    autocast=not settings.lora_rank or settings.base == "float32",
                 ).peak
             except NotCountedError:
                 return None
@@ -333,6 +335,7 @@ def _learn(network: nn.Module, settings: FineTuning) -> None:
 
         layers = [*chosen_layers(network, settings.lora_layers)]
         inject_adapter_in_model(LoraConfig(r=settings.lora_rank, target_modules=layers), network)
+        compute_as_base(network)
 
 
 def _with_adapter(encoder: nn.Module, settings: FineTuning) -> nn.Module:
@@ -342,6 +345,7 @@ def _with_adapter(encoder: nn.Module, settings: FineTuning) -> nn.Module:
     copied = deepcopy(encoder).requires_grad_(False)
     layers = LoraConfig(r=settings.lora_rank, target_modules=[*LAYERS_OF_CLIP])
     inject_adapter_in_model(layers, copied)
+    compute_as_base(copied)
     return copied
 
 
@@ -409,9 +413,7 @@ def refuse_too_large(
     raise UserError(
         f"this run takes {plan.peak / GIB:.1f} GiB of memory, and {device} has {room:.1f} "
         "(--dry-run counts it, part by part)",
-        f"It fits with {' '.join(found[0])}."
-        if found
-        else "It fits with none of the flags that save memory.",
+        f"It fits with {' '.join(found[0])}." if found else "No flag that saves memory makes it fit.",
     )
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from ...config import AdapterConfig
 from ...errors import UserError, with_article
@@ -23,10 +24,39 @@ from ...pipeline.adapter_conversion import with_text_model
 from ...pipeline.adapter_files import AdapterFacts
 from ...pipeline.stock_adapters import adapted_encoders, adapted_part
 from ...utils.files import save_tensors
-from .adapters import ADAPTER, inject, peft_settings, plan_line, trained_parameters
+from .adapters import ADAPTER, adapted_layers, inject, peft_settings, plan_line, trained_parameters
 
 #: layers of CLIP with an adapter, as in diffusers' train_dreambooth_lora_*.py
 LAYERS_OF_CLIP = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def check_adapter(model: PretrainedModel, config: AdapterConfig) -> str:
+    """Return the name of the network of a model, which may be on the meta device, as the loader of adapters has it.
+
+    Raises:
+        UserError: diffusers has no loader of adapters for this pipeline, or none for its text encoders, which are to
+            learn; see also `adapted_layers`.
+    """
+    part, kind = adapted_part(model.pipeline), with_article(type(model.pipeline).__name__)
+    if part is None:
+        raise UserError(
+            f"diffusers loads no adapters into {kind}",
+            "Train all weights: leave --lora-rank out.",
+        )
+    adapted_layers(model.network, config)
+    encoders = adapted_encoders(model.pipeline) if config.lora_text_encoder else {}
+    if config.lora_text_encoder and not encoders:
+        raise UserError(
+            f"--lora-text-encoder: diffusers has no adapters for the text encoders of {kind}",
+            "Leave it out: the CLIP text encoders of Stable Diffusion 1 to 3, SDXL and FLUX.1 can have one.",
+        )
+    for encoder in encoders.values():
+        adapted_layers(encoder, _for_clip(config))
+    return part
+
+
+def _for_clip(config: AdapterConfig) -> AdapterConfig:
+    return replace(config, lora_layers=LAYERS_OF_CLIP)
 
 
 class PretrainedAdapter:
@@ -45,17 +75,11 @@ class PretrainedAdapter:
         fingerprint: of the network without the adapter, see `latentflow.pipeline.adapter_bases.fingerprint`.
 
     Raises:
-        UserError: diffusers has no loader of adapters for this pipeline; see also `inject`.
+        UserError: see `check_adapter`.
     """
 
     def __init__(self, model: PretrainedModel, config: AdapterConfig) -> None:
-        part = adapted_part(model.pipeline)
-        if part is None:
-            raise UserError(
-                f"diffusers loads no adapters into {with_article(type(model.pipeline).__name__)}",
-                "Train all weights: leave --lora-rank out.",
-            )
-        self._model, self._config, self._part = model, config, part
+        self._model, self._config, self._part = model, config, check_adapter(model, config)
         self._whole: int = model.network.num_parameters()  # before peft: it counts weights in 4 bits
         self.fingerprint = fingerprint(model.network)
         self.layers = inject(model.network, config)
@@ -67,9 +91,11 @@ class PretrainedAdapter:
             for encoder in text_encoders(model.pipeline).values():
                 encoder.requires_grad_(False)
             for encoder in self.encoders.values():
-                self._encoder_layers += inject(encoder, replace(config, lora_layers=LAYERS_OF_CLIP))
+                self._encoder_layers += inject(encoder, _for_clip(config))
             model.encodes_with_gradients = True
-        cast_training_params([model.network, *self.encoders.values()], torch.float32)
+        for module in (model.network, *self.encoders.values()):
+            cast_training_params(module, torch.float32)
+            compute_as_base(module)
 
     def lines(self) -> list[str]:
         """Describe what is trained, for the plan."""
@@ -102,6 +128,27 @@ class PretrainedAdapter:
         pipeline.save_lora_weights(folder, **given)
         facts = AdapterFacts(base=self.fingerprint, base_name=shared_name(pipeline.name_or_path or ""))
         _add_metadata(folder / LORA_WEIGHT_NAME_SAFE, facts.metadata())
+
+
+class _Factor(nn.Linear):
+    """A factor of a LoRA in float32, which computes in the precision of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def compute_as_base(network: Any) -> None:
+    """Let an adapter in float32 compute in the precision of the base, as it will when images are drawn.
+
+    So a base in half precision needs no autocast, which brings every norm's output to float32 and back. peft would
+    widen the input of each layer. The weight norms of DoRA, which half precision is too coarse for, stay in float32.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer) and not layer.lora_variant:
+            layer.cast_input_dtype_enabled = False
+            layer.lora_A[ADAPTER].__class__ = layer.lora_B[ADAPTER].__class__ = _Factor
 
 
 def _add_metadata(file: Path, metadata: dict[str, str]) -> None:

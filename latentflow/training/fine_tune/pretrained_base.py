@@ -36,14 +36,19 @@ from ..loop.distributed import compute_dtype, process_state
 from ..losses.pretrained import TEXT_ENCODER_RATE
 from .defaults import check_shared, held_out_share
 from .encoded_prompts import EncodedPrompts
+from .pretrained_adapter import check_adapter
 
 #: parameters of a network above which an adapter is trained by default
 LARGE = 500_000_000
+#: settings with which the usual number of steps and learning rate are those of another run
+KEPT = ("lora_rank", "train_batch_size", "gradient_accumulation_steps")
 _USUAL_SIDE = 1024  # pixels, of models that do not say which, and at most, by default
 _USES = 740  # samples of one image; of n images the cube root of n times as many (docs/guide/fine-tune-pretrained.md)
 # components that training never needs
 _UNUSED = (*TEXT_ENCODERS, "safety_checker", "image_encoder", "prior")
 _NETWORKS = ("transformer", "unet", "unconditional_transformer")
+# values of --quantize whose weights autograd keeps in 16 bits as well; bitsandbytes makes them anew
+_WIDENED = ("int8", "float8")
 # settings of `FlowConfig` that do not belong to the network, and may be chosen
 _FREE = ("weighting", "weighting_options", "time_density", "time_options", "condition_dropout")
 
@@ -141,14 +146,19 @@ class PretrainedBase:
             f"--lora-rank {adapter.lora_rank} --learning-rate {loop.learning_rate:g} --lr-scheduler "
             f"{loop.lr_scheduler} --condition-dropout {config.flow.condition_dropout:g}"
         )
-        side = config.data.resolution
+        side, quantize = config.data.resolution, config.fine_tuning.quantize
         return [
-            f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} of {self.size / 1e6:.0f} M "
-            f"parameters: each image is used about {uses:.0f} times",
-            f"settings: {flags} (defaults of the family: {defaults.source})",
-            f"training times: {_density_text(self.shape.training_density(side, side), config.flow)}",
-            f"resolution: {side} pixels",
+            f"fine-tuning {self.name}, {with_article(type(self.shape.pipeline).__name__)} whose network has "
+            f"{self.size / 1e6:,.0f} M parameters; each image is used about {uses:.{int(uses < 10)}f} times",
+            f"settings: {flags} (the family's, unless you gave others; from {defaults.source})",
+            f"noise levels: {_density_text(self.shape.training_density(side, side), config.flow)}",
+            f"resolution: {side} x {side} pixels{', or as many in another shape' * config.framing.buckets}",
             *([self._encoders_line(loop.learning_rate)] if adapter.lora_text_encoder else []),
+            *(
+                [_checkpointed(quantize)]
+                if quantize in _WIDENED and config.network.gradient_checkpointing
+                else []
+            ),
         ]
 
     def _encoders_line(self, rate: float) -> str:
@@ -162,9 +172,18 @@ class PretrainedBase:
 
     # ---------------------------------------------------------------- parts
 
+    @property
+    def variant(self) -> str | None:
+        """The variant of the weights, such as fp16, where a component has no others."""
+        for folder in (Path(self.folder) / name for name in read_index(self.folder)):
+            if (there := variants(folder)) and weight_files(folder, None) is None:
+                return there[0]
+        return None
+
     def encoded_prompts(self, quantize: str | None, dtype: torch.dtype) -> EncodedPrompts:
         """Return the cache of the prompts of this model's text encoders."""
         index = read_index(self.folder)
+        looked_at = self.shape.network.config if self.shape.opens_whole else {}
         networks = (*_NETWORKS, "vae", "scheduler", "safety_checker")
         files = [
             [
@@ -185,6 +204,7 @@ class PretrainedBase:
                 "dtype": str(dtype),
                 "quantize": quantize,
                 "options": {name: self.options[name] for name in sorted(self.options)},
+                **{name: value for name, value in looked_at.items() if not name.startswith("_")},
             }
         )
 
@@ -192,7 +212,8 @@ class PretrainedBase:
         """Open the text encoders, without the network where the family's pipeline can do without."""
         unused = () if self.shape.opens_whole else (*_NETWORKS, "vae", "safety_checker")
         absent = {name: None for name in read_index(self.folder) if name in unused}
-        model = FlowModel.from_pretrained(self.folder, self.options, dtype=dtype, **absent, **options)
+        options = {**absent, **options, "dtype": dtype, "variant": self.variant}
+        model = FlowModel.from_pretrained(self.folder, self.options, **options)
         for part in model.pipeline.components.values():
             if isinstance(part, nn.Module) and getattr(part, "hf_quantizer", None) is None:
                 part.to(device)
@@ -201,8 +222,7 @@ class PretrainedBase:
     def open_autoencoder(self) -> Any:
         """Open the autoencoder, in float32: some overflow in float16."""
         folder = Path(self.folder) / "vae"
-        there = variants(folder)
-        variant = there[0] if len(there) == 1 and weight_files(folder, None) is None else None
+        variant = self.variant if weight_files(folder, None) is None else None
         vae: Any = load_module(type(self.shape.vae), folder, use_safetensors=True, variant=variant)
         return vae.float().requires_grad_(False)
 
@@ -210,9 +230,8 @@ class PretrainedBase:
         """Open the network, frozen, and the settings of the pipeline, with this autoencoder."""
         unused = {name: None for name in read_index(self.folder) if name.startswith(_UNUSED)}
         absent = {} if self.shape.opens_whole else unused
-        model = FlowModel.from_pretrained(
-            self.folder, self.options, **absent, vae=vae, dtype=dtype, **options
-        )
+        options = {**absent, **options, "vae": vae, "dtype": dtype, "variant": self.variant}
+        model = FlowModel.from_pretrained(self.folder, self.options, **options)
         assert isinstance(model, PretrainedModel)
         for name in unused:
             setattr(model.pipeline, name, None)
@@ -249,7 +268,12 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
             f"{data.data} holds latents, and a pretrained model encodes images itself",
             "Give the folder of images: their latents are cached.",
         )
-    _check_condition(source, base, asked=data.condition, learns_text=config.adapter.lora_text_encoder)
+    source = _conditioned(source, base, asked=data.condition)
+    if config.adapter.lora_text_encoder and shape.takes_text and source.kind != "text":
+        raise UserError(
+            f"--lora-text-encoder: {source.name} is used without captions, from which a text encoder would learn",
+            "Leave it out, or --condition none.",
+        )
     data = replace(data, validation=held_out_share(given, data.validation, len(source)))
     if "resolution" not in given:
         data = replace(data, resolution=usual_side(shape))
@@ -271,7 +295,12 @@ def usual_side(shape: FlowModel) -> int:
     return max(1, int(min(side, _USUAL_SIDE)) // multiple) * multiple
 
 
-def _check_condition(source: Source, base: PretrainedBase, *, asked: str, learns_text: bool) -> None:
+def _conditioned(source: Source, base: PretrainedBase, *, asked: str) -> Source:
+    """Return the images with their classes as the model spells them.
+
+    Raises:
+        UserError: they lack what the model draws from.
+    """
     shape, name = base.shape, base.name
     if shape.takes_text:
         if source.kind != "text" and asked != "none":
@@ -280,28 +309,25 @@ def _check_condition(source: Source, base: PretrainedBase, *, asked: str, learns
                 "Write one beside each image (cat.txt beside cat.png), or give all of them one: "
                 '--caption "a photo of sks dog". --condition none trains without.',
             )
-        if source.kind != "text" and learns_text:
-            raise UserError(
-                f"--lora-text-encoder: {source.name} is used without captions, from which a text encoder would learn",
-                "Leave it out, or --condition none.",
-            )
         if source.kind == "text" and not any(any(captions) for captions in source.all_captions()):
             raise UserError(
                 f"all captions of {source.name} are empty",
                 'Write some, or give all images one: --caption "a photo of sks dog". --condition none trains without.',
             )
-        return
+        return source
     if source.kind == "text" or (source.kind != "class" and asked != "none"):
         raise UserError(
             f"{name} draws classes, and {source.name} has {'captions' if source.kind == 'text' else 'none'}",
             "Sort the images into folders named as its classes (--condition class).",
         )
-    unknown = [label for label in source.classes if as_spelled(label, shape.classes) not in shape.classes]
-    if unknown:
+    known = {**dict.fromkeys(shape.classes), **shape.labels}  # a class may have several names
+    classes = tuple(as_spelled(label, known) for label in source.classes)
+    if unknown := [label for label in classes if label not in known]:
         raise UserError(
             f"{name} has no classes named {few(unknown)}",
-            f"It knows {few([*shape.classes], 12)}; a pretrained model gets no new ones.",
+            f"It knows {few([*shape.classes], 12)}. Classes cannot be added to a pretrained model.",
         )
+    return replace(source, classes=classes)
 
 
 # ---------------------------------------------------------------- settings
@@ -316,29 +342,45 @@ def with_base_settings(
         own_share: share of the samples that are images of the data.
 
     Raises:
-        UserError: a setting has no effect on a pretrained model, or contradicts another one.
+        UserError: a setting has no effect on a pretrained model, or contradicts another one; it cannot have such an
+            adapter.
     """
     _refuse_unused(config, base)
     defaults = base.shape.training_defaults
     adapter = config.adapter
     if "lora_rank" not in given and base.size > LARGE and base.loads_adapters:
         adapter = replace(adapter, lora_rank=defaults.lora_rank)
-    if adapter.lora_text_encoder and not adapted_encoders(base.shape.pipeline):
-        raise UserError(
-            f"--lora-text-encoder: diffusers has no adapters for the text encoders of {base.name}",
-            "Leave it out: those of Stable Diffusion 1 to 3, SDXL and FLUX.1 can have one.",
-        )
     flow = config.flow
     if "condition_dropout" not in given:
         flow = replace(flow, condition_dropout=defaults.condition_dropout)
     tuned = replace(config, adapter=adapter, flow=flow)
-    if tuned.fine_tuning.quantize and not adapter.lora_rank:
+    network, checkpoints = config.network, base.shape.network._supports_gradient_checkpointing
+    if tuned.fine_tuning.quantize:
+        _check_quantised(tuned)
+        if "gradient_checkpointing" not in given and tuned.fine_tuning.quantize in _WIDENED:
+            network = replace(network, gradient_checkpointing=checkpoints)
+    if network.gradient_checkpointing and not checkpoints:
         raise UserError(
-            f"--quantize {tuned.fine_tuning.quantize}: quantised weights cannot learn, and all are to be trained",
+            f"--gradient-checkpointing: {type(base.shape.network).__name__} has none", "Leave it out."
+        )
+    if adapter.lora_rank:
+        check_adapter(base.shape, adapter)
+    rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
+    return replace(tuned, network=network, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
+
+
+def _check_quantised(config: RunConfig) -> None:
+    quantize = config.fine_tuning.quantize
+    if not config.adapter.lora_rank:
+        raise UserError(
+            f"--quantize {quantize}: quantised weights cannot learn, and all are to be trained",
             "Train an adapter (--lora-rank 16), or leave --quantize out.",
         )
-    rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
-    return replace(tuned, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
+    if config.loop.shard and process_state().num_processes > 1:
+        raise UserError(
+            f"--quantize {quantize} with --shard: quantised weights cannot be spread over processes",
+            "Leave one of the two out: without --shard, each process holds all quantised weights.",
+        )
 
 
 def _fitted(
@@ -357,8 +399,8 @@ def _fitted(
     if adapter.lora_rank and loop.optimizer == "muon":
         if "optimizer" in given:
             raise UserError(
-                "--optimizer muon with an adapter: it turns whole matrices, an adapter's are only their factors",
-                "Leave it out: an adapter is trained with AdamW.",
+                "--optimizer muon with an adapter: it orthogonalises whole matrices, of which an adapter has factors",
+                "Leave it out: adapters are trained with AdamW.",
             )
         loop = replace(loop, optimizer="adamw")
     changes: dict[str, Any] = {
@@ -415,13 +457,22 @@ def base_dtype(loop: LoopConfig, adapter: AdapterConfig, device: torch.device) -
     return compute_dtype(loop.mixed_precision, device) if adapter.lora_rank else torch.float32
 
 
+def _checkpointed(quantize: str | None) -> str:
+    return (
+        f"gradient checkpointing: on, as a step would keep a copy of each {quantize} weight in 16 bits without "
+        "(--no-gradient-checkpointing)"
+    )
+
+
 def _density_text(density: TimeDensity, flow: FlowConfig) -> str:
     """Return the density of the noise levels in words."""
-    if flow.time_density is not None or flow.weighting is not None:
-        return f"--time-density {flow.time_density or 'of the weighting'}"
+    if flow.time_density is not None:
+        return f"--time-density {flow.time_density}"
+    if flow.weighting is not None:
+        return f"those of --weighting {flow.weighting}"
     levels = 1.0 - density.quantile(torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64))
     low, middle, high = levels.tolist()
     return (
-        f"as the family was trained; of the noise levels (0 is data, 1 noise) a tenth is below {low:.2f}, half below "
-        f"{middle:.2f}, a tenth above {high:.2f}"
+        f"as the family was trained: a tenth below {low:.2f}, half below {middle:.2f}, a tenth above {high:.2f} (0 is "
+        "the image, 1 is noise alone)"
     )

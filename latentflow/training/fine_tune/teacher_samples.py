@@ -64,14 +64,14 @@ class Teacher:
         pipeline: one of ours over ``model``.
         call_arguments: turns prompts or classes into the condition of a call.
         identity: hash of its weights.
-        together: most samples that are drawn at once.
+        together: most samples that are drawn at once; None: the usual number.
     """
 
     model: FlowModel
     pipeline: Any
     call_arguments: Callable[[list[str]], dict[str, Any]]
     identity: str
-    together: int = _TOGETHER
+    together: int | None = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def samples(
     """
     plain = {name: value for name, value in asdict(settings).items() if name not in ("what", "phase")}
     _claim(folder, {"checkpoint": teacher.identity, "asked": prompts, "side": side, **plain})
-    together = min(teacher.together, max(1, _PIXELS // side**2))
+    together = min(teacher.together or _TOGETHER, max(1, _PIXELS // side**2))
     files = {
         folder / f"{start:06d}.safetensors": range(start, min(start + together, len(prompts)))
         for start in range(0, len(prompts), together)

@@ -173,7 +173,7 @@ class SampleRandom:
             row.normal_(generator=generator)
         return rows.to(self._device, non_blocking=True)
 
-    def uniform(self) -> torch.Tensor:
-        """Draw (B,) float64, in the open interval (0, 1)."""
+    def uniform(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Draw (B,) float64, in the open interval (0, 1); on ``device``, by default that of the batch."""
         rows = [torch.rand((), dtype=torch.float64, generator=generator) for generator in self._generators]
-        return torch.stack(rows).clamp(1e-9, 1 - 1e-9).to(self._device)
+        return torch.stack(rows).clamp(1e-9, 1 - 1e-9).to(device or self._device, non_blocking=True)

@@ -8,7 +8,7 @@ import math
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ from .distributed import (
     whole,
 )
 from .loader import (
-    Batch,
+    Ahead,
     DataFailed,
     Part,
     Recovery,
@@ -176,7 +176,8 @@ class Loop:
         self.callbacks.begin()
         self.saver = Saver(self.checkpoints, self.config.checkpoints_total_limit, sharded=self.sharded)
         self.saver.saved = self.step
-        self.clock = Clock(self.config.validation_time or 1.0, self.config.limited)
+        kinds = [kind for kind in self.config.limited if kind != "validation" or self.callbacks.validate]
+        self.clock = Clock(self.config.validation_time or 1.0, kinds)
         together(lambda: self._begin_report(flops))
         last = self.config.max_train_steps
         try:
@@ -198,11 +199,13 @@ class Loop:
 
     def train(self, last: int) -> bool:
         """Take the steps up to ``last``, and export; return whether the run is finished."""
-        batches = load_batches(
-            self.data,
-            self.order.batches(self.step, last, self.accelerator.process_index),
-            num_workers=self.config.num_workers,
-            pin_memory=self.accelerator.device.type == "cuda",
+        batches = Ahead(
+            load_batches(
+                self.data,
+                self.order.batches(self.step, last, self.accelerator.process_index),
+                num_workers=self.config.num_workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
         )
         profile: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None)
         if self.config.profile and self.main:
@@ -237,7 +240,7 @@ class Loop:
         self._export()
         return True
 
-    def train_step(self, batches: Iterator[list[Batch]]) -> dict[str, float]:
+    def train_step(self, batches: Ahead) -> dict[str, float]:
         """Take one optimiser step: load, forward and backward, clip, skip if not finite, optimiser, average.
 
         Raises:
@@ -252,6 +255,7 @@ class Loop:
                 whole(self.accelerator.clip_grad_norm_(module.trained.parameters(), limit))
                 for module in self.modules
             ]
+        batches.load()  # of the next step, while the device computes this one
         values, read_norms = self._read(sums, norms)
         values |= {"lr": rate, "grad_norm": read_norms[0]}
         # fp16: the scaler deals with overflowing gradients itself.

@@ -90,6 +90,33 @@ def load_batches(
     return _checked(batches)
 
 
+class Ahead:
+    """The batches of ``batches``, of which the next one can be loaded before it is asked for."""
+
+    def __init__(self, batches: Iterator[list[Batch]]) -> None:
+        self._batches = batches
+        self._next: list[Batch] | DataFailed | StopIteration | None = None
+
+    def load(self) -> None:
+        """Load the next batch now; a failure is raised when it is asked for."""
+        if self._next is None:
+            try:
+                self._next = next(self._batches)
+            except (DataFailed, StopIteration) as error:
+                self._next = error
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        self.load()
+        batch, self._next = self._next, None
+        if isinstance(batch, Exception):
+            raise batch
+        assert batch is not None
+        return batch
+
+
 def _begin_worker(worker: int) -> None:
     """Ignore what a terminal sends to all processes of a run (Ctrl-C, its end): the one that started this one stops.
 
@@ -186,11 +213,14 @@ def first_batch(data: TrainingData, rows: int) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on ``device``."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
+    """Return the batch with its tensors, also those in lists, on ``device``."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(each) for each in value]
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return {key: moved(value) for key, value in batch.items()}
 
 
 def split_rows(batch: Batch, rows: int) -> list[Batch]:

@@ -17,6 +17,7 @@ from ...families.model import Rows, Values
 from ...families.pretrained import PretrainedModel
 from ...families.text_encoders import text_encoders
 from ...flow import PathSample
+from ..loop.data_order import SampleRandom
 from .flow import Density, FlowLoss
 
 # beginnings of the names of a batch's entries that are conditions: of `Rows.values` and of `Rows.kept`
@@ -102,15 +103,19 @@ class PretrainedLoss(FlowLoss):
             )
 
     def prompts(self, batch: dict[str, Any], drop: Tensor | None = None) -> Any:
-        """Return the rows of a batch; those where ``drop`` (B,) holds are the empty prompt."""
+        """Return the rows of a batch; those where ``drop`` (B,), on the CPU, holds are the empty prompt."""
         model = self._model[0]
         rows = encoded_captions(batch[CAPTIONS], model) if CAPTIONS in batch else of_batch(batch, model)
         if drop is None or not drop.any():
             return rows
         places = torch.arange(len(rows)) + len(rows) * drop.cpu()
-        null = encoded_null(model) if self._null is None else self._null.to(batch["latents"].device)
-        null = replace(null.repeat(len(rows)), kept=rows.kept)
+        null = encoded_null(model) if self._null is None else self._null
+        null = replace(null.repeat(len(rows)).to(batch["latents"].device), kept=rows.kept)
         return Rows.cat([rows, null])[places]
+
+    def dropped(self, random: SampleRandom) -> Tensor:
+        """Draw the rows (B,) bool whose prompt is replaced by the empty one, on the CPU: a GPU is not waited for."""
+        return random.uniform("cpu") < (self.config.condition_dropout if self.training else 0.0)
 
     def compared_by(self, condition: Any) -> Tensor | None:
         """Return None: rows of different models have nothing in common that could be compared."""
@@ -192,9 +197,12 @@ class _Network(nn.Module):
         super().__init__()
         self.network = model.network
         self._model, self._guidance_scale = model, guidance_scale
+        self._dtype = model.dtype  # asked once: it takes milliseconds in a large network
 
     def forward(self, xt: Tensor, t: Tensor, rows: Rows) -> Tensor:
-        x, condition = xt.to(self._model.dtype), self._model.prepare(rows)
-        with nullcontext() if self._model.bears_autocast else torch.autocast(x.device.type, enabled=False):
+        x, condition = xt.to(self._dtype), self._model.arrange(rows.to(xt.device, self._dtype))
+        # A base in half precision computes as it does when images are drawn; autocast would only add casts.
+        plain = x.dtype != torch.float32 or not self._model.bears_autocast
+        with torch.autocast(x.device.type, enabled=False) if plain else nullcontext():
             output = self._model.predict(x, t.float(), condition, None, self._guidance_scale)
         return output.float()

@@ -1,11 +1,12 @@
 """Model cards: README.md of a run's pipeline folder and of its adapter's, and of an exported pipeline; from templates.
 
-The header is for the hub. Its ``library_name`` is our distribution's: for `diffusers` the hub would show a snippet that
-fails, since diffusers alone does not know our pipelines, and for a library that it does not know it shows none.
+The header is for the hub. Its ``library_name`` is our distribution's where diffusers alone does not know the pipeline:
+for `diffusers` the hub would show a snippet that fails, and for a library that it does not know it shows none.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from ...errors import few, one_line, plural, printable
 from ...families.few_steps import FewSteps
 from ...utils.files import replacing
+from ...utils.flags import parse_options
 from ...utils.html_page import render
 from ...utils.libraries import DISTRIBUTION, requirement
 from .export import is_generated, signed
@@ -36,12 +38,15 @@ _TAGS = {
 }
 _SHOWN = (
     "resolution", "network", "network_preset", "width", "depth", "heads", "patch_size", "vae", "init_from", "lora_rank",
-    "lora_alpha", "lora_layers", "checkpoint", "method", "guidance", "text_encoder", "path", "prediction", "coupling",
-    "objective", "weighting", "time_density", "condition_dropout", "inpainting", "max_train_steps", "train_batch_size",
-    "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler", "lr_decay_share", "ema_decay", "seed",
+    "lora_alpha", "lora_layers", "quantize", "family_options", "prior_samples", "prior_prompts", "checkpoint", "method",
+    "guidance", "text_encoder", "path", "prediction", "coupling", "objective", "weighting", "time_density",
+    "condition_dropout", "inpainting", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+    "optimizer", "learning_rate", "lr_scheduler", "lr_decay_share", "ema_decay", "seed",
 )  # fmt: skip
 # Settings without effect where the network is a checkpoint's.
 _OF_NEW_NETWORK = ("network", "network_preset", "width", "depth", "heads", "patch_size")
+# Settings of our own networks and their training, which a pretrained model does not have.
+_OF_OWN_NETWORKS = ("path", "prediction", "coupling", "objective", "inpainting")
 _WITHOUT_ADAPTER = ("lora_rank", "lora_alpha", "lora_layers")  # settings that have no effect at rank 0
 
 
@@ -56,9 +61,11 @@ class CardFacts:
         classes: the names of all its classes.
         parts: name -> module, of the pipeline's modules that have parameters.
         inpaints: it was trained to inpaint.
+        samples: number of images of a preview.
         sample_steps: numbers of steps with which previews are sampled, one after the other.
         few_steps: how it is sampled, if in few steps.
         resolution: side of its images in pixels; None: as the run's settings have it.
+        stock: class of diffusers that opens it, or for an adapter that it is loaded into; "": one of ours.
     """
 
     where: str
@@ -67,9 +74,11 @@ class CardFacts:
     example: str = ""
     classes: tuple[str, ...] = ()
     inpaints: bool = False
+    samples: int = 16
     sample_steps: tuple[int, ...] = (10,)
     few_steps: FewSteps = FewSteps()
     resolution: int | None = None
+    stock: str = ""
 
 
 def write_card(folder: Path, run: Path, facts: CardFacts) -> None:
@@ -166,7 +175,7 @@ def _header(
     adapter: bool = False,
 ) -> str:
     """Return the YAML of a card's header. Only ids of the hub are given as such, and what is unknown is left out."""
-    tags = ["latentflow", "flow-matching"]
+    tags = ["diffusers", "latentflow"] if facts.stock else ["latentflow", "flow-matching"]
     tags += [*["lora"] * adapter, *["inpainting"] * facts.inpaints, *["few-step"] * bool(facts.few_steps)]
     name, _, link = str(config.get("license") or "").partition("=")
     derived: dict[str, Any] = {}
@@ -176,7 +185,7 @@ def _header(
         license="other" if link else name or None,
         license_name=name if link else None,
         license_link=link or None,
-        library_name=DISTRIBUTION,
+        library_name="diffusers" if facts.stock else DISTRIBUTION,
         pipeline_tag=_TAGS[facts.kind],
         datasets=[origin.hub_id for origin in data] or None,
         tags=tags,
@@ -201,11 +210,13 @@ def _values(facts: CardFacts, header: str) -> dict[str, Any]:
         "classes": ", ".join(_as_text(name) for name in facts.classes) if kind == "class" else "",
         "call": {"text": f"prompt={example!r}", "class": f"class_labels=[{example!r}]"}.get(kind, ""),
         "command": generate_command(kind, example, where),
+        "stock": facts.stock,
         "inpaints": facts.inpaints,
         "parts": [
             (name, type(part).__name__, sum(weight.numel() for weight in part.parameters()))
             for name, part in facts.parts.items()
         ],
+        **(_stock_values(facts, ()) if facts.stock else {}),
     }
 
 
@@ -219,8 +230,14 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
     values = _values(facts, _header(facts, run.config, base, sets, of_adapter))
     if of_adapter and base:
         values["command"] = generate_command(
-            facts.kind, _in_a_line(facts.example), one_line(base.place), one_line(facts.where)
+            facts.kind,
+            _in_a_line(facts.example),
+            one_line(base.place),
+            one_line(facts.where),
+            run.config.get("family_options") or (),
         )
+    if facts.stock:
+        values |= _stock_values(facts, run.config.get("family_options") or ())
     places = [str(run.config.get("data")), *([_named_base(run)] if base and not base.hub_id else [])]
     licences = [
         f"{origin.name}: licence {_as_text(origin.license)}, as its card states"
@@ -232,6 +249,7 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
         "lineage": [*_base_lines(run, base, of_adapter=of_adapter), *_few_steps_lines(facts)],
         "sample_steps": " and ".join(map(str, facts.sample_steps)),
         "sample_rows": 2 * len(facts.sample_steps),
+        "samples": facts.samples,
         "run": run,
         "unfinished": run.target is not None and run.step < run.target and not run.stopped_early,
         "time": duration(run.seconds) if run.seconds else "",
@@ -243,11 +261,35 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
             if run.config.get(name) not in (None, {}, [])
             and not (name in _WITHOUT_ADAPTER and not run.config.get("lora_rank"))
             and not (name in _OF_NEW_NETWORK and base)
+            and not (name in _OF_OWN_NETWORKS and facts.stock)
+            and not (name == "lr_decay_share" and run.config.get("lr_scheduler") == "constant")
         ],
         "verdict": _as_text(verdict.remark) if verdict else "",
         "learnt": [_as_text(line) for line in measured_lines(run, verdict)],
         "measured": measured,
         "figures": ", ".join(f"`{name}` {value:.4f}" for name, value in figures),
+    }
+
+
+def _stock_values(facts: CardFacts, family_options: Sequence[str]) -> dict[str, str]:
+    """Return what a template takes of a pretrained model: how our pipeline is opened, how it and diffusers' are called.
+
+    Args:
+        family_options: as of the run.
+    """
+    import diffusers
+
+    taken = inspect.signature(getattr(diffusers, facts.stock).__call__).parameters
+    example, options = _in_a_line(facts.example), parse_options(family_options)
+    sides = {} if facts.resolution is None else dict.fromkeys(("height", "width"), facts.resolution)
+    stock = {name: value for name, value in {**sides, **options}.items() if name in taken}
+    is_class = facts.kind == "class"
+    own = f"class_labels=[{example!r}]" if is_class else f"prompt={example!r}"
+    shown = f"class_labels=pipe.get_label_ids([{example!r}])" if is_class else own
+    return {
+        "open": ', dtype="auto"' + (f", family_options={options!r}" if options else ""),
+        "call": ", ".join([own, *(f"{name}={value!r}" for name, value in sides.items())]),
+        "stock_call": ", ".join([shown, *(f"{name}={value!r}" for name, value in stock.items())]),
     }
 
 
@@ -302,11 +344,14 @@ def _adapter_parts(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, str, 
     return rows
 
 
-def generate_command(kind: str, example: str, checkpoint: str, adapter: str = "") -> str:
-    """Return the line that generates an image of ``example`` with a checkpoint of this ``kind``, and with an adapter if
-    one is given; see `CardFacts`."""
+def generate_command(
+    kind: str, example: str, checkpoint: str, adapter: str = "", family_options: Sequence[str] = ()
+) -> str:
+    """Return the line that generates an image of ``example`` with a checkpoint of this ``kind``, and with the adapter
+    and the options of its family that are given; see `CardFacts`."""
     flags = {"text": [_in_a_line(example)], "class": ["--class", _in_a_line(example)]}.get(kind, [])
     flags += ["--checkpoint", checkpoint, *(["--lora", adapter] if adapter else [])]
+    flags += ["--family-options", *family_options] if family_options else []
     return shlex.join(["latentflow", "generate", *flags, "-o", "image.png"])
 
 

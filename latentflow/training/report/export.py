@@ -55,11 +55,13 @@ def is_generated(card: str) -> bool:
 def moved(card: str, where: str) -> str:
     """Return a model card of `signed` whose lines load from ``where``; any other card as it is.
 
-    Earlier versions named diffusers as the library, for which the hub shows a snippet that fails.
+    Earlier versions named diffusers as the library of our own pipelines, for which the hub shows a snippet that fails.
     """
     if not is_generated(card):
         return card
-    text = re.sub(r"^library_name: diffusers$", f"library_name: {DISTRIBUTION}", unsigned(card), flags=re.M)
+    text = unsigned(card)
+    if not re.search(r"^- diffusers$", text, flags=re.M):  # the tag of diffusers' own pipelines
+        text = re.sub(r"^library_name: diffusers$", f"library_name: {DISTRIBUTION}", text, flags=re.M)
     return signed(relocated(text, where))
 
 
@@ -69,9 +71,8 @@ def relocated(card: str, where: str, folder: Path | None = None) -> str:
     Args:
         folder: where it is loaded from so far, in a card that may be the user's; a line that names another one stays.
     """
-    found = re.search(r"load_lora_weights\((\".*\")\)", card) or re.search(
-        r"from_pretrained\((\".*\")\)", card
-    )
+    string = r'("(?:[^"\\\n]|\\.)*")'  # of JSON
+    found = re.search(rf"load_lora_weights\({string}", card) or re.search(rf"from_pretrained\({string}", card)
     try:
         before = json.loads(found[1]) if found else None
     except ValueError:  # in the user's own words

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, is_number
-from ...utils.files import read_yaml
+from ...utils.files import read_settings, read_yaml
 from ..losses.autoencoder import autoencoder_steps
 
 Row = dict[str, float]
@@ -104,8 +104,19 @@ class Run:
 
     @property
     def result(self) -> Path:
-        """Return the folder of the exported model."""
-        return self.folder / ("autoencoder" if self.is_autoencoder else "pipeline")
+        """Return the folder of the exported model; of a pretrained model's adapter, that of the adapter."""
+        if self.is_autoencoder:
+            return self.folder / "autoencoder"
+        pipeline, adapter = self.folder / "pipeline", self.folder / "adapter"
+        return adapter if adapter.is_dir() and not pipeline.is_dir() else pipeline
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Return whether its result is a pretrained model of diffusers, or an adapter of one."""
+        if self.result.name == "adapter":
+            return True
+        index = self.result / "model_index.json"
+        return index.is_file() and not str(read_settings(index).get("_class_name")).startswith("LatentFlow")
 
     @property
     def finished(self) -> bool:

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ...config import AutoencoderConfig, DataConfig, FlowConfig, LoopConfig, NetworkConfig, TextConfig
+from ...config import (
+    AdapterConfig,
+    AutoencoderConfig,
+    DataConfig,
+    FineTuningConfig,
+    FlowConfig,
+    FramingConfig,
+    LoopConfig,
+    NetworkConfig,
+    TextConfig,
+)
 from ...data.images import open_image, to_rgb
 from ...errors import UserError
 from ...utils.html_page import Page, Section
@@ -64,7 +74,8 @@ def _generate_line(run: Run) -> str:
     card = run.result / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     lines = re.findall(r"^latentflow generate .+$", text, re.MULTILINE)
-    return lines[0] if lines else shlex.join(["latentflow", "generate", "--checkpoint", str(run.result)])
+    opened = run.folder if run.result.name == "adapter" else run.result
+    return lines[0] if lines else shlex.join(["latentflow", "generate", "--checkpoint", str(opened)])
 
 
 def _summary(page: Page, run: Run) -> None:
@@ -174,19 +185,23 @@ def _settings(page: Page, run: Run) -> None:
         for k, v in run.config.items()
         if k in defaults and (tuple(v) if isinstance(v, list) else v) != defaults[k]
     ]
-    page.table(["changed setting", "here", "default"], changed)
+    default = "default of a training from scratch" if run.config.get("init_from") else "default"
+    page.table(["changed setting", "here", default], changed)
     every = page.details("all settings (config.yaml)")
     every.code(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
 
 
 def _defaults() -> dict[str, Any]:
     """Return the defaults of all settings of all programs; the data have none."""
-    sections = (AutoencoderConfig(), NetworkConfig(), TextConfig(), FlowConfig(), LoopConfig())
+    sections = (
+        AutoencoderConfig(), NetworkConfig(), TextConfig(), FlowConfig(), LoopConfig(), FramingConfig(),
+        FineTuningConfig(), AdapterConfig(),
+    )  # fmt: skip
     defaults = {
         name: value for section in (DataConfig(data=""), *sections) for name, value in vars(section).items()
     }
     del defaults["data"]
-    return defaults
+    return {"init_from": None, **defaults}
 
 
 def _text(value: Any) -> str:

@@ -28,7 +28,7 @@ _ENOUGH = 8  # held-out images; the loss on fewer is known exactly, but is that 
 _LEARNT = 0.1
 # Captions of so few images are meant to draw them. In ten runs on 20 to 77 images (docs/measurements/fine-tuning.md)
 # the loss was lower with the caption than without by 12 to 28 % where 10 to 36 % of the captions drew the right image,
-# and by 42 to 81 % where 40 to 100 % did.
+# and by 42 to 81 % where 40 to 100 % did. Pretrained models, which were not measured, are judged as the others are.
 _FEW_CAPTIONED = 100
 _BY_CAPTION = 1 / 3
 _COPIES = 0.5  # share of generated images that are as near to a training image as copies are
@@ -201,7 +201,7 @@ def _not_learnt(run: Run, found: Trend) -> Verdict | None:
         text = f"not learnt. {why} It has risen: the learning rate is too high. Halve it, in a new run:"
         flags = [f"--{_rate(run).replace('_', '-')}", f"{rate / 2:g}"]
         return Verdict("not learnt", text, _anew(run, f"rate-{rate / 2:g}", flags))
-    if is_fine_tune and not _few_captioned(measured):
+    if is_fine_tune and not _draws_by_caption(run):
         why += " Either the rate is too low, or the checkpoint knew these images already."
     higher = 2 * rate
     text = f"not learnt. {why} Raise the learning rate, here from {rate:g} to {higher:g}:"
@@ -228,7 +228,7 @@ def _unlearnt(run: Run) -> str:
     if not found:
         return ""
     before, after, without = found["before"], found["after"], found["without_captions"]
-    if _few_captioned(found):
+    if _draws_by_caption(run):
         if (share := 1 - after / without) < _BY_CAPTION:
             lower = "no lower" if share < 0.005 else f"only {share:.0%} lower"
             return (
@@ -281,6 +281,11 @@ def _memorising(run: Run, found: Trend) -> Verdict | None:
         "with --random-flip if left and right do not matter, or for fewer steps in a new run:"
     )
     return Verdict("memorising", text, _shorter(run, run.step // 2))
+
+
+def _draws_by_caption(run: Run) -> bool:
+    """Return whether the captions of a run are meant to draw their images, and it is judged by that."""
+    return _few_captioned(_figures(run.folder / LEARNING)) and not run.is_pretrained
 
 
 def _few_captioned(found: dict[str, Any]) -> bool:
