@@ -153,8 +153,9 @@ class AdapterConfig:
     """Layers with an adapter: attention, feed-forward, all (every linear layer), or parts of layer names, such as
     blocks.0 cross_attn."""
     lora_text_encoder: bool = False
-    """Adapt the text encoder too, if it was trained with the checkpoint. Words that it does not know yet are learned
-    in any case."""
+    """Adapt the text encoder too: one that was trained with the checkpoint (words that it does not know yet are
+    learned in any case), or the CLIP text encoders of Stable Diffusion 1 to 3, SDXL and FLUX.1, which then stay in
+    memory and learn at a twentieth of the learning rate."""
 
     def __post_init__(self) -> None:
         if self.lora_rank < 0:

@@ -58,6 +58,8 @@ class PretrainedModel(FlowModel):
     bears_autocast: bool = True
     #: the pipeline draws its noise with the channels last
     noise_channels_last: bool = False
+    #: gradients pass from rows of prompts to the text encoders, where those learn
+    encodes_with_gradients: bool = False
     #: cells of the latent that make one token of the network, along a side
     patch: int = 1
     #: what rows keep of images, (B, C', h, w) each, in the order in which the network takes them after its latent
@@ -173,9 +175,9 @@ class PretrainedModel(FlowModel):
     # ---------------------------------------------------------------- conditions
 
     def encode_prompt(self, prompts: Sequence[str], images: Sequence[Any] = (), **options: Any) -> Rows:
-        """Return one row for each prompt, without gradients: a graph would keep the text encoders in memory.
+        """Return one row for each prompt.
 
-        ``Rows(model, model.embed(prompts))`` can be differentiated.
+        Rows have no gradients, whose graph would keep the text encoders in memory, unless `encodes_with_gradients`.
 
         Args:
             images: for networks that draw from images, see `ReferenceModel`.
@@ -211,7 +213,7 @@ class PretrainedModel(FlowModel):
         # lists of their own, since some pipelines change them
         parts = [[text] for text in texts] if self.one_by_one else [[*texts]]
         with (
-            torch.no_grad(),
+            torch.set_grad_enabled(self.encodes_with_gradients and torch.is_grad_enabled()),
             inner_phase("encode prompts"),
             absent_encoders_named(self.pipeline),
             watched_tokenizers(self.pipeline) as seen,

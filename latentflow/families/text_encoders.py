@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from ..errors import UserError
 
 #: beginnings of the names of components that only encode prompts
@@ -15,6 +17,14 @@ _WIDTHS = (
     "encoder_hid_dim", "joint_attention_dim", "caption_channels", "cap_feat_dim", "text_embed_dim", "text_hidden_dim",
     "text_in_dim", "in_text_dim", "llm_features_dim", "context_in_dim", "cross_attention_dim",
 )  # fmt: skip
+
+
+def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
+    """Return the text encoders that a pipeline has, by the names of their components."""
+    parts = pipeline.components.items()
+    return {
+        name: part for name, part in parts if name.startswith(TEXT_ENCODERS) and isinstance(part, nn.Module)
+    }
 
 
 @contextmanager

@@ -194,7 +194,7 @@ def in_layout(
         raise UserError(f"{shown} is in another layout: {other}", "Give one in diffusers' layout.")
     parts = {key.partition(".")[0] for key in state}
     scaled = in_peft_names(state, {f"{part}.": _settings(part, settings, shown) for part in parts}, shown)
-    scaled = {_with_text_model(key): value for key, value in scaled.items()}
+    scaled = {with_text_model(key): value for key, value in scaled.items()}
     ends = (_A, _B, _DORA) if kind is None else (_A, _B)
     if odd := next((key for key in scaled if not key.endswith(ends)), None):
         what = "DoRA" if odd.endswith(_DORA) else odd
@@ -246,9 +246,9 @@ def _settings(part: str, settings: Mapping[str, Any] | None, shown: str) -> dict
     return own
 
 
-def _with_text_model(key: str) -> str:
+def with_text_model(key: str) -> str:
     """Return the name of CLIP's layer as all programs know it; from transformers 5 on some are shorter."""
-    return re.sub(r"^(text_encoder(?:_2)?)\.encoder\.layers\.", r"\1.text_model.encoder.layers.", key)
+    return re.sub(r"^((?:text_encoder(?:_2)?\.)?)encoder\.layers\.", r"\1text_model.encoder.layers.", key)
 
 
 def _of_one_rank(state: Tensors) -> Tensors:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError, few, plural, with_article
+from ..families.text_encoders import text_encoders
 from ..utils.components import is_finite, library_reads, without_reports
 from ..utils.libraries import missing
 from .adapter_bases import fingerprint, is_other_base, other_base
@@ -90,6 +91,18 @@ def adapted_part(pipeline: Any) -> str | None:
     taken = {} if save is None else inspect.signature(save).parameters
     parts = (name for name in ("transformer", "unet") if f"{name}_lora_layers" in taken)
     return next((name for name in parts if name in pipeline.components), None)
+
+
+def adapted_encoders(pipeline: Any) -> dict[str, nn.Module]:
+    """Return the text encoders for which the pipeline's loader has adapters, by the names of their components: CLIP's
+    alone, as in diffusers' training programs."""
+    save = getattr(pipeline, "save_lora_weights", None)
+    taken = {} if save is None else inspect.signature(save).parameters
+    return {
+        name: part
+        for name, part in text_encoders(pipeline).items()
+        if f"{name}_lora_layers" in taken and type(part).__name__.startswith("CLIPText")
+    }
 
 
 def _check_base(

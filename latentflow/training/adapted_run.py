@@ -55,12 +55,16 @@ class AdaptedRun:
         settings["lora_layers"] = tuple(settings["lora_layers"])
         adapter = PretrainedAdapter(shape, AdapterConfig(**settings))
         adapter.fingerprint = base  # which the shapes alone do not have
-        weights = {
-            name.removeprefix("network.network."): value
-            for name, value in {**state["flow-weights"], **state["flow-average"]}.items()
+        weights = {**state["flow-weights"], **state["flow-average"]}
+        parts = {  # by their names in `PretrainedLoss`
+            "network.network.": shape.network,
+            **{f"text_encoders.{name}.": part for name, part in adapter.encoders.items()},
         }
         learned = {
-            name: weight.shape for name, weight in shape.network.named_parameters() if weight.requires_grad
+            f"{start}{name}": weight.shape
+            for start, part in parts.items()
+            for name, weight in part.named_parameters()
+            if weight.requires_grad
         }
         if learned != {name: value.shape for name, value in weights.items()}:
             raise UserError(
@@ -68,7 +72,13 @@ class AdaptedRun:
                 "Another model lies there than the one that the run started from. Put that one back.",
             )
         with torch.no_grad():
-            shape.network.load_state_dict(weights, strict=False, assign=True)
+            for start, part in parts.items():
+                own = {
+                    name.removeprefix(start): value
+                    for name, value in weights.items()
+                    if name.startswith(start)
+                }
+                part.load_state_dict(own, strict=False, assign=True)
         temporary = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         # The page calls the adapter by the name of the run.

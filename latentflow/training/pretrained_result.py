@@ -21,8 +21,8 @@ from ..pipeline.generate import LatentFlowPipeline
 from ..pipeline.over_model import over_model
 from .data import DataSplits, shown_by
 from .fine_tune.defaults import FEW
-from .fine_tune.encoded_prompts import EncodedPrompts
 from .fine_tune.learning import LearningMeter
+from .fine_tune.live_prompts import Prompts
 from .fine_tune.memorisation import report_memorisation
 from .fine_tune.pretrained_adapter import PretrainedAdapter
 from .fine_tune.pretrained_base import PretrainedBase, drawing_precision
@@ -38,14 +38,14 @@ class PretrainedResult:
     """The result of a run, as its network is at any time.
 
     Args:
-        model: the network with autoencoder and scheduler, and no text encoders.
+        model: the network with autoencoder and scheduler, and with text encoders only where these learn.
         adapter: in the network; None: all weights are trained.
-        prompts: the encoded captions of ``splits``.
+        prompts: those of ``splits``.
     """
 
     model: PretrainedModel
     adapter: PretrainedAdapter | None
-    prompts: EncodedPrompts
+    prompts: Prompts
     splits: DataSplits
     config: RunConfig
     base: PretrainedBase

@@ -1,7 +1,8 @@
 """The run that fine-tunes a pretrained model of diffusers, from top to bottom: configs, data, plan, prompts, latents,
 network, training, result.
 
-Text encoders, autoencoder and network are read one after the other, and each is gone before the next one comes.
+Text encoders, autoencoder and network are read one after the other, and each is gone before the next one comes; text
+encoders that learn stay.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import torch
 
 from ..config import RunConfig
 from ..data import Source
-from ..families import FlowModel
 from ..families.distilled import training_warning
+from ..families.pretrained import PretrainedModel
 from ..families.quantization import check_quantization, quantization
 from ..pipeline.adapter_files import weights_hash
 from ..utils.memory import memory_phase
 from .data import Captions, DataSplits, LatentCache
 from .fine_tune.base import refuse_own_result
-from .fine_tune.encoded_prompts import EncodedPrompts
 from .fine_tune.learning import LearningMeter
+from .fine_tune.live_prompts import LivePrompts, Prompts
 from .fine_tune.memory_plan import MemoryPlanner, plan_of, refuse_too_large
 from .fine_tune.pretrained_adapter import PretrainedAdapter
 from .fine_tune.pretrained_base import (
@@ -114,10 +115,9 @@ def train_pretrained(
     base = base.fetched()
     options = {"quantization_config": quantization(quantize, base.folder)} if quantize else {}
 
-    # ---- prompts: encoded, then the text encoders are gone ----
-    prompts = base.encoded_prompts(quantize, dtype)
+    # ---- prompts: encoded, then the text encoders are gone; those that learn encode in each step ----
     with memory_phase("encode prompts"), state.main_process_first():
-        encode_prompts(prompts, base, splits.source, config, dtype, options, also=prior)
+        prompts = open_prompts(base, splits.source, config, dtype, options, also=prior)
 
     # ---- latents: encoded, then the autoencoder waits for previews ----
     vae = base.open_autoencoder()
@@ -149,7 +149,7 @@ def train_pretrained(
     # ---- network and loss ----
     with memory_phase("load"):
         model = base.open_network(vae, dtype, **options)
-    prompts.give_null(model)
+    prompts.complete(model)
     data: LatentData | MixedData = own
     if prior:  # drawn before anything in the network changes
         drawn = prior_data(
@@ -204,6 +204,8 @@ def train_pretrained(
         description=_description(config, splits, base, vae, adapter, batch)
         | ({"prior": [len(prior), config.fine_tuning.prior_share]} if prior else {}),
         resume_line=resume_command,
+        # SDXL's first text encoder ends before its last layer, and its null is no prompt
+        find_unused_parameters=config.adapter.lora_text_encoder,
         stop=stop,
     )
     if not finished:
@@ -221,46 +223,51 @@ def train_pretrained(
         log.info("\n  ".join([f"pushed: {address}", *lines]))
 
 
-def encode_prompts(
-    prompts: EncodedPrompts,
+def open_prompts(
     base: PretrainedBase,
     source: Source,
     config: RunConfig,
     dtype: torch.dtype,
     options: dict[str, Any],
     also: list[str],
-) -> None:
-    """Encode all captions of the data that are not in the cache, other prompts, and what guidance leads away from.
+) -> Prompts:
+    """Return the prompts of a run, encoded unless text encoders learn.
+
+    All captions of the data that are not in the cache are encoded, other prompts, and what guidance leads away from.
 
     Raises:
         UserError: the text encoders cannot be read, or the cache not written.
     """
+    state = process_state()
+    encoders = torch.float32 if dtype == torch.float16 else dtype  # T5 overflows in float16
+    if config.adapter.lora_text_encoder:
+        return LivePrompts(base.open_encoders(state.device, encoders, **options))
+    prompts = base.encoded_prompts(config.fine_tuning.quantize, dtype)
     texts = [*Captions(source, mirror=config.framing.mirror_captions)] if source.kind == "text" else []
     texts += also if base.shape.takes_text else []
     if prompts.has_null and not prompts.missing(texts):
-        return
-    state = process_state()
-    encoders = torch.float32 if dtype == torch.float16 else dtype  # T5 overflows in float16
+        return prompts
     model = base.open_encoders(state.device, encoders, **options)
     prompts.encode(model, texts, progress=state.is_main_process)
     drop(model)
+    return prompts
 
 
 def conditions(
-    prompts: EncodedPrompts, images: Source, shape: FlowModel, seed: int, *, mirror: bool
+    prompts: Prompts, images: Source, shape: PretrainedModel, seed: int, *, mirror: bool
 ) -> Conditions:
     """Return what the network is given with images: the rows of their captions or classes, or the null."""
     if images.kind == "text":
         captions = Captions(images, seed, mirror)
-        return lambda rows, sample_ids: in_batch(
-            prompts.rows(captions[place] for place in captions.choose(rows, sample_ids))
+        return lambda rows, sample_ids: prompts.entries(
+            captions[place] for place in captions.choose(rows, sample_ids)
         )
     if images.kind == "class":
         class_ids = images.class_ids()
         return lambda rows, sample_ids: in_batch(
             shape.encode_class([images.classes[class_ids[row]] for row in rows])
         )
-    return lambda rows, sample_ids: in_batch(prompts.null().repeat(len(rows)))
+    return lambda rows, sample_ids: in_batch(prompts.null(shape).repeat(len(rows)))
 
 
 def _description(

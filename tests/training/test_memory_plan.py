@@ -358,13 +358,11 @@ def test_norms_are_float32_as_on_a_gpu() -> None:
 
 
 def test_a_plan_adds_up(klein: MemoryPlanner) -> None:
-    usual, kept = klein.plan(FineTuning()), klein.plan(FineTuning(cached=False))
+    usual = klein.plan(FineTuning())
     assert usual.training == pytest.approx(
         usual.base + usual.adapter + usual.gradients + usual.optimizer + usual.averages + usual.activations
     )
     assert usual.kept == 0 and usual.peak == max(usual.prompts, usual.images, usual.training)
-    weights = klein.weights(FineTuning())
-    assert kept.kept == weights.prompts + weights.images and kept.prompts == kept.images == 0
     large = klein.plan(FineTuning(batch_size=2))
     assert large.activations == pytest.approx(2 * usual.activations, rel=0.05)
     plain = klein.plan(FineTuning(gradient_checkpointing=False))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor
 from ...data.cache.store import make_room, open_folder
 from ...errors import UserError, reason
 from ...families import FlowModel
-from ...families.model import Rows
+from ...families.model import Rows, Values
 from ...utils.files import replacing, save_tensors
 from ...utils.progress import progress_bar
+from ..losses.pretrained import in_batch
 
 # A key of the rows that guidance leads away from, which no caption has: captions are hashed with a "+" before them.
 _NULL = "-"
@@ -76,8 +77,12 @@ class EncodedPrompts:
         """Return the row that guidance leads away from."""
         return self._read(_NULL, model)
 
-    def give_null(self, model: FlowModel) -> None:
-        """Let a model without text encoders lead away from the encoded null."""
+    def entries(self, texts: Iterable[str]) -> Mapping[str, Values]:
+        """Return the rows of the texts as entries of a batch."""
+        return in_batch(self.rows(texts))
+
+    def complete(self, model: FlowModel) -> None:
+        """Complete a model without text encoders: guidance leads away from the encoded null."""
         vars(model)["null"] = self.null(model).repeat
 
     def _has(self, key: str) -> bool:

@@ -24,10 +24,11 @@ from ...families.from_configs import model_from_configs
 from ...families.pretrained import PretrainedModel
 from ...families.stored_weights import QUANTISED, parameter_count, stored_bytes
 from ...families.text_encoders import TEXT_ENCODERS
+from ...pipeline.stock_adapters import adapted_encoders
 from ..loop.distributed import process_state
 from ..loop.optimizers import adam_bytes
 from .adapters import chosen_layers
-from .pretrained_adapter import compute_as_base
+from .pretrained_adapter import LAYERS_OF_CLIP, compute_as_base
 from .step_memory import NotCountedError, encoding_images, encoding_prompts, training_step
 
 T = TypeVar("T")
@@ -63,7 +64,7 @@ class FineTuning:
         batch_size: images of a forward pass.
         resolution: pixels of a side of an image.
         averages: moving averages of the weights that learn, in float32.
-        cached: prompts and images are encoded first, and the encoders are dropped; else they stay.
+        lora_text_encoder: CLIP's text encoders learn by adapters too; then all text encoders stay.
     """
 
     lora_rank: int = 16
@@ -76,7 +77,7 @@ class FineTuning:
     batch_size: int = 1
     resolution: int = 1024
     averages: int = 1
-    cached: bool = True
+    lora_text_encoder: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +88,10 @@ class MemoryPlan:
         base: weights of the network.
         adapter: weights of the adapter; 0 where all weights learn.
         gradients, optimizer, averages: of the weights that learn.
-        kept: text encoders and autoencoder that stay while the network learns.
+        kept: text encoders that stay while the network learns.
         activations: the most that a step holds beside all these; None where that cannot be counted.
         prompts: peak while prompts are encoded; 0 where that is a part of each step.
-        images: peak while images are encoded; 0 likewise.
+        images: peak while images are encoded.
     """
 
     base: float
@@ -128,6 +129,7 @@ class MemoryPlanner:
         self.encoders: list[nn.Module] = [
             part for name, part in parts if name.startswith(TEXT_ENCODERS) and isinstance(part, nn.Module)
         ]
+        self._adapted = [*adapted_encoders(model.pipeline).values()]
         self._found: dict[Hashable, Any] = {}
 
     def plan(self, settings: FineTuning) -> MemoryPlan:
@@ -137,13 +139,13 @@ class MemoryPlanner:
             UserError: a quantised network is to learn; no layers have such names.
         """
         weights, activations = self.weights(settings), self._activations(settings)
-        prompts, images = self._prompts(settings), self._image(settings)[0]
-        if settings.cached:
-            encoding = {"prompts": weights.prompts + prompts, "images": weights.images + images}
-            return replace(weights, activations=activations, **encoding)
-        step = None if activations is None else max(activations, prompts, images)
-        kept = weights.prompts + weights.images
-        return replace(weights, kept=kept, activations=step, prompts=0, images=0)
+        prompts, images = self._prompts(settings), weights.images + self._image(settings)[0]
+        if not settings.lora_text_encoder:
+            return replace(weights, activations=activations, prompts=weights.prompts + prompts, images=images)
+        if activations is not None:
+            activations = max(activations + self._learning_prompts(settings), prompts)
+        kept = weights.prompts
+        return replace(weights, kept=kept, activations=activations, prompts=0, images=kept + images)
 
     def weights(self, settings: FineTuning) -> MemoryPlan:
         """Return the memory of a run without what its computations hold on their way.
@@ -210,21 +212,19 @@ class MemoryPlanner:
             "gradients": plan.gradients,
             f"optimiser, {settings.optimizer}": plan.optimizer,
             "moving averages": plan.averages,
-            "text encoders and autoencoder": plan.kept,
+            "text encoders": plan.kept,
             "activations": plan.activations,
             "in all": plan.training,
         }
         width = max(map(len, parts))
-        before = (
-            f"before that, without the network: {_gib(plan.prompts)} to encode the prompts, {_gib(plan.images)} to "
-            "encode the images"
-        )
+        prompts = f"{_gib(plan.prompts)} to encode the prompts, " if plan.prompts else ""
+        before = f"before that, without the network: {prompts}{_gib(plan.images)} to encode the images"
         return [
             f"memory to train {'all weights' if full else f'an adapter of rank {settings.lora_rank}'} on "
             f"{settings.batch_size} x {side} x {side} pixels a step, "
             f"{'with' if settings.gradient_checkpointing else 'without'} gradient checkpointing, in GiB:",
             *(f"  {name:{width}}  {_gib(size):>7}" for name, size in parts.items() if size != 0),
-            *([before] if settings.cached else []),
+            before,
             *(f"{gib} GB: {self._fit(settings, plan, gib)}" for gib in CARDS),
             f"{RESERVED:g} GiB of each card is left to CUDA itself. All this is counted from the model's configs, not "
             "measured.",
@@ -251,22 +251,46 @@ class MemoryPlanner:
         """Return the numbers of elements of the parameters that learn."""
 
         def count() -> list[int]:
-            network = deepcopy(self.model.network)
-            _learn(network, settings)
-            return [weight.numel() for weight in network.parameters() if weight.requires_grad]
+            parts = [deepcopy(self.model.network)]
+            _learn(parts[0], settings)
+            if settings.lora_text_encoder:
+                parts += [_with_adapter(part, settings) for part in self._adapted]
+            return [weight.numel() for part in parts for weight in part.parameters() if weight.requires_grad]
 
-        return self._once(("learn", settings.lora_rank, settings.lora_layers), count)
+        key = ("learn", settings.lora_rank, settings.lora_layers, settings.lora_text_encoder)
+        return self._once(key, count)
 
     def _prompts(self, settings: FineTuning) -> int:
-        """Return the bytes that encoding one prompt holds beside weights."""
+        """Return the bytes that encoding one prompt holds beside weights; all of a step where they are encoded then."""
+        together = settings.batch_size if settings.lora_text_encoder else 1
 
         def count() -> int:
             length = self.model.prompt_tokens
             return max(
-                (encoding_prompts(part, _stored(part, settings), length) for part in self.encoders), default=0
+                (encoding_prompts(part, _stored(part, settings), length, together) for part in self.encoders),
+                default=0,
             )
 
-        return self._once(("prompts", settings.encoders), count)
+        return self._once(("prompts", settings.encoders, together), count)
+
+    def _learning_prompts(self, settings: FineTuning) -> int:
+        """Return the bytes that text encoders which learn hold beside weights, for their backward pass."""
+
+        def count() -> int:
+            return sum(
+                encoding_prompts(
+                    _with_adapter(part, settings),
+                    _stored(part, settings),
+                    self.model.prompt_tokens,
+                    settings.batch_size,
+                    learns=True,
+                )
+                for part in self._adapted
+            )
+
+        return self._once(
+            ("learning prompts", settings.encoders, settings.batch_size, settings.lora_rank), count
+        )
 
     def _image(self, settings: FineTuning) -> tuple[int, tuple[int, ...]]:
         """Return the bytes that encoding one image holds beside weights, and the shape of its latent."""
@@ -315,6 +339,17 @@ def _learn(network: nn.Module, settings: FineTuning) -> None:
         compute_as_base(network)
 
 
+def _with_adapter(encoder: nn.Module, settings: FineTuning) -> nn.Module:
+    """Return a copy of a text encoder with an adapter, whose weights alone learn."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    copied = deepcopy(encoder).requires_grad_(False)
+    layers = LoraConfig(r=settings.lora_rank, target_modules=[*LAYERS_OF_CLIP])
+    inject_adapter_in_model(layers, copied)
+    compute_as_base(copied)
+    return copied
+
+
 def _stored(encoder: nn.Module, settings: FineTuning) -> str:
     small = type(encoder).__name__.startswith("CLIP") and settings.encoders in QUANTISED
     return "bfloat16" if small else settings.encoders
@@ -351,7 +386,7 @@ def plan_of(config: RunConfig, dtype: torch.dtype) -> FineTuning:
         gradient_checkpointing=config.network.gradient_checkpointing,
         batch_size=config.loop.train_batch_size,
         resolution=config.data.resolution,
-        averages=1 + len(config.loop.ema_lengths),
+        lora_text_encoder=config.adapter.lora_text_encoder,
     )
 
 

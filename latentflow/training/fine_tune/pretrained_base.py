@@ -27,7 +27,7 @@ from ...families.pretrained import PretrainedModel
 from ...families.stored_weights import parameter_count
 from ...families.text_encoders import TEXT_ENCODERS
 from ...flow import TimeDensity
-from ...pipeline.stock_adapters import adapted_part
+from ...pipeline.stock_adapters import adapted_encoders, adapted_part
 from ...utils.components import library_reads, load_module, quiet_libraries
 from ...utils.files import pipeline_folder, result_of
 from ...utils.flags import parse_options
@@ -36,6 +36,7 @@ from ...utils.names import as_spelled
 from ...utils.weight_files import variants, weight_files
 from ..data import DataSplits
 from ..loop.distributed import compute_dtype, has_fast_bfloat16, process_state
+from ..losses.pretrained import TEXT_ENCODER_RATE
 from .defaults import check_shared, held_out_share
 from .encoded_prompts import EncodedPrompts
 from .pretrained_adapter import check_adapter
@@ -161,12 +162,22 @@ class PretrainedBase:
             f"settings: {flags} (the family's, unless you gave others; from {defaults.source})",
             f"noise levels: {_density_text(self.shape.training_density(side, side), config.flow)}",
             f"resolution: {side} x {side} pixels{', or as many in another shape' * config.framing.buckets}",
+            *([self._encoders_line(loop.learning_rate)] if adapter.lora_text_encoder else []),
             *(
                 [_checkpointed(quantize)]
                 if quantize in _WIDENED and config.network.gradient_checkpointing
                 else []
             ),
         ]
+
+    def _encoders_line(self, rate: float) -> str:
+        """Describe the training of text encoders."""
+        names = [*adapted_encoders(self.shape.pipeline)]
+        return (
+            f"text encoders: {' and '.join(names)} {'learn' if len(names) > 1 else 'learns'} too, at the rate "
+            f"{TEXT_ENCODER_RATE * rate:g}, {TEXT_ENCODER_RATE:g} of the network's, as in diffusers' own programs; "
+            "all text encoders stay in memory and encode the captions in each step"
+        )
 
     # ---------------------------------------------------------------- parts
 
@@ -244,7 +255,7 @@ class PretrainedBase:
         return model
 
 
-def drawing_precision(model: FlowModel, device: torch.device) -> AbstractContextManager[Any]:
+def drawing_precision(model: PretrainedModel, device: torch.device) -> AbstractContextManager[Any]:
     """Return the context in which a model draws: weights in float32 compute in bfloat16 where the network bears it."""
     lower = model.dtype == torch.float32 and model.bears_autocast and has_fast_bfloat16(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=lower)
@@ -279,6 +290,11 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
             "Give the folder of images: their latents are cached.",
         )
     source = _conditioned(source, base, asked=data.condition)
+    if config.adapter.lora_text_encoder and shape.takes_text and source.kind != "text":
+        raise UserError(
+            f"--lora-text-encoder: {source.name} is used without captions, from which a text encoder would learn",
+            "Leave it out, or --condition none.",
+        )
     data = replace(data, validation=held_out_share(given, data.validation, len(source)))
     if "resolution" not in given:
         data = replace(data, resolution=usual_side(shape))
@@ -450,7 +466,6 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
     found += ["size_conditioning"] if config.framing.size_conditioning else []
     found += ["ema_lengths"] if config.loop.ema_lengths else []
     found += ["lr_layer_decay"] if config.loop.lr_layer_decay != 1.0 else []
-    found += ["lora_text_encoder"] if config.adapter.lora_text_encoder else []
     if found:
         flags = " ".join(f"--{name.replace('_', '-')}" for name in found)
         raise UserError(

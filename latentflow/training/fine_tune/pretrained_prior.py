@@ -10,13 +10,13 @@ from typing import Any
 from ...config import FineTuningConfig
 from ...data import Source
 from ...errors import UserError
-from ...families import FlowModel
+from ...families.pretrained import PretrainedModel
 from ...pipeline.generate import LatentFlowPipeline
 from ...pipeline.over_model import over_model
 from ...utils.memory import memory_phase
 from ..loop.distributed import process_state
 from ..losses.latent_data import Conditions, LatentData
-from .encoded_prompts import EncodedPrompts
+from .live_prompts import Prompts
 from .pretrained_base import PretrainedBase, drawing_precision
 from .prior import in_turn, read_prompts
 from .teacher_samples import SampleSettings, Teacher, sample_data, sample_source, samples
@@ -67,8 +67,8 @@ def pretrained_prior(base: PretrainedBase, config: FineTuningConfig) -> tuple[li
 
 def prior_data(
     base: PretrainedBase,
-    model: FlowModel,
-    prompts: EncodedPrompts,
+    model: PretrainedModel,
+    prompts: Prompts,
     asked: list[str],
     side: int,
     folder: Path,
@@ -82,7 +82,7 @@ def prior_data(
 
     Args:
         model: of the base, with nothing trained in it yet.
-        prompts: holds ``asked`` encoded.
+        prompts: with those of ``asked``.
         asked: a prompt or class for each sample.
         side: of the images in pixels.
         conditions: turns samples into what the network is given with them.
@@ -114,7 +114,7 @@ def prior_data(
     return sample_data(source, tensors, side, conditions(source), settings)
 
 
-def _network_hash(base: PretrainedBase, model: FlowModel) -> str:
+def _network_hash(base: PretrainedBase, model: PretrainedModel) -> str:
     """Return the hash of the network's files, which quantised weights in memory do not have."""
     digest = hashlib.sha256()
     for name, part in model.pipeline.components.items():

@@ -280,13 +280,13 @@ def _rows(model: PretrainedModel, count: int, length: int) -> Rows:
     return Rows(model, values)
 
 
-def encoding_prompts(encoder: Any, stored: str, length: int) -> int:
-    """Return the bytes that a text encoder takes beside its weights to encode one prompt, padded to ``length`` tokens
-    or as many as it reads."""
+def encoding_prompts(encoder: Any, stored: str, length: int, count: int = 1, *, learns: bool = False) -> int:
+    """Return the bytes that a text encoder takes beside its weights to encode ``count`` prompts, padded to ``length``
+    tokens or as many as it reads; with those for the backward pass if it learns."""
     module = deepcopy(encoder)
     read = getattr(module.config.get_text_config(), "max_position_embeddings", length)
-    with _counted(module, stored) as live, torch.no_grad():
-        tokens = torch.ones(1, min(length, read), dtype=torch.long, device=_DEVICE)
+    with _counted(module, stored) as live, torch.set_grad_enabled(learns):
+        tokens = torch.ones(count, min(length, read), dtype=torch.long, device=_DEVICE)
         module(input_ids=tokens, output_hidden_states=True)
     return live.peak
 

@@ -208,13 +208,17 @@ OPTIMIZERS: dict[str, Callable[[dict[str, nn.Parameter], LoopConfig], list[torch
 def make_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
     """Return optimisers that together own every trainable parameter of ``module``.
 
+    A module may have ``rate_factors``: beginning of parameters' names -> factor on their learning rate.
+
     Raises:
         UserError: unknown ``config.optimizer``; a layer decay for a network without layers in a row.
     """
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     optimizers = lookup(OPTIMIZERS, config.optimizer, "optimizer")(parameters, config)
-    if config.lr_layer_decay != 1.0 or config.lr_embeddings != 1.0:
-        scales = rate_scales(list(parameters), config.lr_layer_decay, config.lr_embeddings)
+    scales = rate_scales(list(parameters), config.lr_layer_decay, config.lr_embeddings)
+    for start, factor in getattr(module, "rate_factors", {}).items():
+        scales |= {name: factor * scale for name, scale in scales.items() if name.startswith(start)}
+    if any(scale != 1.0 for scale in scales.values()):
         _scale_rates(optimizers, {parameter: scales[name] for name, parameter in parameters.items()})
     return optimizers
 

@@ -43,7 +43,7 @@ def is_flipped(sample_id: int) -> bool:
 
 
 # (rows of images, ids of their uses) -> the condition's part of a batch.
-Conditions = Callable[[list[int], list[int]], Mapping[str, Tensor | list[Tensor]]]
+Conditions = Callable[[list[int], list[int]], Mapping[str, Tensor | list[Tensor] | list[str]]]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,17 @@ from ...autoencoder import downscale_factor
 from ...config import FlowConfig
 from ...families.model import Rows, Values
 from ...families.pretrained import PretrainedModel
+from ...families.text_encoders import text_encoders
 from ...flow import PathSample
 from ..loop.data_order import SampleRandom
 from .flow import Density, FlowLoss
 
 # beginnings of the names of a batch's entries that are conditions: of `Rows.values` and of `Rows.kept`
 _VALUES, _KEPT = "rows.", "kept rows."
+#: entry of a batch in the place of rows, where text encoders learn: B texts
+CAPTIONS = "captions"
+#: factor on the learning rate of text encoders: 5e-6 beside 1e-4, as in diffusers' train_dreambooth_lora_*.py
+TEXT_ENCODER_RATE = 0.05
 
 
 def in_batch(rows: Rows) -> dict[str, Values]:
@@ -38,23 +43,41 @@ def of_batch(batch: Mapping[str, Any], model: PretrainedModel) -> Rows:
     return Rows(model, named(_VALUES), named(_KEPT))
 
 
-class PretrainedLoss(FlowLoss):
-    """The loss of a pretrained model's network.
+def encoded_captions(texts: list[str], model: PretrainedModel) -> Rows:
+    """Return the rows of texts, encoded in the precision of the text encoders, also where the network has a lower one:
+    T5 overflows in float16."""
+    with torch.autocast(model.device.type, enabled=False):
+        return model.encode_prompt(texts)
 
-    A batch holds rows of the model, see `in_batch`, in the place of prompts. It may hold ``masks`` (B, 1, H, W) uint8
-    and ``has_mask`` (B,) bool: then the squared errors where a mask is 0 count ``outside`` times, and those of each
-    image are divided by their mean factor, so that a small mask weighs as much as a large one. See `FlowLoss` for the
-    rest.
+
+def encoded_null(model: PretrainedModel) -> Rows:
+    """Return the row that guidance leads away from; see `encoded_captions`."""
+    with torch.autocast(model.device.type, enabled=False):
+        return model.null(1)
+
+
+class PretrainedLoss(FlowLoss):
+    """The loss of a pretrained model's network, and of its text encoders where they learn.
+
+    A batch holds rows of the model, see `in_batch`, in the place of prompts; where text encoders learn, the prompts
+    themselves: ``captions``, B texts. It may hold ``masks`` (B, 1, H, W) uint8 and ``has_mask`` (B,) bool: then the
+    squared errors where a mask is 0 count ``outside`` times, and those of each image are divided by their mean factor,
+    so that a small mask weighs as much as a large one. See `FlowLoss` for the rest.
 
     Where the config names no density of times and no weighting, those of the family count: see
     `FlowModel.training_density` and `FlowModel.loss_weight`.
 
     Args:
-        model: the flow model; its network is trained.
+        model: the flow model; its network is trained, and its text encoders if it ``encodes_with_gradients``.
         config, seed, options: see `FlowLoss`.
         guidance_scale: that a network with such an input is given; default: the family's.
         outside: factor on squared errors outside of masks.
+
+    Attributes:
+        rate_factors: beginning of parameters' names -> factor on their learning rate.
     """
+
+    rate_factors: ClassVar[Mapping[str, float]] = {"text_encoders.": TEXT_ENCODER_RATE}
 
     def __init__(
         self,
@@ -69,7 +92,10 @@ class PretrainedLoss(FlowLoss):
         scale = model.training_guidance if guidance_scale is None else guidance_scale
         super().__init__(_Network(model, scale), config, seed, **options)
         self._model, self._outside = [model], outside  # in a list: not a part of the module
-        self._null, self._loss_weight = model.null(1), model.loss_weight
+        self._loss_weight = model.loss_weight
+        learn = model.encodes_with_gradients
+        self.text_encoders = nn.ModuleDict(text_encoders(model.pipeline) if learn else {})
+        self._null = None if learn else model.null(1)  # None: it changes
         if config.time_density is None and config.weighting is None:
             factor = downscale_factor(model.vae)
             self.density = lambda batch: model.training_density(
@@ -78,11 +104,13 @@ class PretrainedLoss(FlowLoss):
 
     def prompts(self, batch: dict[str, Any], drop: Tensor | None = None) -> Any:
         """Return the rows of a batch; those where ``drop`` (B,), on the CPU, holds are the empty prompt."""
-        rows = of_batch(batch, self._model[0])
+        model = self._model[0]
+        rows = encoded_captions(batch[CAPTIONS], model) if CAPTIONS in batch else of_batch(batch, model)
         if drop is None or not drop.any():
             return rows
         places = torch.arange(len(rows)) + len(rows) * drop.cpu()
-        null = replace(self._null.repeat(len(rows)).to(batch["latents"].device), kept=rows.kept)
+        null = encoded_null(model) if self._null is None else self._null
+        null = replace(null.repeat(len(rows)).to(batch["latents"].device), kept=rows.kept)
         return Rows.cat([rows, null])[places]
 
     def dropped(self, random: SampleRandom) -> Tensor:
@@ -111,6 +139,18 @@ class PretrainedLoss(FlowLoss):
     def source(self, noise: Tensor, condition: Any) -> Tensor:
         """Return the noise: no pretrained model starts from anything else."""
         return noise
+
+    def train(self, mode: bool = True) -> Self:
+        """Leave network and text encoders in evaluation mode, but for the dropout of adapters: HiDream's network has
+        another output in training mode, T5 a dropout of its own, and no other network of diffusers a difference. As in
+        diffusers' own training program, no gradient passes HiDream's routed experts then."""
+        super().train(mode)
+        for part in (self.network, self.text_encoders):
+            part.eval()
+            for name, inside in part.named_modules():
+                if "lora_dropout" in name:
+                    inside.train(mode)
+        return self
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -158,17 +198,6 @@ class _Network(nn.Module):
         self.network = model.network
         self._model, self._guidance_scale = model, guidance_scale
         self._dtype = model.dtype  # asked once: it takes milliseconds in a large network
-
-    def train(self, mode: bool = True) -> Self:
-        """Leave the network in evaluation mode, but for the dropout of an adapter: HiDream's has another output in
-        training mode, and no other network of diffusers a difference. As in diffusers' own training program, no
-        gradient passes HiDream's routed experts then."""
-        super().train(mode)
-        self.network.eval()
-        for name, part in self.network.named_modules():
-            if "lora_dropout" in name:
-                part.train(mode)
-        return self
 
     def forward(self, xt: Tensor, t: Tensor, rows: Rows) -> Tensor:
         x, condition = xt.to(self._dtype), self._model.arrange(rows.to(xt.device, self._dtype))
