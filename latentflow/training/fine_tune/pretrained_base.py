@@ -231,7 +231,7 @@ class PretrainedBase:
         return model
 
 
-def drawing_precision(model: FlowModel, device: torch.device) -> AbstractContextManager[Any]:
+def drawing_precision(model: PretrainedModel, device: torch.device) -> AbstractContextManager[Any]:
     """Return the context in which a model draws: weights in float32 compute in bfloat16 where the network bears it."""
     lower = model.dtype == torch.float32 and model.bears_autocast and has_fast_bfloat16(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=lower)

@@ -10,7 +10,7 @@ from typing import Any
 from ...config import FineTuningConfig
 from ...data import Source
 from ...errors import UserError
-from ...families import FlowModel
+from ...families.pretrained import PretrainedModel
 from ...pipeline.generate import LatentFlowPipeline
 from ...pipeline.over_model import over_model
 from ...utils.memory import memory_phase
@@ -67,7 +67,7 @@ def pretrained_prior(base: PretrainedBase, config: FineTuningConfig) -> tuple[li
 
 def prior_data(
     base: PretrainedBase,
-    model: FlowModel,
+    model: PretrainedModel,
     prompts: EncodedPrompts,
     asked: list[str],
     side: int,
@@ -114,7 +114,7 @@ def prior_data(
     return sample_data(source, tensors, side, conditions(source), settings)
 
 
-def _network_hash(base: PretrainedBase, model: FlowModel) -> str:
+def _network_hash(base: PretrainedBase, model: PretrainedModel) -> str:
     """Return the hash of the network's files, which quantised weights in memory do not have."""
     digest = hashlib.sha256()
     for name, part in model.pipeline.components.items():
