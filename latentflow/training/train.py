@@ -27,7 +27,7 @@ from .fine_tune.base import refuse_own_result, refuse_pretrained_settings
 from .fine_tune.defaults import FEW, usual
 from .fine_tune.learning import LearningMeter, is_plain
 from .fine_tune.memorisation import report_memorisation_of
-from .loop.checkpoint import list_checkpoints, step_of
+from .loop.checkpoint import has_begun, list_checkpoints, step_of
 from .loop.distributed import process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
@@ -113,7 +113,7 @@ def train(
         if state.is_main_process:
             write_config(settings, output / "config.yaml")
 
-    if not dry_run and not _has_begun(output):
+    if not dry_run and not has_begun(output):
         keep_config()
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
@@ -259,16 +259,6 @@ def train(
     if config.push_to_hub:
         address, lines = push(result, config.push_to_hub)
         log.info("\n  ".join([f"pushed: {address}", *lines]))
-
-
-def _has_begun(output: Path) -> bool:
-    """Return whether the folder's config.yaml is that of a run that has made something.
-
-    It stays until the run goes on: a line that the run refuses must not change what the run is resumed with.
-    """
-    return (output / "config.yaml").is_file() and (
-        bool(list_checkpoints(output / "checkpoints")) or (output / "prior").is_dir()
-    )
 
 
 def _description(

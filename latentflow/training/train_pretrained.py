@@ -37,7 +37,7 @@ from .fine_tune.pretrained_base import (
 )
 from .fine_tune.pretrained_prior import pretrained_prior, prior_data
 from .fine_tune.prior import MixedData
-from .loop.checkpoint import list_checkpoints
+from .loop.checkpoint import has_begun
 from .loop.distributed import check_precision, process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
@@ -96,6 +96,8 @@ def train_pretrained(
         *([f"WARNING: {warning}"] if (warning := training_warning(base.shape)) else []),
     ]:
         log.info(line)
+    if state.device.type == "cpu" and not config.dry_run:
+        log.info("WARNING: no GPU: expect 10 to 100 times the time of one")
     if config.dry_run:
         for line in MemoryPlanner(base.shape).lines(plan_of(config, dtype)):
             log.info(line)
@@ -110,7 +112,7 @@ def train_pretrained(
         if state.is_main_process:
             write_config(config, output / "config.yaml")
 
-    if not (list_checkpoints(output / "checkpoints") or (output / "prior").is_dir()):
+    if not has_begun(output):
         keep_config()
     base = base.fetched()
     options = {"quantization_config": quantization(quantize, base.folder)} if quantize else {}

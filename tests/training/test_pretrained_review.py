@@ -30,8 +30,8 @@ from latentflow.training.losses.pretrained import PretrainedLoss, in_batch
 from ..families.test_pretrained import each_family, opened, seeded
 from .pretrained import photos
 
-# of four lengths, the longest within what every tiny checkpoint reads
-PROMPTS = ["a", "a red apple on a table beside a tall bottle", "a red cat on a mat", "two dogs"]
+# of four lengths, none and the longest within what every tiny checkpoint reads
+PROMPTS = ["", "a red apple on a table beside a tall bottle", "a red cat on a mat", "two dogs"]
 
 
 # ---------------------------------------------------------------- numbers

@@ -173,6 +173,16 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def has_begun(output: Path) -> bool:
+    """Return whether the config.yaml of a run folder is that of a run that has made something.
+
+    It stays until the run goes on: a line that the run refuses must not change what the run is resumed with.
+    """
+    return (output / "config.yaml").is_file() and (
+        bool(list_checkpoints(output / "checkpoints")) or (output / "prior").is_dir()
+    )
+
+
 def step_of(folder: Path) -> int:
     """Return the step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
