@@ -19,6 +19,7 @@ from .latents import latent_channels as latent_channels
 from .latents import load_autoencoder as load_autoencoder
 from .latents import measure_statistics as measure_statistics
 from .latents import normalise as normalise
+from .latents import normalised_posterior as normalised_posterior
 from .latents import posterior as posterior
 from .masked import latent_mask as latent_mask
 from .masked import mask_channels as mask_channels

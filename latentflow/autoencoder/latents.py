@@ -274,6 +274,15 @@ def normalise(vae: Autoencoder, raw: Tensor) -> Tensor:
     return (raw - shift) * scale
 
 
+def normalised_posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Encode images (B, 3, H, W) in [-1, 1] into mean and standard deviation of latents, see `posterior`, normalised by
+    the checkpoint's own statistics."""
+    mean, std = posterior(vae, images)
+    if std is not None:  # normalising is affine: its slope is what scales a deviation
+        std = normalise(vae, std) - normalise(vae, torch.zeros_like(std))
+    return normalise(vae, mean), std
+
+
 def denormalise(vae: Autoencoder, latents: Tensor) -> Tensor:
     """Turn latents (B, C, h, w) into raw latents: the inverse of `normalise`."""
     shift, scale = _shift_and_scale(vae, latents)

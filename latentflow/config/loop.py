@@ -112,6 +112,8 @@ class LoopConfig:
         library = _LIBRARIES.get(self.optimizer, "torch")
         if importlib.util.find_spec(library) is None:
             raise missing(f"--optimizer {self.optimizer} needs", library)
+        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+            raise missing(f"--report-to {self.report_to} needs", self.report_to)
         if self.ema_lengths:
             from ..training.loop.trained_module import exponent
 

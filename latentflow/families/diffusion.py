@@ -24,7 +24,8 @@ from ..errors import UserError, lookup
 from ..flow.tensors import expand_t
 from .extra_channels import MaskedModel
 from .model import Rows, Size, Values
-from .pretrained import PretrainedModel, extra_channels
+from .pretrained import PretrainedModel
+from .siblings import extra_channels
 from .training_defaults import TrainingDefaults
 
 

@@ -23,6 +23,7 @@ class GlmImageModel(CogView4Model):
     """
 
     opens_whole = True
+    follows_plan = True
     one_by_one = True
 
     @property
@@ -64,10 +65,12 @@ class GlmImageModel(CogView4Model):
         """Heights and widths in pixels are multiples of this: a token of the plan is two of the network's."""
         return 2 * super().size_multiple
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32, without the autoencoder's factor."""
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return mean and standard deviation of latents without the autoencoder's factor; see `FlowModel.encode`."""
         with self.steady_vae() as vae:
-            return super().encode(images) / float(vae.config.scaling_factor)
+            mean, std = super().posterior(images)
+            factor = float(vae.config.scaling_factor)
+            return mean / factor, None if std is None else std / factor
 
     def decode(self, x1: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""

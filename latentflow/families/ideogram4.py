@@ -106,9 +106,9 @@ class Ideogram4Model(PretrainedModel):
         embeds = torch.zeros(n, 1, self.network.config.llm_features_dim, device=self.device)
         return Rows(self, {"embeds": embeds, "lengths": torch.zeros(n, dtype=torch.long, device=self.device)})
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32."""
-        return self._reordered(super().encode(images), cells_first=True)
+    def posterior(self, images: Tensor) -> tuple[Tensor, None]:
+        """Return the mean of the latents of images (B, 3, H, W) in [-1, 1]; their deviation is not needed."""
+        return self._reordered(super().posterior(images)[0], cells_first=True), None
 
     def decode(self, x1: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""

@@ -28,7 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import flow
-from ..autoencoder import decode, encode, in_float32
+from ..autoencoder import decode, in_float32, normalised_posterior
 from ..errors import UserError
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
 from ..utils.memory import inner_phase
@@ -324,8 +324,12 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
         Raises:
             UserError: no autoencoder is loaded.
         """
+        return self.posterior(images)[0]
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return mean and standard deviation (None: there is none) of latents; see `encode`."""
         with self.steady_vae() as vae:
-            return encode(vae, images)
+            return normalised_posterior(vae, images)
 
     def decode(self, x1: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1].

@@ -6,13 +6,11 @@ A family calls its pipeline's own functions (``encode_prompt``, packing, positio
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
@@ -24,45 +22,14 @@ from ..errors import UserError, with_article
 from ..flow import Velocity
 from ..flow.tensors import require_finite
 from ..utils.memory import inner_phase, release_memory
-from . import SIBLINGS
 from .call_options import check_options, check_prompt_options
 from .distilled import Distilled, recognised
 from .edit_defaults import EditDefaults
 from .model import FlowModel, Generators, Rows, Size, Values
+from .siblings import text_to_image
 from .sizes import check_size
 from .text_encoders import TEXT_ENCODERS, absent_encoders_named, embeds_width
 from .truncation import report_lost_words, watched_tokenizers
-
-log = logging.getLogger(__name__)
-
-
-def text_to_image(pipeline: Any) -> Any:
-    """Return the text-to-image pipeline that has the components of an image-to-image or inpainting one.
-
-    Where the network takes a mask beside its latent, the inpainting pipeline is the network's own.
-    """
-    stock = SIBLINGS.get(type(pipeline).__name__)
-    if stock is None or extra_channels(pipeline) > 0:
-        return pipeline
-    if "PAG" in type(pipeline).__name__:
-        log.warning(
-            "%s is opened as %s: perturbed-attention guidance is not applied", type(pipeline).__name__, stock
-        )
-    kind = getattr(diffusers, stock)
-    taken = inspect.signature(kind).parameters
-    # not by from_pipe, which brings all components to one precision
-    has = {**pipeline.config, **pipeline.components}
-    made = kind(**{name: value for name, value in has.items() if name in taken})
-    for name in ("_all_hooks", "_offload_device", "_offload_gpu_id"):  # of components that are offloaded
-        if name in vars(pipeline):
-            setattr(made, name, getattr(pipeline, name))
-    return made
-
-
-def extra_channels(pipeline: Any) -> int:
-    """Return how many channels a U-Net takes beside those of its latent; 0 for other networks."""
-    config = {} if getattr(pipeline, "unet", None) is None else pipeline.unet.config
-    return int(config.get("in_channels", 0)) - int(config.get("out_channels", 0))
 
 
 class PretrainedModel(FlowModel):
@@ -85,6 +52,8 @@ class PretrainedModel(FlowModel):
     one_by_one: bool = False
     #: the pipeline opens with all of its parts only, or looks at its network where it encodes prompts
     opens_whole: bool = False
+    #: the network follows a plan of the image, which a language model draws of the prompt and rows keep
+    follows_plan: bool = False
     #: the network computes right under torch's autocast
     bears_autocast: bool = True
     #: the pipeline draws its noise with the channels last

@@ -149,11 +149,11 @@ class QwenImage21Model(PretrainedModel):
         """Return the noise levels of a distilled checkpoint, or evenly spaced ones."""
         return self.pipeline.config.sample_sigmas or super().sigmas(steps)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32."""
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return mean and standard deviation of the latents of images (B, 3, H, W) in [-1, 1]."""
         with self.steady_vae() as vae:
             opacity = vae.config.in_channels - images.shape[1]
-            return super().encode(F.pad(images, (0, 0, 0, 0, 0, opacity), value=1.0))
+            return super().posterior(F.pad(images, (0, 0, 0, 0, 0, opacity), value=1.0))
 
     def decode(self, x1: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""

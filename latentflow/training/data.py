@@ -206,7 +206,8 @@ class LatentCache:
     def _own_encoding(self) -> Encoding | None:
         """The encoding of a family whose latents are not plainly those of its autoencoder."""
         kind = type(self.model)
-        return None if kind.encode is FlowModel.encode else Encoding(kind.__name__, self.model.encode)
+        plain = kind.posterior is FlowModel.posterior
+        return None if plain else Encoding(f"{kind.__name__}.posterior", self.model.posterior)
 
     def framed(self, source: Source, *, crops: int | None = None) -> Cropping:
         """Return how the images are cut; with another number of crops than the settings say, if given."""

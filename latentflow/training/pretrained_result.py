@@ -25,8 +25,7 @@ from .fine_tune.learning import LearningMeter
 from .fine_tune.live_prompts import Prompts
 from .fine_tune.memorisation import report_memorisation
 from .fine_tune.pretrained_adapter import PretrainedAdapter
-from .fine_tune.pretrained_base import PretrainedBase
-from .loop.distributed import has_fast_bfloat16
+from .fine_tune.pretrained_base import PretrainedBase, drawing_precision
 from .loop.run_folder import writing
 from .report.card import CardFacts, generate_command, write_adapter_card, write_card
 from .report.export import carry_over
@@ -74,8 +73,7 @@ class PretrainedResult:
         pipe.set_progress_bar_config(disable=True)
         model.vae.to(device)
         images = []
-        lower = model.dtype == torch.float32 and model.bears_autocast and has_fast_bfloat16(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=lower):
+        with drawing_precision(model, device):
             for seed, row in enumerate(rows):  # one by one: memory is that of the smallest card
                 drawn = pipe(
                     **self._condition(source, row),

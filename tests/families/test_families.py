@@ -20,7 +20,7 @@ from latentflow import FlowModel
 from latentflow.errors import UserError
 from latentflow.families import FAMILIES, GROUP, SIBLINGS, family_of
 from latentflow.families.left_out import LEFT_OUT
-from latentflow.families.pretrained import text_to_image
+from latentflow.families.siblings import text_to_image
 from latentflow.families.table import table
 
 from .tiny import CONSISTENCY, TINY, WITH_EXTRA_CHANNELS, WITH_REFERENCES, checkpoint

@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from fine_tune_pretrained import (
     SIZES,
@@ -41,13 +40,14 @@ from latentflow.training.losses.pretrained import PretrainedLoss, in_batch
 from .test_pretrained import seeded
 from .tiny import TINY, checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 #: their networks in diffusers, or stock functions that prepare their inputs, look at values
 WAITING = (
     "Lumina2Pipeline", "GlmImagePipeline", "HiDreamImagePipeline", "Ideogram4Pipeline", "HunyuanImagePipeline",
     "HunyuanImagePipeline-distilled", "QwenImage21Pipeline", "BriaFiboPipeline", "BriaFibo2Pipeline",
     "NucleusMoEImagePipeline", "ErnieImagePipeline", "LuminaPipeline", "OmniGenPipeline",
 )  # fmt: skip
-#: whose noise levels are found in the scheduler's table, before the network computes
+# the noise levels of diffusion models are found in the scheduler's table, before the network computes
 FLOWS = [name for name in TINY if "beta_start" not in TINY[name].scheduler and name not in WAITING]
 QUICK = ("StableDiffusion3Pipeline", "FluxPipeline-dev", "Flux2KleinPipeline", "QwenImagePipeline")
 SCRIPT = os.environ.get("DIFFUSERS_KLEIN_SCRIPT", "")
@@ -79,11 +79,15 @@ def test_a_loss_looks_at_no_value_on_the_device(name: str) -> None:
 
 def test_a_lora_in_float32_computes_in_bfloat16_beside_a_base_in_bfloat16() -> None:
     """Also under autocast; its gradients are float32, and those of a base in float32 but for rounding."""
-    pipe: Any = deepcopy(checkpoint("Flux2KleinPipeline"))
-    model: Any = FAMILIES["Flux2KleinPipeline"](pipe, **TINY["Flux2KleinPipeline"].call)
+    pipe: Any = deepcopy(checkpoint("FluxPipeline-dev"))
+    model: Any = FAMILIES["FluxPipeline"](pipe, **TINY["FluxPipeline-dev"].call)
     with torch.no_grad():
         rows = model.encode_prompt(["a red apple"])
-    batch = {"latents": torch.randn(1, 16, 4, 4, generator=seeded(4)), **in_batch(rows), "sample_ids": [0]}
+    batch = {
+        "latents": torch.randn(1, *model.latent_shape(16, 16), generator=seeded(4)),
+        **in_batch(rows),
+        "sample_ids": [0],
+    }
     pipe.transformer.to(torch.bfloat16)
     PretrainedAdapter(model, AdapterConfig(lora_rank=2))
     learned = [weight for weight in model.network.parameters() if weight.requires_grad]

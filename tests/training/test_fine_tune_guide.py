@@ -97,9 +97,24 @@ def test_rows_of_the_table_of_memory(name: str, memory_table: ModuleType, tmp_pa
     assert line in PAGE.read_text(encoding="utf-8").splitlines()
 
 
+def test_operations_of_a_step(memory_table: ModuleType, tmp_path: Path) -> None:
+    """A step with checkpointing is three passes over the linear layers of all tokens, and attention on top."""
+    flops = memory_table.operations("sd35-medium", tmp_path, 512)
+    assert f"| SD 3.5 medium | {flops / 1e12:.0f} |" in PAGE.read_text(encoding="utf-8")
+    width, tokens, text, blocks, double = 1536, 1024, 333, 24, 13
+    layers = (
+        blocks * 12 * width**2 * tokens + (blocks - 1) * 12 * width**2 * text + double * 4 * width**2 * tokens
+    )
+    attention = (
+        4 * width * (blocks * (tokens + text) ** 2 + double * tokens**2)
+    )  # its backward pass is 2.5 of these
+    assert flops == pytest.approx(3 * 2 * layers + 4.5 * attention, rel=0.05)
+
+
 @pytest.mark.slow
-def test_the_table_of_memory(memory_table: ModuleType, tmp_path: Path) -> None:
+def test_the_tables(memory_table: ModuleType, tmp_path: Path) -> None:
     made = [line for name in memory_table.MODELS for line in memory_table.rows(name, tmp_path)]
     page = PAGE.read_text(encoding="utf-8").splitlines()
-    starts = tuple(f"| {model}," for model in memory_table.MODELS.values())
+    made += [memory_table.time_row(name, tmp_path) for name in memory_table.MODELS]
+    starts = tuple(f"| {model}{end}" for model in memory_table.MODELS.values() for end in (", ", " | "))
     assert made == [line for line in page if line.startswith(starts)]

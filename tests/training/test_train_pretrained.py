@@ -210,7 +210,7 @@ def test_a_plan_reads_no_weights_and_makes_nothing(
     assert sorted(tmp_path.rglob("*")) == there
     for words in (
         "memory to train an adapter of rank 2 on 1 x 16 x 16 pixels a step",
-        "a FluxPipeline of 0 M parameters",
+        "a FluxPipeline whose network has 0 M parameters",
         "settings: --lora-rank 2",
         "train_dreambooth_lora_flux.py",
         "12 GB: fits",
@@ -235,13 +235,14 @@ def test_one_caption_for_images_that_have_none(
 
     monkeypatch.setattr(EncodedPrompts, "encode", encode)
     line = [data, "-o", tmp_path / "run", *base_flags(name, pretrained(name)), *QUICK, "--max-train-steps", 1]
-    said = call(cache, *line, "--caption", "a photo of sks dog", "--preview-steps", 1)
+    said = call(cache, *line, "--caption", "a photo of sks dog")
     assert "3 images without a caption, given this one: a photo of sks dog" in said
     assert encoded == ["a photo of sks dog"] * 2 + ["a blue apple"] + ["a photo of sks dog"]
-    assert (tmp_path / "run" / "samples" / "step-000001.png").is_file()
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "Flux2KleinPipeline"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("StableDiffusionPipeline", marks=pytest.mark.slow), "FluxPipeline-dev"]
+)
 def test_without_a_condition_the_network_sees_the_empty_prompt(
     name: str, pretrained: Callable[[str], Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +258,7 @@ def test_without_a_condition_the_network_sees_the_empty_prompt(
     model = opened(pretrained(name), name).model
     with torch.no_grad():
         null = model.null(1).values
+    assert seen and (tmp_path / "run" / "samples" / "step-000002.png").is_file()
     for rows in seen:
         assert all(torch.equal(rows.values[key], null[key]) for key in null)
 

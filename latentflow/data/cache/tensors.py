@@ -246,7 +246,7 @@ def cached_latents(
 
     Args:
         flips: whether mirror images are needed as well.
-        own_encoding: encodes images, in the place of the autoencoder's own posterior.
+        own_encoding: encodes images, in the place of the autoencoder itself.
 
     Raises:
         UserError: as for ``cached_pixels``.
@@ -291,11 +291,12 @@ class Encoding(NamedTuple):
 
     Attributes:
         name: tells it from others; rows in the cache depend on it.
-        encode: images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), normalised.
+        encode: images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of latents (B, C, h, w), normalised; the
+            deviation is None where there is none.
     """
 
     name: str
-    encode: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -472,20 +473,16 @@ def _posteriors(
     own_encoding: Encoding | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return normalised mean and std, (B, F, C, h, w), of pixels (B, 3, H, W) uint8 and their mirror images."""
-    from ...autoencoder import normalise, posterior
+    from ...autoencoder import normalised_posterior
 
+    encode = own_encoding.encode if own_encoding else partial(normalised_posterior, vae)
     images = pixels_to_images(pixels).to(device)
-    views = (images, images.flip(-1)) if flips else (images,)
-    if own_encoding is not None:
-        return torch.stack([own_encoding.encode(view).cpu() for view in views], 1), None
     means, stds = [], []
-    for view in views:
-        raw, std = posterior(vae, view)
-        raw = raw.float()
-        means.append(normalise(vae, raw).cpu())
+    for view in (images, images.flip(-1)) if flips else (images,):
+        mean, std = encode(view)
+        means.append(mean.cpu())
         if std is not None and bool((std > 0).any()):
-            zero = torch.zeros_like(raw)  # normalising is affine: its slope is what scales a deviation
-            stds.append((normalise(vae, std.float()) - normalise(vae, zero)).cpu())
+            stds.append(std.cpu())
     return torch.stack(means, 1), torch.stack(stds, 1) if stds else None
 
 

@@ -25,6 +25,7 @@ from ...families.pretrained import PretrainedModel
 from ...families.stored_weights import QUANTISED, parameter_count, stored_bytes
 from ...families.text_encoders import TEXT_ENCODERS
 from ...pipeline.stock_adapters import adapted_encoders
+from ..loop.distributed import process_state
 from ..loop.optimizers import adam_bytes
 from .adapters import chosen_layers
 from .pretrained_adapter import LAYERS_OF_CLIP, compute_as_base
@@ -394,9 +395,13 @@ def refuse_too_large(
 ) -> None:
     """Refuse a run that the memory of the device cannot hold, before anything is fetched or read.
 
+    Nothing is refused of a run that is spread over several devices: each holds a part of it.
+
     Raises:
         UserError: it cannot; names flags with which it can, if there are any.
     """
+    if config.loop.shard and int(process_state().num_processes) > 1:
+        return
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory / GIB
     elif device.type == "cpu":
@@ -404,7 +409,9 @@ def refuse_too_large(
     else:
         return
     planner, settings = MemoryPlanner(shape), plan_of(config, dtype)
-    if planner.weights(settings).peak < (room - RESERVED) * GIB / 4:  # far from it: nothing is simulated
+    if config.loop.auto_micro_batch:  # a step that does not fit is taken image by image
+        settings = replace(settings, batch_size=1)
+    if planner.weights(settings).peak * settings.batch_size < (room - RESERVED) * GIB / 4:  # far from it
         return
     plan = planner.plan(settings)
     if plan.peak <= (room - RESERVED) * GIB:

@@ -6,11 +6,14 @@ import dataclasses
 import gc
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -32,7 +35,7 @@ from ...utils.memory import release_memory
 from ...utils.names import as_spelled
 from ...utils.weight_files import variants, weight_files
 from ..data import DataSplits
-from ..loop.distributed import compute_dtype, process_state
+from ..loop.distributed import compute_dtype, has_fast_bfloat16, process_state
 from ..losses.pretrained import TEXT_ENCODER_RATE
 from .defaults import check_shared, held_out_share
 from .encoded_prompts import EncodedPrompts
@@ -92,7 +95,8 @@ class PretrainedBase:
             family_options: as `FineTuningConfig.family_options`.
 
         Raises:
-            UserError: they cannot be read, or the model draws from images, which training does not give it.
+            UserError: they cannot be read; or the model draws from images or plans, which training does not give it,
+                or has no velocity.
         """
         quiet_libraries()
         folder = result_of(checkpoint)
@@ -107,6 +111,11 @@ class PretrainedBase:
             raise UserError(
                 f"{kind}: it is a consistency model, which has no velocity",
                 "Start from the model that it was distilled from.",
+            )
+        if shape.follows_plan:
+            raise UserError(
+                f"{kind}: its network follows a plan of the image, and there are none of your images",
+                "Start from a model of another family.",
             )
         return cls(checkpoint, folder, shape, options)
 
@@ -201,6 +210,12 @@ class PretrainedBase:
             {
                 "pipeline": str(index.get("_class_name")),
                 "files": files,
+                "settings": {
+                    name: value
+                    for name, value in index.items()
+                    if not (name.startswith("_") or isinstance(value, list))
+                },
+                "libraries": [diffusers.__version__, transformers.__version__],
                 "dtype": str(dtype),
                 "quantize": quantize,
                 "options": {name: self.options[name] for name in sorted(self.options)},
@@ -238,6 +253,12 @@ class PretrainedBase:
         model.network.requires_grad_(False)
         model.pipeline.register_to_config(_name_or_path=self.name)  # not the cache's folder
         return model
+
+
+def drawing_precision(model: PretrainedModel, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which a model draws: weights in float32 compute in bfloat16 where the network bears it."""
+    lower = model.dtype == torch.float32 and model.bears_autocast and has_fast_bfloat16(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=lower)
 
 
 def drop(model: FlowModel) -> None:
@@ -443,6 +464,7 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
     found += ["vae"] if config.vae else []
     found += ["latents_as_is"] if config.latents_as_is else []
     found += ["size_conditioning"] if config.framing.size_conditioning else []
+    found += ["ema_lengths"] if config.loop.ema_lengths else []
     found += ["lr_layer_decay"] if config.loop.lr_layer_decay != 1.0 else []
     if found:
         flags = " ".join(f"--{name.replace('_', '-')}" for name in found)

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...config import FineTuningConfig
 from ...data import Source
 from ...errors import UserError
@@ -16,10 +14,10 @@ from ...families.pretrained import PretrainedModel
 from ...pipeline.generate import LatentFlowPipeline
 from ...pipeline.over_model import over_model
 from ...utils.memory import memory_phase
-from ..loop.distributed import has_fast_bfloat16, process_state
+from ..loop.distributed import process_state
 from ..losses.latent_data import Conditions, LatentData
 from .live_prompts import Prompts
-from .pretrained_base import PretrainedBase
+from .pretrained_base import PretrainedBase, drawing_precision
 from .prior import in_turn, read_prompts
 from .teacher_samples import SampleSettings, Teacher, sample_data, sample_source, samples
 
@@ -102,11 +100,10 @@ def prior_data(
         return {"prompt_embeds": prompts.rows(texts, model)}
 
     state = process_state()
-    device = state.device
     with (
         memory_phase(settings.phase),
         state.main_process_first(),
-        torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)),
+        drawing_precision(model, state.device),
     ):
         teacher = Teacher(model, pipeline, call_arguments, _network_hash(base, model), together=1)
         tensors = samples(teacher, asked, side, folder, settings)
