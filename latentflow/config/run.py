@@ -106,7 +106,8 @@ class FineTuningConfig:
     Default: one or two words of its vocabulary per image; pretrained models need the file."""
     quantize: Literal["nf4", "int8", "float8"] | None = None
     """Store the frozen weights of a pretrained model, and its text encoders, in 4 or 8 bits while an adapter is
-    trained (extra `quantize`; nf4: extra `bitsandbytes` and a GPU)."""
+    trained (extra `quantize`; nf4: extra `bitsandbytes` and a GPU). int8 and float8 switch --gradient-checkpointing on.
+    Nothing is to be offloaded: text encoders and autoencoder leave the GPU before the network comes."""
     family_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
     """Options of a pretrained model's family: arguments of its own pipeline in diffusers, such as
     max_sequence_length=256."""

@@ -23,7 +23,7 @@ from .data import (
 )
 from .estimate import estimate_lines, sample_flops
 from .export import card_facts, export_pipeline, preview_grid, preview_source
-from .fine_tune.base import refuse_own_result
+from .fine_tune.base import refuse_own_result, refuse_pretrained_settings
 from .fine_tune.defaults import FEW, usual
 from .fine_tune.learning import LearningMeter, is_plain
 from .fine_tune.memorisation import report_memorisation_of
@@ -75,6 +75,7 @@ def train(
         data=as_begun(config.data, output, given_keys),
         loop=config.loop.with_validation_time(given_keys),
     )
+    refuse_pretrained_settings(config.fine_tuning)
     named = config.init_from  # as the user wrote it
     if named:
         refuse_own_result(named, output)

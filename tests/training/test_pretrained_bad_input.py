@@ -265,3 +265,11 @@ def test_a_run_does_not_go_on_beside_other_weights(
         save_file({key: value * 1.01 for key, value in load_file(file).items()}, file, {"format": "pt"})
         assert word in call(cache, data, *line, *LORA, "--max-train-steps", 3, expect=2)
         file.write_bytes(kept)
+
+
+@pytest.mark.parametrize("flag", ["--quantize int8", "--family-options a=1", "--outside-mask 0"])
+def test_a_model_of_our_own_takes_no_settings_of_pretrained_ones(
+    flag: str, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    flags = ["-o", tmp_path / "run", "--condition", "none", *QUICK, *flag.split()]
+    assert f"{flag.split()[0]} is for pretrained models of diffusers" in call(cache, data, *flags, expect=2)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...autoencoder import downscale_factor, load_autoencoder
-from ...config import FlowConfig
+from ...config import FineTuningConfig, FlowConfig
 from ...data import Source
 from ...errors import UserError, few, reason, with_article
 from ...families import FlowModel
@@ -78,6 +78,20 @@ def refuse_own_result(checkpoint: str, output: Path) -> None:
             f"{checkpoint} is the place of this run's own result, which would replace it",
             "Use another output folder.",
         )
+
+
+def refuse_pretrained_settings(config: FineTuningConfig) -> None:
+    """Refuse settings that only count for pretrained models of diffusers.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in ("quantize", "family_options", "outside_mask"):
+        if getattr(config, name) != getattr(FineTuningConfig(), name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is for pretrained models of diffusers, and none is trained",
+                "Leave it out, or name one: --init-from.",
+            )
 
 
 def with_base_classes(source: Source, checkpoint: str) -> Source:
