@@ -75,7 +75,6 @@ def without_weights(folder: Path, to: Path) -> Path:
         ("--size-conditioning", "takes no --size-conditioning\n"),
         ("--ema-lengths 0.1", "takes no --ema-lengths\n"),
         ("--lr-layer-decay 0.8", "takes no --lr-layer-decay\n"),
-        ("--lora-text-encoder --lora-rank 2", "takes no --lora-text-encoder\n"),
         ("--preset tiny", "takes no --network-preset"),
     ],
 )

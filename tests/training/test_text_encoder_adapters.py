@@ -51,12 +51,13 @@ CAPTIONS = ["a red apple", "a green hat of the sun", "a house", "big blue tree o
 class Learner:
     """A tiny model with an adapter in network and text encoders, which learns from four images."""
 
-    def __init__(self, name: str, **config: Any) -> None:
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32, **config: Any) -> None:
         tiny = TINY[name]
         self.model: Any = FAMILIES[name.partition("-")[0]](deepcopy(checkpoint(name)), **tiny.call)
         with torch.no_grad():
             images = torch.rand(4, 3, tiny.side, tiny.side, generator=seeded(3)) * 2 - 1
             self.latents = self.model.encode(images)
+        self.model.pipeline.to(dtype)
         self.adapter = PretrainedAdapter(
             self.model, AdapterConfig(lora_rank=2, lora_alpha=3.0, lora_text_encoder=True, **config)
         )
@@ -142,6 +143,22 @@ def test_gradients_reach_all_layers_and_are_those_of_the_loss(name: str) -> None
 
     change = -(moved(-step) - moved(2 * step)) / (2 * step)
     assert change == pytest.approx(length, rel=0.05)
+
+
+@each_family
+def test_it_is_in_float32_beside_encoders_in_bfloat16_under_autocast(name: str) -> None:
+    """As on a GPU; what the adapter does in bfloat16 is near to what it does in float32."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        learner = Learner(name, dtype, lora_dora=True)
+        learner.scatter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            learner().backward()
+        own = {key: weight for key, weight in learner.learned.items() if key.startswith("text_encoders.")}
+        assert {weight.dtype for weight in own.values()} == {torch.float32}
+        gradients = [weight.grad for weight in own.values() if weight.grad is not None]
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.9
 
 
 @each_family
