@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +149,8 @@ class PretrainedResult:
             if "-of-" not in file.name and not whole.exists():  # shards have the names that their index says
                 file.rename(whole)
         dtype = getattr(torch, self.config.export_dtype)
-        network = network if network.dtype == dtype else copy.deepcopy(network).to(dtype=dtype)
+        if network.dtype != dtype:
+            network = _in_main_memory(network, dtype)
         network.save_pretrained(folder / names[0])
 
     def write_card(self, folder: Path | None = None) -> None:
@@ -181,3 +181,15 @@ class PretrainedResult:
 
     def _example(self) -> str:
         return shown_by(self.splits.source, [0], self.model)[0]
+
+
+def _in_main_memory(network: Any, dtype: torch.dtype) -> Any:
+    """Return a copy of a network in another precision: a GPU that trained all weights has no room for it."""
+    with torch.device("meta"):
+        made = type(network).from_config(network.config)
+    weights = {
+        name: value.to("cpu", dtype if value.is_floating_point() else None)
+        for name, value in network.state_dict().items()
+    }
+    made.load_state_dict(weights, assign=True)
+    return made

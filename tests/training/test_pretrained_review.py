@@ -26,6 +26,7 @@ from latentflow.training.fine_tune.encoded_prompts import EncodedPrompts
 from latentflow.training.fine_tune.memory_plan import GIB, MemoryPlanner, plan_of, refuse_too_large
 from latentflow.training.fine_tune.pretrained_base import PretrainedBase, drawing_precision
 from latentflow.training.losses.pretrained import PretrainedLoss, in_batch
+from latentflow.training.pretrained_result import _in_main_memory
 
 from ..families.test_pretrained import each_family, opened, seeded
 from .pretrained import photos
@@ -160,3 +161,21 @@ def test_a_batch_that_may_be_split_need_not_fit_whole(
     with pytest.raises(UserError, match=r"this run takes .* GiB of memory"):
         refuse_too_large(shape, config(), torch.float32, cpu)
     refuse_too_large(shape, config(auto_micro_batch=True), torch.float32, cpu)
+
+
+# ---------------------------------------------------------------- result
+
+
+def test_a_result_in_another_precision_is_the_rounded_network(tmp_path: Path) -> None:
+    _, model, _ = opened("FluxPipeline")
+    made = _in_main_memory(model.network, torch.bfloat16)
+    made.save_pretrained(tmp_path)
+    read = type(model.network).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours, theirs = (
+        {name: value for name, value in one.config.items() if name[0] != "_"} for one in (model.network, read)
+    )
+    assert json.dumps(ours) == json.dumps(theirs)  # lists, where tuples were given
+    rounded = {name: value.to(torch.bfloat16) for name, value in model.network.state_dict().items()}
+    saved = read.state_dict()
+    assert saved.keys() == rounded.keys()
+    assert all(torch.equal(saved[name], value) for name, value in rounded.items())

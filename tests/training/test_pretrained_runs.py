@@ -23,7 +23,7 @@ from latentflow.errors import UserError
 from latentflow.inference.opening import open_pipeline
 from latentflow.inference.sample import read_capabilities
 from latentflow.training import pretrained_result
-from latentflow.training.fine_tune import pretrained_prior
+from latentflow.training.fine_tune import pretrained_base
 from latentflow.training.loop.data_order import Stream, seeded
 from latentflow.training.report.card import CardFacts, write_adapter_card
 from latentflow.training.report.folder import read_run
@@ -54,8 +54,7 @@ def _quick() -> Any:
     """No images drawn to be compared with the training images; sums that are the same on every machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained_result, "report_memorisation", lambda *given: None)
-        for module in (pretrained_result, pretrained_prior):
-            patch.setattr(module, "has_fast_bfloat16", lambda device: False)
+        patch.setattr(pretrained_base, "has_fast_bfloat16", lambda device: False)
         yield
 
 
