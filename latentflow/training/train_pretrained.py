@@ -27,15 +27,9 @@ from .fine_tune.learning import LearningMeter
 from .fine_tune.live_prompts import LivePrompts, Prompts
 from .fine_tune.memory_plan import MemoryPlanner, plan_of, refuse_too_large
 from .fine_tune.pretrained_adapter import PretrainedAdapter
-from .fine_tune.pretrained_base import (
-    KEPT,
-    PretrainedBase,
-    base_dtype,
-    drop,
-    load_pretrained_data,
-    with_base_settings,
-)
+from .fine_tune.pretrained_base import PretrainedBase, drop, load_pretrained_data
 from .fine_tune.pretrained_prior import pretrained_prior, prior_data
+from .fine_tune.pretrained_settings import KEPT, base_dtype, setting_lines, with_base_settings
 from .fine_tune.prior import MixedData
 from .loop.checkpoint import has_begun
 from .loop.distributed import check_precision, process_state
@@ -91,7 +85,7 @@ def train_pretrained(
     dtype = base_dtype(config.loop, config.adapter, state.device)
     for line in [
         *plan_lines(splits, config.loop, own_share),
-        *base.lines(config, len(training), own_share),
+        *setting_lines(base, config, len(training), own_share),
         prior_line,
         *([f"WARNING: {warning}"] if (warning := training_warning(base.shape)) else []),
     ]:

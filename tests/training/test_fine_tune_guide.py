@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from latentflow.config import RunConfig
-from latentflow.training.fine_tune import pretrained_base
+from latentflow.training.fine_tune import pretrained_settings
 from latentflow.training.loop import distributed
 
 from ..families.tiny import checkpoint
@@ -86,7 +86,7 @@ def test_steps_by_the_number_of_images() -> None:
     loop = RunConfig.__dataclass_fields__["loop"].default
     adapter = RunConfig.__dataclass_fields__["adapter"].default
     for images, steps, uses in [(20, "2,000", "100"), (196, "4,300", "22"), (4900, "12,600", "2.6")]:
-        found = pretrained_base._fitted(loop, (), images, 1e-4, adapter, 1.0).max_train_steps
+        found = pretrained_settings._fitted(loop, (), images, 1e-4, adapter, 1.0).max_train_steps
         assert found == pytest.approx(float(steps.replace(",", "")), rel=0.01) and steps in page
         assert found / images == pytest.approx(float(uses), rel=0.02) and uses in page
 

@@ -50,6 +50,7 @@ def without_weights(folder: Path, to: Path) -> Path:
         ("--lora-rank 2 --lora-layers attn9", "mid_block.attentions.*.transformer_blocks.*.attn1.to_q"),
         ("--lora-rank 64", "--lora-rank 64 is above what the layer down_blocks.0"),
         ("--lora-rank 64", "At most 8"),
+        ("--lora-rank 2 --masks alpha", "--masks alpha: masks weight the loss"),
         ("--lora-rank 2 --optimizer muon", "--optimizer muon with an adapter"),
         ("--lora-rank 2 --quantize nf4", "--quantize nf4 needs a GPU"),
         ("--quantize nf4 --lora-rank 0", "--quantize nf4: quantised weights cannot learn"),
