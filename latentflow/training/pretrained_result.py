@@ -70,7 +70,9 @@ class PretrainedResult:
         side, model = self.splits.data.resolution, self.model
         pipe = over_model(LatentFlowPipeline, model)
         pipe.set_progress_bar_config(disable=True)
-        model.vae.to(device)
+        others = _beside_network(model)
+        for part in others:
+            part.to(device)
         images = []
         with drawing_precision(model, device):
             for seed, row in enumerate(rows):  # one by one: memory is that of the smallest card
@@ -82,7 +84,8 @@ class PretrainedResult:
                     output_type="pt",
                 )
                 images.append(drawn.images.float().cpu())
-        model.vae.cpu()
+        for part in others:
+            part.cpu()
         return torch.cat(images)
 
     def preview(self, device: torch.device) -> Image.Image:
@@ -181,6 +184,12 @@ class PretrainedResult:
 
     def _example(self) -> str:
         return shown_by(self.splits.source, [0], self.model)[0]
+
+
+def _beside_network(model: PretrainedModel) -> list[nn.Module]:
+    """Return what draws beside the network that is trained: the autoencoder, Ideogram 4's network without a prompt."""
+    parts = model.pipeline.components.values()
+    return [part for part in parts if isinstance(part, nn.Module) and part is not model.network]
 
 
 def _in_main_memory(network: Any, dtype: torch.dtype) -> Any:

@@ -26,7 +26,7 @@ from latentflow.training.fine_tune.encoded_prompts import EncodedPrompts
 from latentflow.training.fine_tune.memory_plan import GIB, MemoryPlanner, plan_of, refuse_too_large
 from latentflow.training.fine_tune.pretrained_base import PretrainedBase, drawing_precision
 from latentflow.training.losses.pretrained import PretrainedLoss, in_batch
-from latentflow.training.pretrained_result import _in_main_memory
+from latentflow.training.pretrained_result import _beside_network, _in_main_memory
 
 from ..families.test_pretrained import each_family, opened, seeded
 from .pretrained import photos
@@ -164,6 +164,15 @@ def test_a_batch_that_may_be_split_need_not_fit_whole(
 
 
 # ---------------------------------------------------------------- result
+
+
+def test_all_that_draws_is_brought_to_the_device_for_a_preview(
+    pretrained: Callable[[str], Path],
+) -> None:
+    base = PretrainedBase.of(str(pretrained("Ideogram4Pipeline")), ["max_sequence_length=32"])
+    model = base.open_network(base.open_autoencoder(), torch.float32)
+    parts = _beside_network(model)
+    assert {id(part) for part in parts} == {id(model.vae), id(model.pipeline.unconditional_transformer)}
 
 
 def test_a_result_in_another_precision_is_the_rounded_network(tmp_path: Path) -> None:
