@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...data import Source, cached_pixels, pixels_to_images
-from ...errors import UserError
+from ...errors import RunError, UserError
 from ...families import FlowModel
 from ...metrics import Memorisation, memorisation
 from ...models.text import UnknownWords
@@ -49,7 +49,7 @@ def report_memorisation(
             return
         text = json.dumps(found._asdict(), indent=2) + "\n"
         (output / MEMORISATION).write_text(text, encoding="utf-8")
-    except (UserError, OSError) as error:
+    except (UserError, RunError, OSError) as error:  # also where memory runs out
         log.warning(f"WARNING: it was not measured whether the result copies your images: {error}")
         return
     line = f"memorisation: {memorisation_line(found._asdict())}"
