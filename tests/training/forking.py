@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
@@ -37,6 +38,7 @@ def run_ranks(processes: int, function: Callable[[int], object]) -> None:
 
 def _run_as(rank: int, processes: int, port: int, function: Callable[[int], object]) -> None:
     status = 1
+    gc.freeze()  # garbage of the parent, such as a process group, whose threads are not there to end
     torch.set_num_threads(1)  # OpenMP's threads are not forked with the process
     try:
         PartialState._reset_state()
