@@ -97,6 +97,7 @@ def test_rows_of_the_table_of_memory(name: str, memory_table: ModuleType, tmp_pa
     assert line in PAGE.read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.slow
 def test_operations_of_a_step(memory_table: ModuleType, tmp_path: Path) -> None:
     """A step with checkpointing is three passes over the linear layers of all tokens, and attention on top."""
     flops = memory_table.operations("sd35-medium", tmp_path, 512)
