@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 
@@ -41,6 +42,9 @@ ADVICE = {
     "run the network": f"Ask for smaller images. {_LESS}",
 }
 
+
+# glibc's numbers (malloc.h) of the sizes from which memory is fetched from the system by itself, and given back to it
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 
 # Messages of torch's plain RuntimeErrors: main memory, CUDA outside torch's own allocator, cuBLAS.
 _SAID = (
@@ -133,10 +137,30 @@ def require_memory(what: str, size: int) -> None:
 
 
 def release_memory() -> None:
-    """Release the memory that the last failure left behind, for the next attempt."""
+    """Release the memory of what is gone, such as what a failure left behind, for the next attempt."""
     gc.collect()
+    if (trim := _of_glibc("malloc_trim")) is not None:
+        trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def keep_freed_memory() -> None:
+    """Let this process use memory again that it frees from now on, instead of fetching it anew from the system; glibc
+    only.
+
+    A training step on a CPU frees tensors of some megabytes that the next one needs again. The system clears each page
+    of memory that it hands out: that took a tenth of a step.
+    """
+    release_memory()
+    if (mallopt := _of_glibc("mallopt")) is not None:
+        mallopt(_MMAP_THRESHOLD, 2**25)  # the largest that glibc takes
+        mallopt(_TRIM_THRESHOLD, 2**30)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """Return a function of the C library; None where it is another one than glibc."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def peak_gib() -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -489,3 +492,25 @@ def test_data_that_fails_in_one_process_saves_the_run_of_all(tmp_path: Path, sha
     config = dataclasses.replace(CONFIG, train_batch_size=3, shard=shard)
     run_ranks(2, train)
     assert steps(tmp_path)[-1] == 5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone can be asked for it")
+def test_tensors_of_a_step_on_a_cpu_come_from_memory_that_is_used_again() -> None:
+    """A tensor of 30 MiB is no mapping of its own, which the system would clear each time."""
+    program = """
+import ctypes, torch
+from latentflow.utils.memory import keep_freed_memory
+KEEP
+class Info(ctypes.Structure):
+    _fields_ = [(f"f{number}", ctypes.c_size_t) for number in range(10)]
+count = ctypes.CDLL(None).mallinfo2
+count.restype = Info
+before = count().f3  # mapped regions
+kept = torch.ones(30 * 2**18)
+print(count().f3 - before)
+"""
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("glibc 2.33 is needed to see it")
+    for call, mapped in (("keep_freed_memory()", "0"), ("", "1")):
+        lines = [sys.executable, "-c", program.replace("KEEP", call)]
+        assert subprocess.run(lines, capture_output=True, text=True, check=True).stdout.strip() == mapped

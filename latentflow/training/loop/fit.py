@@ -24,7 +24,7 @@ from torch.profiler import record_function
 from ...config import LoopConfig
 from ...errors import RunError, UserError, reason
 from ...utils.files import replacing
-from ...utils.memory import OutOfMemory, is_out_of_memory, memory_phase, release_memory
+from ...utils.memory import OutOfMemory, is_out_of_memory, keep_freed_memory, memory_phase, release_memory
 from . import checkpoint
 from .data_order import DataOrder
 from .distributed import (
@@ -172,6 +172,8 @@ class Loop:
         # As it comes back from a checkpoint.
         self.description = json.loads(json.dumps({"batch": self.order.global_batch} | description))
         self._clean_up()
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         together(self._resume)
         self.callbacks.begin()
         self.saver = Saver(self.checkpoints, self.config.checkpoints_total_limit, sharded=self.sharded)
