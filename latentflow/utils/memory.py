@@ -139,8 +139,7 @@ def require_memory(what: str, size: int) -> None:
 def release_memory() -> None:
     """Release the memory of what is gone, such as what a failure left behind, for the next attempt."""
     gc.collect()
-    if (trim := _of_glibc("malloc_trim")) is not None:
-        trim(0)
+    _give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -152,10 +151,16 @@ def keep_freed_memory() -> None:
     A training step on a CPU frees tensors of some megabytes that the next one needs again. The system clears each page
     of memory that it hands out: that took a tenth of a step.
     """
-    release_memory()
+    _give_back()  # what was freed before
     if (mallopt := _of_glibc("mallopt")) is not None:
         mallopt(_MMAP_THRESHOLD, 2**25)  # the largest that glibc takes
         mallopt(_TRIM_THRESHOLD, 2**30)
+
+
+def _give_back() -> None:
+    """Give memory that is free back to the system."""
+    if (trim := _of_glibc("malloc_trim")) is not None:
+        trim(0)
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:
