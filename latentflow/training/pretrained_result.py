@@ -1,4 +1,4 @@
-"""What a run makes of a pretrained model: previews while it trains, and the adapter or pipeline with its card."""
+"""Results of the run of a pretrained model: previews while it trains, and the adapter or pipeline with its card."""
 
 from __future__ import annotations
 
@@ -140,11 +140,10 @@ class PretrainedResult:
     def _save_pipeline(self, folder: Path) -> None:
         """Write a pipeline of the base's class: its files, but for the network's; none is of a variant, which whoever
         opens it would have to name."""
-        source, network = Path(self.base.folder), self.model.network
-        names = [name for name, part in self.model.pipeline.components.items() if part is network]
+        source, network, own = Path(self.base.folder), self.model.network, self.base.network_name
         folder.mkdir(parents=True, exist_ok=True)
         for name in read_index(source):
-            if (source / name).is_dir() and name not in names:
+            if (source / name).is_dir() and name != own:
                 shutil.copytree(source / name, folder / name)
         shutil.copyfile(source / DiffusionPipeline.config_name, folder / DiffusionPipeline.config_name)
         for file in [*folder.glob(f"*/*.{self.base.variant}.*")]:
@@ -154,7 +153,7 @@ class PretrainedResult:
         dtype = getattr(torch, self.config.export_dtype)
         if network.dtype != dtype:
             network = _in_main_memory(network, dtype)
-        network.save_pretrained(folder / names[0])
+        network.save_pretrained(folder / own)
 
     def write_card(self, folder: Path | None = None) -> None:
         """Write the card of the result into ``folder``; default: its own."""

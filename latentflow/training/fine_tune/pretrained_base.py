@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -123,6 +122,12 @@ class PretrainedBase:
         return parameter_count(self.shape.network)
 
     @property
+    def network_name(self) -> str:
+        """Name of the component that is the network."""
+        components: dict[str, Any] = self.shape.pipeline.components
+        return next(name for name, part in components.items() if part is self.shape.network)
+
+    @property
     def loads_adapters(self) -> bool:
         """True where diffusers loads adapters into this pipeline."""
         return adapted_part(self.shape.pipeline) is not None
@@ -212,7 +217,6 @@ def drop(model: FlowModel) -> None:
     for name, part in [*model.pipeline.components.items()]:
         if isinstance(part, nn.Module):
             setattr(model.pipeline, name, None)
-    gc.collect()
     release_memory()
 
 

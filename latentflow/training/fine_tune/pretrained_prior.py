@@ -105,7 +105,7 @@ def prior_data(
         state.main_process_first(),
         drawing_precision(model, state.device),
     ):
-        teacher = Teacher(model, pipeline, call_arguments, _network_hash(base, model), together=1)
+        teacher = Teacher(model, pipeline, call_arguments, _network_hash(base), together=1)
         tensors = samples(teacher, asked, side, folder, settings)
     model.pipeline.to("cpu")
     source = sample_source(
@@ -114,12 +114,10 @@ def prior_data(
     return sample_data(source, tensors, side, conditions(source), settings)
 
 
-def _network_hash(base: PretrainedBase, model: PretrainedModel) -> str:
+def _network_hash(base: PretrainedBase) -> str:
     """Return the hash of the network's files, which quantised weights in memory do not have."""
     digest = hashlib.sha256()
-    for name, part in model.pipeline.components.items():
-        if part is model.network:
-            for file in sorted((Path(base.folder) / name).glob("*.safetensors")):
-                with file.open("rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+    for file in sorted((Path(base.folder) / base.network_name).glob("*.safetensors")):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
