@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.evaluation import feature_figures, figures, report
     from latentflow.evaluation.data import condition_kind, load_image_sets, open_source, run_settings
     from latentflow.evaluation.lines import lines
-    from latentflow.evaluation.sampler import TRAINING_CAPTIONS, Sampler
+    from latentflow.evaluation.sampler import HELD_OUT_CAPTIONS, TRAINING_CAPTIONS, Sampler
     from latentflow.metrics import learned
     from latentflow.models.vision import EFFICIENTNET_LIBRARIES
     from latentflow.pipeline import LatentFlowPipeline
@@ -178,8 +178,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if clip is not None and not any(captions):
         raise UserError("--clip compares images with captions, and DATA has none", "Leave --clip out.")
     if config.attributes:
-        held_out = unseen.get("test") or unseen["held_out"]
-        counterparts = figures.find_counterparts(train, held_out, config.attributes)
+        new = unseen.get("test") or unseen["held_out"]
+        carry = metrics.split_attributes(new.captions, config.attributes)
+        new = new.rows([row for row, split in enumerate(carry) if split is not None])
+        counterparts = figures.find_counterparts(train, new, config.attributes)
 
     # ---------------------------------------------------------------- without sampling: what the networks know
     sampler = Sampler(
@@ -212,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.data == "shapes" and kind == "prompt":
         measured["shapes"] = figures.shapes(sampler, generated, captions, beside)
     if config.attributes:
-        measured["attributes"] = figures.attribute_accuracy(sampler, counterparts)
+        combined = sampler.sample(new.captions, HELD_OUT_CAPTIONS, "held-out captions")
+        measured["attributes"] = figures.attribute_accuracy(combined, counterparts)
     if fid is not None:
         measured["fid"] = figures.frechet_distance(generated, beside, reference, fid, config.batch_size)
     if clip is not None:
@@ -222,6 +225,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured["feature_space"] = feature_figures.compare(
         sets, conditioned=kind != "nothing", classes=source.kind == "class"
     )
+    if config.attributes:
+        measured["feature_space"]["combinations"] = feature_figures.combinations(
+            sets.of(combined),
+            sets.of(new.images),
+            new.captions,
+            sets.train,
+            sets.train_set.captions,
+            config.attributes,
+        )
 
     # ---------------------------------------------------------------- the report
     if space.startswith("pixels") and not chosen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import metrics
+from ..utils.names import composed
 from .data import ImageSet
 from .figures import missing, retrieval, share
 
-MOST_REFERENCE = 10_000  # training images that are compared; others of a larger data set are left out
+MOST_REFERENCE = 20_000  # training images that are compared; others of a larger data set are left out
 _NEIGHBOURS = 5  # that vote for a class; also the k of precision, recall, density and coverage
 _SHOWN = 12, 5  # generated images, and nearest training images of each, in the sheet
 
@@ -27,6 +29,7 @@ class FeatureSets:
         train: of the training images `train_set`: those of ``beside`` first, then the reference.
         beside: number of real images that stand beside as many generated ones.
         unseen: of the images that were not trained on.
+        device: where they are computed.
     """
 
     space: str
@@ -37,6 +40,11 @@ class FeatureSets:
     beside: int
     unseen: dict[str, Tensor]
     unseen_sets: dict[str, ImageSet]
+    device: torch.device
+
+    def of(self, images: Tensor) -> Tensor:
+        """Return the features (N, D) of more images (N, 3, H, W) in [-1, 1]."""
+        return metrics.features(images, self.space, device=self.device)
 
 
 def feature_sets(
@@ -52,7 +60,7 @@ def feature_sets(
 
     Args:
         space: see `metrics.features`.
-        real: which training images stand beside the generated ones; of the others 10,000 at most are the reference.
+        real: which training images stand beside the generated ones; of the others 20,000 at most are the reference.
     """
     device = device if device.type == "cuda" else torch.device("cpu")  # MPS has no antialiased resizing
     train = train.rows([*real.beside, *real.reference[:MOST_REFERENCE]])
@@ -65,6 +73,7 @@ def feature_sets(
         beside=len(real.beside),
         unseen={name: metrics.features(part.images, space, device=device) for name, part in unseen.items()},
         unseen_sets=unseen,
+        device=device,
     )
 
 
@@ -164,6 +173,66 @@ def _diversity(generated: Tensor, beside: Tensor, captions: list[str]) -> dict[s
     )
     ratio = {"ratio": value / floor} if floor > 0 else missing("ratio", "all real images are equal")
     return {"value": value, "real": floor, **ratio, "within": within}
+
+
+def combinations(
+    generated: Tensor,
+    real: Tensor,
+    captions: Sequence[str],
+    train: Tensor,
+    train_captions: Sequence[str],
+    attributes: Sequence[str],
+) -> dict[str, Any]:
+    """Measure images of combinations of an attribute and a rest of a caption that were not trained on.
+
+    Args:
+        generated: features (N, D) of an image for each caption. real: (N, D), of the real images with these captions.
+        captions: those of the N images; each carries one of ``attributes``, such as "flat style" in
+            "flat style: red apple".
+        train: (M, D), of the training images.
+
+    Returns:
+        ``attribute``: the share of images whose nearest training image has the same attribute. ``rest``: of those whose
+        nearest training image, among those with another attribute, has the same rest; only of captions whose rest is
+        there. Both with ``real``, that of the real images. ``caption``: the share of generated images whose nearest
+        real image with the same attribute, of those trained on and those not, has the caption.
+    """
+    asked, data = (metrics.split_attributes(texts, attributes) for texts in (captions, train_captions))
+    known = [split for split in asked if split is not None]
+    assert len(known) == len(captions), "every caption carries an attribute"
+    rests = [None if split is None else split[0] for split in data]
+    of_data = torch.tensor([-1 if split is None else split[1] for split in data])
+    own = torch.tensor([attribute for _, attribute in known])
+    others = (of_data >= 0) & (of_data != own[:, None])  # (N, M)
+    there = {split for split in data if split is not None}
+    answered = [
+        row
+        for row, (rest, attribute) in enumerate(known)
+        if any((rest, other) in there for other in range(len(attributes)) if other != attribute)
+    ]
+
+    def nearest(rows: Tensor, reference: Tensor, allowed: Tensor) -> list[int]:
+        apart: Tensor = metrics.distances(rows, reference).masked_fill(~allowed, float("inf"))
+        return apart.argmin(1).tolist()
+
+    def measured(rows: Tensor) -> dict[str, dict[str, Any]]:
+        same = of_data[nearest(rows, train, (of_data >= 0).expand(len(rows), -1))] == own
+        found = nearest(rows[answered], train, others[answered])
+        right = [rests[i] == known[row][0] for row, i in zip(answered, found, strict=True)]
+        rest = (
+            share(sum(right), len(right)) if right else missing("share", "no attribute has a rest in common")
+        )
+        return {"attribute": share(int(same.sum()), len(rows)), "rest": rest}
+
+    ours, theirs = measured(generated), measured(real)
+    both = [*train_captions, *captions]
+    same_attribute = torch.cat([of_data, own]) == own[:, None]
+    found = nearest(generated, torch.cat([train, real]), same_attribute)
+    right = sum(composed(both[i]) == composed(caption) for i, caption in zip(found, captions, strict=True))
+    return {
+        **{name: {**figure, "real": theirs[name]} for name, figure in ours.items()},
+        "caption": share(right, len(captions)),
+    }
 
 
 def neighbour_sheet(sets: FeatureSets, generated: Tensor) -> tuple[Tensor, int]:

@@ -189,15 +189,16 @@ def shapes(sampler: Sampler, generated: Tensor, captions: list[str], beside: Ima
 
 @dataclass(frozen=True, kw_only=True)
 class Counterparts:
-    """N captions that were not trained on, each with K real images that differ from one another by an attribute.
+    """N images that were not trained on, each with K real images that differ from one another by an attribute.
 
     Attributes:
+        rows: N; their rows in the set that was not trained on.
         candidates: (N, K, 3, H, W).
         own: N; which of the K images carries the caption's own attribute.
         equal: number of captions that are left out because two of their images are equal.
     """
 
-    captions: list[str]
+    rows: list[int]
     candidates: Tensor
     own: list[int]
     equal: int
@@ -218,18 +219,21 @@ def find_counterparts(train: ImageSet, unseen: ImageSet, attributes: Sequence[st
             "Name all attributes as the captions spell them; --test FOLDER gives the captions.",
         )
     return Counterparts(
-        captions=[unseen.captions[index] for index, _, _ in apart],
+        rows=[index for index, _, _ in apart],
         candidates=torch.stack([images[rows] for _, _, rows in apart]),
         own=[own for _, own, _ in apart],
         equal=len(groups) - len(apart),
     )
 
 
-def attribute_accuracy(sampler: Sampler, counterparts: Counterparts) -> dict[str, Any]:
-    """Measure the share of captions whose image is nearest to the real counterpart with the same attribute."""
-    generated = sampler.sample(counterparts.captions, HELD_OUT_CAPTIONS, "held-out captions")
+def attribute_accuracy(generated: Tensor, counterparts: Counterparts) -> dict[str, Any]:
+    """Measure the share of images that are nearest to the real counterpart with the same attribute, by their pixels.
+
+    Args:
+        generated: an image for each row of the set that was not trained on.
+    """
     right = metrics.attribute_retrieval(
-        generated, counterparts.candidates, counterparts.own, space=RETRIEVAL_SPACE
+        generated[counterparts.rows], counterparts.candidates, counterparts.own, space=RETRIEVAL_SPACE
     )
     n = len(counterparts.own)
     return {

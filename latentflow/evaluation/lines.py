@@ -49,6 +49,8 @@ def _space(found: dict[str, Any], label: str) -> Iterator[str]:
         said = f"{_share(accuracy)} are nearest to images of their class (real images: {real:.1%}; "
         yield _figure("class accuracy", f"{said}by chance: {accuracy['chance']:.1%})")
     yield from _retrieval(found.get("caption_retrieval"), label)
+    if pairs := found.get("combinations"):
+        yield from _combinations(pairs)
     diversity = found["diversity"]
     if diversity.get("ratio") is None:
         yield _figure("diversity", f"unknown: {diversity.get('ratio_reason') or diversity['value_reason']}")
@@ -117,6 +119,26 @@ def _retrieval(found: dict[str, Any] | None, label: str) -> Iterator[str]:
         f"{_share(top_1)} by the nearest training image, {top_5['share']:.1%} among the nearest 5 (by chance: "
         f"{top_1['chance']:.1%} and {top_5['chance']:.1%}{beside})",
     )
+
+
+def _combinations(found: dict[str, Any]) -> Iterator[str]:
+    """Return the lines of captions that combine an attribute with words that were never seen with it."""
+    for name, key, meaning in (
+        (
+            "right attribute",
+            "attribute",
+            "of unseen combinations are nearest to an image with their attribute",
+        ),
+        ("right content", "rest", "are, among images with other attributes, nearest to the same thing"),
+    ):
+        if found[key].get("share") is None:
+            yield _figure(name, f"unknown: {found[key]['share_reason']}")
+        else:
+            yield _figure(
+                name, f"{_share(found[key])} {meaning} (real images: {found[key]['real']['share']:.1%})"
+            )
+    said = "are, among real images with their attribute, nearest to the one with their caption"
+    yield _figure("both right", f"{_share(found['caption'])} {said}")
 
 
 def _distance(name: str, found: dict[str, Any]) -> str:

@@ -32,3 +32,4 @@ from .retrieval import attribute_groups as attribute_groups
 from .retrieval import attribute_retrieval as attribute_retrieval
 from .retrieval import retrieve as retrieve
 from .retrieval import retrieve_rows as retrieve_rows
+from .retrieval import split_attributes as split_attributes

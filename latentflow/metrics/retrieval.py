@@ -94,31 +94,41 @@ def retrieve_rows(
     return Retrieval(len(rows), hits, {k: total / len(rows) ** 2 for k, total in by_chance.items()})
 
 
+def split_attributes(captions: Sequence[str], attributes: Sequence[str]) -> list[tuple[str, int] | None]:
+    """Return each caption without its attribute, and which one that was; None for those that carry none.
+
+    A caption such as "waving hand: dark skin tone" carries one of ``attributes`` ("light skin tone",
+    "dark skin tone", ...) as whole words; the longest match counts.
+    """
+    written = [composed(attribute) for attribute in attributes]
+    by_length = sorted(range(len(written)), key=lambda i: -len(written[i]))
+    words = [re.compile(rf"(?<!\w){re.escape(attribute)}(?!\w)") for attribute in written]
+    found: list[tuple[str, int] | None] = []
+    for caption in map(composed, captions):
+        own = next((i for i in by_length if words[i].search(caption)), None)
+        found.append(None if own is None else (words[own].sub("\0", caption), own))
+    return found
+
+
 def attribute_groups(
     captions: Sequence[str], attributes: Sequence[str], data_captions: Sequence[str]
 ) -> list[tuple[int, int, list[int]]]:
     """Find the captions that have a counterpart in the data for every attribute.
 
-    A caption such as "waving hand: dark skin tone" carries one of ``attributes`` ("light skin tone",
-    "dark skin tone", ...) as whole words; the longest match counts. Its counterparts are the same words with each
-    attribute in turn.
+    The counterparts of a caption are the same words with each attribute in turn (:func:`split_attributes`).
 
     Returns:
         (index of the caption, index of its attribute, data index of the counterpart for each attribute). Captions
         without an attribute, or without a counterpart, are left out.
     """
-    where = {composed(caption): i for i, caption in reversed(list(enumerate(data_captions)))}
-    attributes = [composed(attribute) for attribute in attributes]
-    by_length = sorted(range(len(attributes)), key=lambda i: -len(attributes[i]))
-    words = [re.compile(rf"(?<!\w){re.escape(attribute)}(?!\w)") for attribute in attributes]
+    data = split_attributes(data_captions, attributes)
+    where = {split: i for i, split in reversed(list(enumerate(data))) if split is not None}
     groups = []
-    for index, caption in enumerate(map(composed, captions)):
-        own = next((i for i in by_length if words[i].search(caption)), None)
-        if own is None:
+    for index, split in enumerate(split_attributes(captions, attributes)):
+        if split is None:
             continue
-        others = [other.join(words[own].split(caption)) for other in attributes]
-        counterparts = [where.get(other) for other in others]
-        found = [i for i in counterparts if i is not None]
+        rest, own = split
+        found = [where[rest, i] for i in range(len(attributes)) if (rest, i) in where]
         if len(found) == len(attributes):
             groups.append((index, own, found))
     return groups

@@ -117,6 +117,8 @@ def test_the_report_is_complete_and_repeatable(
     assert first["memorisation"]["ratio"] > 0 and first["memorisation"]["new"] == "left out"
     assert first["memorisation"]["copies"]["usual"][0] == 0
     assert first["attributes"]["right"]["n"] == 3
+    combinations = first["feature_space"]["combinations"]
+    assert combinations["attribute"]["n"] >= 3 and combinations["attribute"]["real"]["n"] >= 3
     # Four images have no fifth neighbour: these figures are null, with the reason.
     space = first["feature_space"]
     assert (space["space"], space["dimensions"], space["reference"]) == ("pixels-16", 768, 5)
@@ -487,7 +489,7 @@ def test_counterparts_that_are_one_image_are_left_out() -> None:
     unseen = ImageSet(images=levels.expand(4, 3, 16, 16), captions=names)
     train, tones = unseen.rows([]), ("light", "dark")
     found = figures.find_counterparts(train, unseen, tones)
-    assert (found.captions, found.own, found.equal) == (names[:2], [0, 1], 2)
+    assert (found.rows, found.own, found.equal) == ([0, 1], [0, 1], 2)
     sampler: Any = SimpleNamespace(sample=lambda *_: unseen.images[[0, 0]])
     measured = figures.attribute_accuracy(sampler, found)
     right = measured["right"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from latentflow.errors import UserError
+from latentflow.evaluation.feature_figures import combinations
 from latentflow.metrics import (
     attribute_groups,
     attribute_retrieval,
@@ -13,6 +14,7 @@ from latentflow.metrics import (
     features,
     memorisation,
     retrieve,
+    split_attributes,
 )
 
 
@@ -167,3 +169,30 @@ def test_values_that_are_not_finite_are_no_images(value: float) -> None:
     ):
         with pytest.raises(UserError, match=r"1 of 3 images .* first number 1"):
             measure()
+
+
+def test_attributes_are_split_from_captions() -> None:
+    found = split_attributes(["flat style: red hat", "hat", "3d style: red hat"], ["flat style", "3d style"])
+    assert found[1] is None and found[0] is not None and found[2] is not None
+    assert found[0][0] == found[2][0] and (found[0][1], found[2][1]) == (0, 1)
+    assert split_attributes(["big hat, big"], ["big"]) != split_attributes(["hat, big"], ["big"])
+
+
+def test_unseen_combinations_by_hand() -> None:
+    """Styles lie 10 apart on the first axis, things 1 apart on the second."""
+    styles, things = ["flat", "solid"], ["hat", "cat", "cup", "bow"]
+    captions = [f"{style} {thing}" for style in styles for thing in things]
+    rows = torch.tensor([[10.0 * style, thing] for style in range(2) for thing in range(4)])
+    asked = [0, 5, 3]  # flat hat, solid cat, flat bow
+    kept = [row for row in range(8) if row not in asked]
+    generated = torch.tensor([[1.0, 0.1], [3.0, 2.2], [2.0, 2.9]])  # right; neither is right; right
+    found = combinations(
+        generated, rows[asked], [captions[i] for i in asked], rows[kept], [captions[i] for i in kept], styles
+    )
+    assert found["attribute"]["count"] == 2 and found["attribute"]["real"]["share"] == 1
+    assert found["rest"]["count"] == 2 and found["rest"]["n"] == 3 and found["rest"]["real"]["share"] == 1
+    assert found["caption"]["count"] == 2
+    only_here = combinations(
+        rows[:1], rows[:1], ["flat tie"], rows[kept], [captions[i] for i in kept], styles
+    )
+    assert only_here["rest"]["share"] is None and only_here["caption"]["share"] == 1
