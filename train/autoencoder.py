@@ -13,6 +13,7 @@ import tyro
 
 from latentflow.cli import given, parse, run, write_config
 from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
+from latentflow.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,27 @@ class Config:
     loop: LoopConfig = LoopConfig()
 
 
+#: Settings of the loop that are a generator's -> the autoencoder's own, if it has one.
+GENERATORS_OWN = {
+    "train_batch_size": "--autoencoder-batch-size",
+    "gradient_accumulation_steps": "",
+    "learning_rate": "--autoencoder-learning-rate",
+    "optimizer": "--autoencoder-optimizer",
+    "lr_scheduler": "",
+    "lr_decay_share": "",
+    "lr_layer_decay": "",
+    "lr_embeddings": "",
+    "ema_lengths": "",
+    "ema_snapshot_steps": "",
+    "early_stop": "",
+    "shard": "",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train an autoencoder on a folder of images."""
     config = parse(Config, argv, prog="latentflow autoencoder")
+    refuse_generators_flags(sys.argv[1:] if argv is None else argv)
 
     from latentflow.training import resumable, resume_line
     from latentflow.training.loop.run_folder import run_lock
@@ -36,6 +55,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     line = resume_line("autoencoder", argv)
     with run_lock(config.output), resumable(line):
         train(config, line, given(Config, argv))
+
+
+def refuse_generators_flags(argv: Sequence[str]) -> None:
+    """Refuse flags that would change nothing. A config file may hold such settings: one recipe is for both programs.
+
+    Raises:
+        UserError: there is one; its counterpart is named.
+    """
+    flags = given(Config, [word for word in argv if word.partition("=")[0] != "--config"])
+    for name, own in GENERATORS_OWN.items():
+        if name in flags:
+            raise UserError(
+                f"--{name.replace('_', '-')} is a setting of generators, which changes nothing here",
+                f"The autoencoder's is {own}."
+                if own
+                else "Leave it out: the autoencoder has no such setting.",
+            )
 
 
 def train(config: Config, resume_command: str, given_keys: Collection[str]) -> None:

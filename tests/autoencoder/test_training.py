@@ -117,6 +117,9 @@ def test_nothing_is_asked_of_a_width_that_is_not_used_nor_of_the_other_class() -
         (["--autoencoder-widths", 16, 96, "--decoder-layers", 1, 1], "cannot join 16 96; "),
         (["--equivariance", 1.5], "--equivariance is 1.5"),
         (["--latent-noise", -1], "--latent-noise is -1.0"),
+        (["--learning-rate", 1e-4], "The autoencoder's is --autoencoder-learning-rate"),
+        (["--lr-decay-share=1"], "the autoencoder has no such setting"),
+        (["--no-shard"], "--shard is a setting of generators"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
 )
