@@ -92,7 +92,10 @@ def bare(model: torch.nn.Module, call: Call, latents: Tensor, options: argparse.
 def sit(latents: Tensor, options: argparse.Namespace) -> Iterator[None]:
     """Take a step of SiT's `train.py` at every `next`."""
     sys.path.insert(0, str(options.sit))
-    models, transport = importlib.import_module("models"), importlib.import_module("transport").create_transport()
+    models, transport = (
+        importlib.import_module("models"),
+        importlib.import_module("transport").create_transport(),
+    )
     torch.manual_seed(0)
     model = models.SiT(
         input_size=SIDE, patch_size=1, in_channels=CHANNELS, hidden_size=WIDTH, depth=DEPTH, num_heads=HEADS,
@@ -218,9 +221,7 @@ def main() -> None:
     for name in list(seconds)[1:]:
         pairs = list(zip(seconds["fit"], seconds[name], strict=False))
         ratios = {kind: [other[k] / own[k] for own, other in pairs] for k, kind in enumerate(kinds)}
-        print(
-            f"speed of fit / {name}: " + ", ".join(f"{kind} {quartiles(ratios[kind])}" for kind in kinds)
-        )
+        print(f"speed of fit / {name}: " + ", ".join(f"{kind} {quartiles(ratios[kind])}" for kind in kinds))
 
 
 if __name__ == "__main__":
