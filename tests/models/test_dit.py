@@ -12,8 +12,8 @@ from torch import Tensor
 from latentflow.errors import UserError
 from latentflow.models import BLOCKS, DIT_PRESETS, Condition, DiT, dit_config
 from latentflow.models.dit import SwiGluMlp, rms_norm
-from latentflow.models.norms import normalised_and_turned
 from latentflow.models.inputs import rope_table, rotate, sincos_table
+from latentflow.models.norms import normalised_and_turned
 
 from .tiny import build, latents, perturb
 
