@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from . import __version__
 from .errors import UserError, nearest, printable, shown, unknown
-from .utils import skip_final_garbage_collection
+from .utils import begin_program
 from .utils.files import PROGRAMS_ROOT, read_yaml, replacing
 from .utils.flags import Essential, Flag, flags_of, help_text, normal, without_annotation
 from .utils.names import near_path
@@ -335,7 +335,7 @@ def run(main: Callable[[], None]) -> None:
     Any other exception is a defect and keeps its traceback; under ``--debug`` all do.
     """
     debug = "--debug" in sys.argv
-    skip_final_garbage_collection()
+    begin_program()
     for name in _IMPORTED_WITH_WARNINGS:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -172,6 +172,10 @@ def test_nothing_unpickles(file: Path) -> None:
             assert ast.unparse(node.value) == "False", f"line {node.value.lineno}: trust_remote_code"
 
 
+# Parts of libraries that take tenths of a second to import, and that drawing an image does not use.
+SELDOM_USED = ["scipy.stats.distributions", "bitsandbytes.nn"]
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
@@ -181,7 +185,7 @@ def test_nothing_unpickles(file: Path) -> None:
         ("latentflow.flow", ["diffusers", "transformers", "accelerate", "tyro"]),
         ("latentflow.families", ["torch", "diffusers", "transformers", "tyro"]),
         ("latentflow.families.model", ["latentflow.pipeline", "tyro"]),
-        ("latentflow.pipeline", ["latentflow.data", "latentflow.training", "tyro"]),
+        ("latentflow.pipeline", ["latentflow.data", "latentflow.training", "tyro", *SELDOM_USED]),
     ],
 )
 def test_light_imports_stay_light_and_leave_the_garbage_collector_on(module: str, absent: list[str]) -> None:
@@ -190,6 +194,43 @@ def test_light_imports_stay_light_and_leave_the_garbage_collector_on(module: str
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_what_waits_for_its_use_is_there_when_it_is_used() -> None:
+    code = """
+import importlib.util, inspect
+import latentflow.pipeline, scipy
+from diffusers import FlowMatchEulerDiscreteScheduler
+assert importlib.util.find_spec("scipy.stats") and inspect.getmodule(len)
+FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True).set_timesteps(3)
+import scipy.stats._stats_py
+from scipy.stats import norm
+assert norm.ppf(0.5) == scipy.stats.norm.ppf(0.5) == 0.0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_written_image_imports_neither_torch_nor_data_sources(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from PIL import Image
+from latentflow.inference.images import save_images
+save_images([Image.new("RGBA", (2, 2))], {str(tmp_path / "x.png")!r})
+assert not {{"torch", "latentflow.data"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("program", [False, True])
+def test_what_a_program_imports_is_left_out_of_the_search_for_garbage(program: bool) -> None:
+    """In a script the objects of its own must stay in it."""
+    begin = "utils.begin_program()" if program else ""
+    code = (
+        f"import gc; from latentflow import utils; {begin}\n"
+        "with utils.quick_imports(): import json.tool\nprint(gc.get_freeze_count() > 1000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(program)]
 
 
 FRAGMENT = re.compile(

@@ -127,11 +127,11 @@ def _as_format(images: list[Image], output: str) -> list[Image]:
     """Return the images on white where the format has no alpha, with a warning if anything is transparent."""
     from PIL import Image
 
-    from ..data.images import to_rgb
-
     suffix = Path(output).suffix.lower()
     if Image.registered_extensions().get(suffix) in _TRANSPARENT or all(i.mode != "RGBA" for i in images):
         return images
+    from ..data.images import to_rgb
+
     if any(map(is_transparent, images)):
         print(
             f"{suffix} has no transparency: transparent parts become white; .png keeps them.", file=sys.stderr

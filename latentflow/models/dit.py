@@ -18,7 +18,6 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..errors import UserError, lookup
 from ..utils.components import Checked
@@ -41,69 +40,8 @@ from .inputs import (
     with_channels,
 )
 from .mixins import BlockCacheMixin, LayerwiseCastingMixin
+from .norms import NORMS, Norm, has_tangent, normalised_and_turned, rms_norm
 from .routing import Route
-
-Norm = Callable[[Tensor], Tensor]
-
-
-def has_tangent(*tensors: Tensor) -> bool:
-    """Return True if a forward derivative is being taken through any of these, as by ``torch.func.jvp``.
-
-    False under a compiler, which cannot ask and does not differentiate forwards.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm over the last dimension, without weights: adaLN scales and shifts."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def _inverse_rms(x: Tensor) -> Tensor:
-    """Return 1 / root mean square over the last dimension, which is kept, in float32 or better."""
-    # The sum runs in float32 whatever the type of x; autocast would only add a copy of x in float32.
-    with torch.autocast(x.device.type, enabled=False):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x.shape[-1] ** 0.5 / (norm.to(torch.promote_types(x.dtype, torch.float32)) + 1e-6)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """y = x / rms(x). Its Jacobian is symmetric: one formula serves backward and forward derivatives."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x * _inverse_rms(x).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> Tensor:
-        """v / rms - x <v, x> / (D rms^3)."""
-        (x,) = ctx.saved_tensors
-        inverse = _inverse_rms(x)
-        along = (v * x).sum(dim=-1, keepdim=True, dtype=inverse.dtype) * inverse**3 / x.shape[-1]
-        return torch.addcmul(v * inverse.to(x.dtype), x, -along.to(x.dtype))
-
-    jvp = backward
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without weights; the sum of squares is taken in float32."""
-    # On the CPU torch has no fused kernel; ours takes a third of the time with its derivative. Elsewhere torch's fused
-    # kernel has no forward derivative, ours has. Compilers fuse the formula by themselves, and cannot look into it.
-    if not torch.compiler.is_compiling() and (x.device.type == "cpu" or has_tangent(x)):
-        return _RMSNorm.apply(x)
-    return F.rms_norm(x, x.shape[-1:], eps=1e-12)
-
-
-NORMS: dict[str, Norm] = {"rms": rms_norm, "layer": layer_norm}
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -141,10 +79,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, tokens, width = x.shape
         qk, v = self.qkv(x).split([2 * width, width], dim=-1)
-        if self.qk_scale is not None:
-            qk = rms_norm(qk.unflatten(-1, (2 * self.heads, -1))).flatten(2) * self.qk_scale.to(qk.dtype)
         qk = qk.unflatten(-1, (2 * self.heads, -1))
-        if rope is not None:
+        if self.qk_scale is not None and rope is not None:
+            qk = normalised_and_turned(qk, self.qk_scale, *rope)
+        elif self.qk_scale is not None:
+            qk = rms_norm(qk) * self.qk_scale.view(qk.shape[-2:]).to(qk.dtype)
+        elif rope is not None:
             qk = rotate(qk, *rope)
         q, k = qk.transpose(1, 2).chunk(2, dim=1)  # (B, heads, N, head_dim)
         out = attention(q, k, v.unflatten(-1, (self.heads, -1)).transpose(1, 2))

@@ -5,7 +5,7 @@ All pipelines are public names of `latentflow`; this package itself imports only
 
 from __future__ import annotations
 
-from ..utils import garbage_collection_paused
+from ..utils import quick_imports
 
-with garbage_collection_paused():
+with quick_imports():
     from .generate import LatentFlowPipeline as LatentFlowPipeline

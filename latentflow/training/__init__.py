@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..config import LoopConfig as LoopConfig
-from ..utils import garbage_collection_paused
+from ..utils import quick_imports
 
-with garbage_collection_paused():
+with quick_imports():
     from .loop.fit import Callbacks as Callbacks
     from .loop.fit import fit as fit
     from .loop.logging import log_to as log_to

@@ -13,6 +13,7 @@ from latentflow.errors import UserError
 from latentflow.models import BLOCKS, DIT_PRESETS, Condition, DiT, dit_config
 from latentflow.models.dit import SwiGluMlp, rms_norm
 from latentflow.models.inputs import rope_table, rotate, sincos_table
+from latentflow.models.norms import normalised_and_turned
 
 from .tiny import build, latents, perturb
 
@@ -126,6 +127,23 @@ def test_the_stored_table_is_used_at_its_own_size_and_computed_at_others() -> No
     for height, width in ((6, 4), (4, 6), (8, 2)):
         x = latents(1, height, width)
         assert torch.equal(fixed(x, 0.5), free(x, 0.5))
+
+
+def test_queries_in_one_pass_are_norm_scale_and_rotation_with_their_derivatives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(32, generator=generator, dtype=torch.float64, requires_grad=True)
+    rope = rope_table(2, 3, 8, 0, CPU, torch.float64)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        y, table = x.to(dtype), rope_table(2, 3, 8, 0, CPU, dtype)
+        plain = rotate(rms_norm(y) * scale.view(4, 8).to(dtype), *table)
+        assert torch.equal(normalised_and_turned(y, scale, *table), plain)
+
+    def turned(x: Tensor, scale: Tensor) -> Tensor:
+        return normalised_and_turned(x, scale, *rope)
+
+    assert torch.autograd.gradcheck(turned, (x, scale), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(turned, (x, scale))
 
 
 def test_rms_norm_is_torchs_with_its_derivatives() -> None:

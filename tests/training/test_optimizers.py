@@ -23,6 +23,7 @@ from latentflow.training.loop import optimizers as muon
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.optimizers import (
     OPTIMIZERS,
+    QUINTICS,
     Muon,
     learning_rate,
     make_optimizers,
@@ -33,16 +34,36 @@ from latentflow.training.loop.trained_module import TrainedModule, WeightAverage
 from .test_loop import CONFIG, Line, Regression, assert_equal_weights, weights
 
 
-def test_orthogonalise_brings_singular_values_near_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for shape in [(3, 40, 40), (2, 24, 60), (2, 60, 24)]:
-        matrices = torch.randn(shape, generator=generator)
-        values = torch.linalg.svdvals(orthogonalise(matrices, steps=8).float())
-        assert values.min() > 0.6 and values.max() < 1.3  # where the quintic iteration settles
-        # The singular vectors stay: U V^T of the input is the nearest orthogonal matrix.
-        u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-        ideal, found = (u @ vh).flatten(1), orthogonalise(matrices, steps=8).float().flatten(1)
-        assert torch.cosine_similarity(ideal, found).min() > 0.97
+@pytest.mark.parametrize(("iteration", "low", "high"), [("jordan", 0.66, 1.22), ("polar", 0.72, 1.28)])
+@pytest.mark.parametrize("shape", [(3, 40, 40), (2, 24, 60), (2, 60, 24)])
+def test_orthogonalise_brings_singular_values_near_one(
+    shape: tuple[int, ...], iteration: str, low: float, high: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon, "has_fast_bfloat16", lambda device: False)
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    spectrum = torch.logspace(-1.5, 0, min(shape[1:]))
+    found = orthogonalise(1e-3 * (u * spectrum) @ vh, iteration)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > low and values.max() < high
+    # The singular vectors stay: U V^T of the input is the nearest orthogonal matrix.
+    assert torch.cosine_similarity((u @ vh).flatten(1), found.flatten(1)).min() > 0.97
+    assert torch.equal(orthogonalise(torch.zeros(shape), iteration), torch.zeros(shape))
+
+
+def test_the_quintics_of_the_polar_iteration_are_each_the_best_approximation_of_one() -> None:
+    """Theirs is an error of equal size and turning sign in four points, one more than they have coefficients."""
+    low, high = 0.01, 1.0
+    for a, b, c in QUINTICS["polar"]:
+        x = torch.linspace(low, high, 100_001, dtype=torch.float64)
+        error = 1 - (a * x + b * x**3 + c * x**5)
+        inner = (error[1:-1] - error[:-2]) * (error[2:] - error[1:-1]) < 0
+        extremes = torch.cat([error[:1], error[1:-1][inner], error[-1:]])
+        assert len(extremes) == 4
+        torch.testing.assert_close(extremes.abs(), extremes.abs().mean().expand(4), rtol=1e-2, atol=2e-3)
+        assert (extremes[1:] * extremes[:-1] < 0).all()
+        low, high = 1 - float(extremes.abs().max()), 1 + float(extremes.abs().max())
+    assert low == pytest.approx(0.731, abs=2e-3)
 
 
 def test_muon_orthogonalises_stacked_maps_part_by_part() -> None:
@@ -62,28 +83,38 @@ def test_muon_orthogonalises_stacked_maps_part_by_part() -> None:
     assert norms.max() / norms.min() < 1.2  # each part takes a step of one size, whatever its gradient's
 
 
+@pytest.mark.parametrize("iteration", ["jordan", "polar"])
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (8, 3, 3, 3)])
-def test_muon_s_steps_are_its_formula(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps in float64: Nesterov momentum, five Newton-Schulz iterations, 0.2 sqrt(max(M, N)), decoupled decay."""
+def test_muon_s_steps_are_its_formula(
+    shape: tuple[int, ...], iteration: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps in float64: Nesterov momentum, quintics of U S V^T, 0.2 sqrt(max(M, N)), decoupled decay; and with
+    ``every=2``, an update twice as large after two gradients."""
     monkeypatch.setattr(muon, "has_fast_bfloat16", lambda device: False)
-    generator = torch.Generator().manual_seed(2)
-    start, *gradients = torch.randn(3, *shape, generator=generator)
+    start, *gradients = torch.randn(5, *shape, generator=torch.Generator().manual_seed(2))
     rate, momentum, decay = 0.05, 0.9, 0.3
-    parameter = nn.Parameter(start.clone())
-    optimizer = Muon([{"params": [parameter]}], lr=rate, momentum=momentum, weight_decay=decay)
-    expected, moment = start.double().flatten(1), torch.zeros_like(start).double().flatten(1)
-    for gradient in gradients:
-        parameter.grad = gradient.clone()
-        optimizer.step()
-        g = gradient.double().flatten(1)
-        moment = momentum * moment + (1 - momentum) * g
-        x = momentum * moment + (1 - momentum) * g
-        x = x / x.norm()
-        for _ in range(5):
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        expected = (1 - rate * decay) * expected - rate * 0.2 * max(expected.shape) ** 0.5 * x
-        torch.testing.assert_close(parameter.detach().double().flatten(1), expected, rtol=1e-4, atol=1e-5)
+    for every in (1, 2):
+        parameter = nn.Parameter(start.clone())
+        optimizer = Muon(
+            [{"params": [parameter]}], lr=rate, momentum=momentum, weight_decay=decay, every=every
+        )
+        optimizer.param_groups[0]["iteration"] = iteration
+        expected, moment = start.double().flatten(1), torch.zeros_like(start).double().flatten(1)
+        for step, gradient in enumerate(gradients, 1):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+            g = gradient.double().flatten(1)
+            moment = momentum * moment + (1 - momentum) * g
+            if step % every == 0:
+                u, s, vh = torch.linalg.svd(momentum * moment + (1 - momentum) * g, full_matrices=False)
+                s = s / s.norm()
+                if iteration == "polar":
+                    s = s / (1.01 * s.pow(4).sum() ** 0.25)
+                for a, b, c in QUINTICS[iteration]:
+                    s = a * s + b * s**3 + c * s**5
+                x = 0.2 * max(expected.shape) ** 0.5 * (u * s) @ vh
+                expected = (1 - every * rate * decay) * expected - every * rate * x
+            torch.testing.assert_close(parameter.detach().double().flatten(1), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
