@@ -71,6 +71,9 @@ class LoopConfig:
     """Compile the networks with torch.compile: some minutes at the start, faster steps."""
     seed: Annotated[int, Essential("training")] = 0
     """Seed of the weights, the data order, the noise and the times."""
+    random_numbers: Literal["philox", "mersenne-twister"] = "philox"
+    """Generator of noise and times: philox draws on the device. Runs that earlier versions began without this setting
+    go on with mersenne-twister."""
     num_workers: int = 0
     """Processes that load data; cached latents need none."""
     checkpointing_steps: int = 1000

@@ -17,6 +17,7 @@ from .data import (
     DataSplits,
     LatentCache,
     as_begun,
+    generator_as_begun,
     given_autoencoder,
     load_data,
     refuse_renumbered_classes,
@@ -73,7 +74,7 @@ def train(
     config = replace(
         config,
         data=as_begun(config.data, output, given_keys),
-        loop=config.loop.with_validation_time(given_keys),
+        loop=generator_as_begun(config.loop, output, given_keys).with_validation_time(given_keys),
     )
     refuse_pretrained_settings(config.fine_tuning)
     named = config.init_from  # as the user wrote it

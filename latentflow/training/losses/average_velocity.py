@@ -14,8 +14,8 @@ from ...errors import UserError
 from ...families import FlowModel
 from ...flow import AverageObjective, AverageVelocity, Draws, Interval, PathSample, adaptive, folded_velocity
 from ...models import Condition
-from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
+from ..loop.random_numbers import SampleRandom
 from .alignment import AlignedFlowLoss
 from .flow import Density, FlowLoss
 
@@ -85,7 +85,7 @@ class AverageVelocityLoss(AlignedFlowLoss):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return what `FlowLoss` does, and the plain ``error`` where it is not what is minimised."""
-        random = SampleRandom(self.seed, batch["sample_ids"], batch["latents"].device)
+        random = self.random(batch)
         r, t = self.interval(batch, random)
         drop = self.dropped(random)
         x0, x1 = self.noise(batch, random), self.latents(batch, random)

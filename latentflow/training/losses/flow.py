@@ -16,11 +16,13 @@ from ...autoencoder import Autoencoder, masked_condition, masked_source
 from ...config import FlowConfig
 from ...data import pixels_to_images
 from ...data.masks import DEFAULT_SHAPES, OWN, check_shapes, random_masks
+from ...errors import lookup
 from ...flow import PathSample, TimeDensity, UniformTimes, loss_factor
 from ...models import Condition
 from ...utils.progress import progress_bar
-from ..loop.data_order import SampleRandom, SampleUse, Stream, seeded
+from ..loop.data_order import SampleUse, Stream, seeded
 from ..loop.loader import by_group, groups_of, load_batch, to_device
+from ..loop.random_numbers import RANDOM_NUMBERS, SampleRandom
 from ..loop.trained_module import WeightAverage
 from .latent_data import LatentData
 
@@ -42,6 +44,7 @@ class FlowLoss(nn.Module):
         masking: hides a part of every image, for a network that learns to inpaint.
         samples: samples that the whole run uses, of which ``config.time_uniform_from`` is a share.
         samples_per_step: samples of one step, over all processes.
+        random_numbers: the generator of noise and times, a key of `RANDOM_NUMBERS`.
 
     Attributes:
         density: batch -> the density of its training times.
@@ -62,11 +65,13 @@ class FlowLoss(nn.Module):
         *,
         samples: int | None = None,
         samples_per_step: int = 1,
+        random_numbers: str = "philox",
     ) -> None:
         super().__init__()
         self.network = network
         self.text_encoder = text_encoder
         self.config, self.seed, self.masking = config, seed, masking
+        self._make_random = lookup(RANDOM_NUMBERS, random_numbers, "random_numbers")
         self.masked = self.needs_pixels = masking is not None
         self.samples, self.samples_per_step = samples, samples_per_step
         self.choices = choices = config.choices()
@@ -93,8 +98,7 @@ class FlowLoss(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return ``loss``; ``per_sample`` (B,), the errors without the samples' weights; and their times ``t`` (B,)."""
-        sample_ids, device = batch["sample_ids"], batch["latents"].device
-        random = SampleRandom(self.seed, sample_ids, device)  # a row depends on the seed and its id alone
+        random = self.random(batch)  # a row depends on the seed and its id alone
         density, u = self.density(batch), random.uniform()
         t, drop = density.quantile(u), self.dropped(random)
         x0 = self.noise(batch, random)
@@ -111,6 +115,10 @@ class FlowLoss(nn.Module):
     ) -> Tensor:
         """Return the errors (B,) of the network's output; ``weight`` (B,) are factors on them."""
         return self.objective(output, sample, weight=weight)
+
+    def random(self, batch: dict[str, Any]) -> SampleRandom:
+        """Return the random numbers of a batch."""
+        return self._make_random(self.seed, batch["sample_ids"], batch["latents"].device)
 
     def dropped(self, random: SampleRandom) -> Tensor:
         """Draw the rows (B,) bool whose condition is replaced by the null; none in validation."""
