@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -56,15 +57,25 @@ def has_tangent(*tensors: Tensor) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
+def as_it_is(x: Tensor) -> AbstractContextManager[Any]:
+    """Keep autocast from norms of ``x``, which sum in float32 whatever its type.
+
+    On a GPU it would make float32 of x, and of all that the norm's result goes into.
+    """
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def layer_norm(x: Tensor) -> Tensor:
     """LayerNorm over the last dimension, without weights: adaLN scales and shifts."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    with as_it_is(x):
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
     """Return 1 / root mean square over the last dimension, which is kept, in float32 or better."""
-    # The sum runs in float32 whatever the type of x; autocast would only add a copy of x in float32.
-    with torch.autocast(x.device.type, enabled=False):
+    with as_it_is(x):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x.shape[-1] ** 0.5 / (norm.to(torch.promote_types(x.dtype, torch.float32)) + 1e-6)
 
@@ -100,7 +111,8 @@ def rms_norm(x: Tensor) -> Tensor:
     # kernel has no forward derivative, ours has. Compilers fuse the formula by themselves, and cannot look into it.
     if not torch.compiler.is_compiling() and (x.device.type == "cpu" or has_tangent(x)):
         return _RMSNorm.apply(x)
-    return F.rms_norm(x, x.shape[-1:], eps=1e-12)
+    with as_it_is(x):
+        return F.rms_norm(x, x.shape[-1:], eps=1e-12)
 
 
 NORMS: dict[str, Norm] = {"rms": rms_norm, "layer": layer_norm}

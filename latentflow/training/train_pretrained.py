@@ -32,6 +32,7 @@ from .fine_tune.pretrained_prior import pretrained_prior, prior_data
 from .fine_tune.pretrained_settings import KEPT, base_dtype, setting_lines, with_base_settings
 from .fine_tune.prior import MixedData
 from .loop.checkpoint import has_begun
+from .loop.compiling import compile_network
 from .loop.distributed import check_precision, process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
@@ -180,8 +181,7 @@ def train_pretrained(
         usual = with_base_settings(config, base, len(training), KEPT, own_share).loop
         by_default = (usual.max_train_steps, usual.learning_rate)
         meter = LearningMeter(loss, own, training, state.device, by_default, images=16, batch_size=1)
-    if config.loop.compile:
-        model.network.compile()
+    compile_network(model.network, config.loop, state.device)
     stop = Stop()
     finished = fit(
         {"flow": loss},

@@ -22,7 +22,7 @@ from ...models import Condition
 from ...utils.progress import progress_bar
 from ..loop.data_order import SampleUse, Stream, seeded
 from ..loop.loader import by_group, groups_of, load_batch, to_device
-from ..loop.random_numbers import RANDOM_NUMBERS, SampleRandom
+from ..loop.random_numbers import RANDOM_NUMBERS, SampleRandom, sent
 from ..loop.trained_module import WeightAverage
 from .latent_data import LatentData
 
@@ -160,9 +160,7 @@ class FlowLoss(nn.Module):
         """
         text, mask = batch.get("text"), batch.get("text_mask")
         if self.text_encoder is not None and "input_ids" in batch:
-            # No work on columns that are padding in all rows.
-            length = int(batch["attention_mask"].sum(1).max())
-            ids, mask = batch["input_ids"][:, :length], batch["attention_mask"][:, :length]
+            ids, mask = batch["input_ids"], batch["attention_mask"]
             text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             mask = mask.bool()
         return Condition(
@@ -218,6 +216,7 @@ class LateUniform(nn.Module):
     def forward(self, batch: dict[str, Any]) -> Density:
         """Return the density of the samples of a batch, each by its own id."""
         late = torch.tensor([self.training and number >= self._first for number in batch["sample_ids"]])
+        late = sent(late, batch["latents"].device)
         return _Mixed(late, UniformTimes(shift=self._density.shift), self._density)
 
 
@@ -227,10 +226,10 @@ class _Mixed(NamedTuple):
     usual: TimeDensity
 
     def quantile(self, u: Tensor) -> Tensor:
-        return torch.where(self.late.to(u.device), self.uniform.quantile(u), self.usual.quantile(u))
+        return torch.where(self.late, self.uniform.quantile(u), self.usual.quantile(u))
 
     def slope(self, u: Tensor) -> Tensor:
-        return torch.where(self.late.to(u.device), self.uniform.slope(u), self.usual.slope(u))
+        return torch.where(self.late, self.uniform.slope(u), self.usual.slope(u))
 
 
 class Contrastive(nn.Module):
@@ -313,8 +312,9 @@ class Masking:
             np.random.default_rng([self._seed, Stream.MASKS, number]) for number in batch["sample_ids"]
         ]
         own = torch.tensor([rng.uniform() < self._own for rng in generators])
-        masks = random_masks(self._shapes, (pixels.shape[2], pixels.shape[3]), generators).to(pixels.device)
+        masks = random_masks(self._shapes, (pixels.shape[2], pixels.shape[3]), generators)
+        masks = sent(masks, pixels.device)
         if "masks" in batch:
-            rows = own.to(pixels.device) & batch["has_mask"]
+            rows = sent(own, pixels.device) & batch["has_mask"]
             masks = torch.where(rows[:, None, None, None], (batch["masks"] > 127).to(masks), masks)
         return masked_condition(self._vae, pixels_to_images(pixels), masks)
