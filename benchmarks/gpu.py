@@ -50,6 +50,7 @@ from latentflow.data import LatentTable, crop, find_source
 from latentflow.models import Condition, DiT, dit_config
 from latentflow.training import fit
 from latentflow.training.estimate import network_cost
+from latentflow.training.loop.compiling import compiles
 from latentflow.training.loop.distributed import matrix_product_rate
 from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.latent_data import BucketData, LatentData
@@ -238,8 +239,8 @@ def diffusers_network(ours: DiT, side: int) -> DiTTransformer2DModel:
 
 
 def compile_blocks(bench: Bench, blocks: nn.ModuleList) -> None:
-    """Compile the blocks of a network, each by itself, on a GPU."""
-    for block in blocks if bench.device.type == "cuda" else ():
+    """Compile the blocks of a network as `latentflow train` does by default: on a GPU, if it has a compiler."""
+    for block in blocks if compiles(LoopConfig(), bench.device) else ():
         block.compile()
 
 
