@@ -21,10 +21,10 @@ def table(found: dict[str, Any]) -> str:
     for name, part in found.items():
         speeds = part.get("images_per_second")
         if name.startswith("train-") and speeds:
-            ratios = [ratio(speeds["fit"], values) for key, values in speeds.items() if key != "fit"]
+            others = [speeds.get(f"bare loop, {whose} network") for whose in ("our", "diffusers'")]
             cells = [
-                *map(spread, speeds.values()),
-                *ratios,
+                *(spread(values) if values else "failed" for values in (speeds["fit"], *others)),
+                *(ratio(speeds["fit"], values) if values else "-" for values in others),
                 f"{part['share_of_matrix_rate']['fit']:.1%}",
                 peak(part),
             ]
@@ -48,12 +48,15 @@ def table(found: dict[str, Any]) -> str:
         lines += ["", f"Learning on {Path(part['data']).name}: {part['steps']} steps of {part['batch']}, "
                   f"{part['images_per_second']:.0f} images a second, validation loss {losses}; "
                   f"right: {right}; peak memory {peak(part)}."]  # fmt: skip
-    if "tests" in found.get("tests", {}):
+    if "passed" in found.get("tests", {}):
         part = found["tests"]
-        lines += ["", f"Tests for GPUs: {part['tests']}, of which {part['failures'] + part['errors']} failed and "
-                  f"{part['skipped']} were skipped. {' '.join(part['failed_tests'])}".rstrip()]  # fmt: skip
+        stopped = f" (stopped after {part['stopped_after_seconds']:.0f} s)" * (
+            "stopped_after_seconds" in part
+        )
+        lines += ["", f"Tests for GPUs: {part['passed']} passed, {part['skipped']} were skipped, {len(part['failed'])} "
+                  f"failed{stopped}. {' '.join(part['failed'])}".rstrip()]  # fmt: skip
     for name, part in found.items():
-        lines += ["", f"{name} failed: {part['failed']}"] if "failed" in part else []
+        lines += ["", f"{name} failed: {part['error']}"] if "error" in part else []
     return "\n".join(lines) + "\n"
 
 

@@ -47,9 +47,8 @@ class StepFigures:
         self._read = torch.cat([values, read[:1], self.bad[None].to(values)])
         self._arrived: torch.cuda.Event | None = None
         if values.is_cuda:
-            self._read = torch.empty_like(self._read, device="cpu", pin_memory=True).copy_(
-                self._read, non_blocking=True
-            )
+            pinned = torch.empty(self._read.shape, dtype=self._read.dtype, pin_memory=True)
+            self._read = pinned.copy_(self._read, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
