@@ -78,7 +78,7 @@ def train(config: Config, resume_command: str, given_keys: Collection[str]) -> N
     """Load the data, and train the autoencoder on them."""
     from latentflow.data import find_source, readable, split
     from latentflow.training import Stop, log_to
-    from latentflow.training.data import as_begun
+    from latentflow.training.data import as_begun, generator_as_begun
     from latentflow.training.report.folder import read_run
     from latentflow.training.report.verdict import judge
     from latentflow.training.train_autoencoder import train_autoencoder
@@ -96,7 +96,7 @@ def train(config: Config, resume_command: str, given_keys: Collection[str]) -> N
     log.info(f"{len(training)} images to train on, {len(validation)} held out")
 
     # ---- training ----
-    loop = config.loop.with_validation_time(given_keys)
+    loop = generator_as_begun(config.loop, output, given_keys).with_validation_time(given_keys)
     write_config(replace(config, data=data, loop=loop), output / "config.yaml")
     stop = Stop()
     vae = train_autoencoder(

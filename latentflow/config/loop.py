@@ -68,9 +68,14 @@ class LoopConfig:
     """Precision of the computation; auto: bf16 where the device supports it. fp16 needs a GPU. Weights stay in
     float32."""
     compile: bool = False
-    """Compile the networks with torch.compile: some minutes at the start, faster steps."""
+    """Compile the networks with torch.compile, block by block, also on a CPU: minutes at the start, faster steps."""
+    compile_on_gpu: bool = True
+    """Compile the networks on a GPU: half a minute at the start. Without a compiler the run goes on without it."""
     seed: Annotated[int, Essential("training")] = 0
     """Seed of the weights, the data order, the noise and the times."""
+    random_numbers: Literal["philox", "mersenne-twister"] = "philox"
+    """Generator of noise and times: philox draws on the device. Runs that earlier versions began without this setting
+    go on with mersenne-twister."""
     num_workers: int = 0
     """Processes that load data; cached latents need none."""
     checkpointing_steps: int = 1000

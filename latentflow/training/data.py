@@ -22,7 +22,7 @@ from ..autoencoder import (
     measure_statistics,
 )
 from ..autoencoder.latents import Autoencoder
-from ..config import DataConfig, FramingConfig
+from ..config import DataConfig, FramingConfig, LoopConfig
 from ..data import (
     Cropping,
     LazyTable,
@@ -40,7 +40,7 @@ from ..data import (
 from ..data.cache.store import digests
 from ..data.cache.tensors import Encoding, latent_transform
 from ..data.sources.kinds import is_latent_folder
-from ..errors import UserError, few
+from ..errors import UserError, few, lookup
 from ..families import FlowModel
 from ..utils.files import check_types, read_settings, read_yaml
 from ..utils.memory import memory_phase
@@ -49,6 +49,7 @@ from .fine_tune.base import base_classes, base_resolution, with_base_classes
 from .fine_tune.defaults import held_out_share
 from .loop.data_order import Stream, seeded
 from .loop.distributed import process_state
+from .loop.random_numbers import RANDOM_NUMBERS
 from .losses.latent_data import BucketData, Conditions, LatentData, is_flipped, rows_of
 
 log = logging.getLogger(__name__)
@@ -115,9 +116,8 @@ def as_begun(data: DataConfig, output: str | Path, given_keys: Collection[str]) 
     Raises:
         UserError: the config.yaml there is no YAML.
     """
-    file = Path(output) / "config.yaml"
-    begun = read_yaml(file, "Restore it, or use another folder.") if file.is_file() else None
-    if not isinstance(begun, dict):
+    begun = _begun(output)
+    if begun is None:
         return data
     if "stratify" not in given_keys and isinstance(stratify := begun.get("stratify", False), bool):
         data = replace(data, stratify=stratify)
@@ -130,6 +130,28 @@ def as_begun(data: DataConfig, output: str | Path, given_keys: Collection[str]) 
         )
     colours = begun.get("colours", "stored")
     return replace(data, colours=colours) if colours in ("srgb", "stored") else data
+
+
+def generator_as_begun(loop: LoopConfig, output: str | Path, given_keys: Collection[str]) -> LoopConfig:
+    """Return the settings with the generator of noise and times that the run in ``output`` was begun with, if none is
+    given. Earlier versions had another one, and their config.yaml does not name it.
+
+    Raises:
+        UserError: the config.yaml there is no YAML, or names no generator.
+    """
+    begun = _begun(output)
+    if begun is None or "random_numbers" in given_keys:
+        return loop
+    name: Any = begun.get("random_numbers", "mersenne-twister")
+    lookup(RANDOM_NUMBERS, name, "random_numbers")
+    return replace(loop, random_numbers=name)
+
+
+def _begun(output: str | Path) -> dict[str, Any] | None:
+    """Return the settings that the run in a folder was begun with; None: no run was."""
+    file = Path(output) / "config.yaml"
+    begun = read_yaml(file, "Restore it, or use another folder.") if file.is_file() else None
+    return begun if isinstance(begun, dict) else None
 
 
 def refuse_renumbered_classes(pipeline: Path, source: Source) -> None:

@@ -22,8 +22,8 @@ from .fine_tune.base import open_base, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
 from .fine_tune.prior import in_turn
 from .fine_tune.teacher_samples import SampleSettings, teacher_data
-from .loop.data_order import SampleRandom
 from .loop.loader import first_batch, to_device
+from .loop.random_numbers import CounterRandom
 from .losses.average_velocity import OneStepLoss, VelocityTeacher
 from .losses.distribution_matching import FakeLoss, GeneratorLoss
 from .losses.flow import FlowLoss
@@ -256,7 +256,7 @@ def _straightness_lines(teacher: Teacher, result: Path, loss: FlowLoss, data: La
     student = FlowModel.from_pretrained(result)
     batch = first_batch(data, _TRAJECTORIES)
     device = next(loss.network.parameters()).device
-    noise = SampleRandom(0, batch["sample_ids"], device).normal(batch["latents"].shape[1:])
+    noise = CounterRandom(0, batch["sample_ids"], device).normal(batch["latents"].shape[1:])
     condition = loss.prompts(to_device(batch, device))
     if loss.masked:  # nothing is known
         channels = student.network.config.condition_channels

@@ -26,10 +26,10 @@ from ..data import Source
 from ..models import Condition
 from ..utils.memory import peak_gib
 from ..utils.progress import duration_text
-from .loop.data_order import SampleRandom
 from .loop.distributed import compute_dtype, matrix_product_rate, process_state
 from .loop.loader import TrainingData, first_batch, to_device
 from .loop.optimizers import Muon, adam_bytes, make_optimizers
+from .loop.random_numbers import CounterRandom
 from .trained_model import TrainedModel
 
 _LONGEST = 512  # tokens of a caption, where the tokenizer names no limit
@@ -380,7 +380,7 @@ def _free_bytes(device: torch.device) -> float:
 
 def _random_batch(model: TrainedModel, vae: Autoencoder, source: Source, rows: int) -> dict[str, Any]:
     flow_model, size, sample_ids = model.flow_model, model.latent_size, list(range(rows))
-    noise = SampleRandom(0, sample_ids).normal((latent_channels(vae), size, size))
+    noise = CounterRandom(0, sample_ids).normal((latent_channels(vae), size, size))
     batch: dict[str, Any] = {"latents": noise, "sample_ids": sample_ids}
     if source.kind == "class":
         batch["class_labels"] = torch.zeros(rows, dtype=torch.long)

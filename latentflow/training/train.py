@@ -17,6 +17,7 @@ from .data import (
     DataSplits,
     LatentCache,
     as_begun,
+    generator_as_begun,
     given_autoencoder,
     load_data,
     refuse_renumbered_classes,
@@ -28,6 +29,7 @@ from .fine_tune.defaults import FEW, usual
 from .fine_tune.learning import LearningMeter, is_plain
 from .fine_tune.memorisation import report_memorisation_of
 from .loop.checkpoint import has_begun, list_checkpoints, step_of
+from .loop.compiling import compile_network
 from .loop.distributed import process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
@@ -73,7 +75,7 @@ def train(
     config = replace(
         config,
         data=as_begun(config.data, output, given_keys),
-        loop=config.loop.with_validation_time(given_keys),
+        loop=generator_as_begun(config.loop, output, given_keys).with_validation_time(given_keys),
     )
     refuse_pretrained_settings(config.fine_tuning)
     named = config.init_from  # as the user wrote it
@@ -216,8 +218,7 @@ def train(
         measure=partial(meter.write, output) if meter else lambda: None,
     )
     flops = sample_flops(flow_model.network, loss.text_encoder, data, model.latent_size)
-    if config.loop.compile:
-        flow_model.network.compile()
+    compile_network(flow_model.network, config.loop, state.device)
     finished = fit(
         {"flow": loss, **recipe.extra_modules(loss)},
         data,

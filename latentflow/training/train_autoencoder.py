@@ -57,7 +57,7 @@ def train_autoencoder(
     torch.manual_seed(loop.seed)
     vae = build_autoencoder(config, data.resolution).to(memory_format=torch.channels_last)
     discriminator = PatchDiscriminator() if config.adversarial_weight else None
-    loss = AutoencoderLoss(vae, config, loop.seed, discriminator)
+    loss = AutoencoderLoss(vae, config, loop.seed, discriminator, loop.random_numbers)
     modules: dict[str, nn.Module] = {"autoencoder": loss}
     if discriminator is not None:
         modules["discriminator"] = DiscriminatorLoss(discriminator, loss)

@@ -21,7 +21,7 @@ from ..families.pretrained import PretrainedModel
 from ..families.quantization import check_quantization, quantization
 from ..pipeline.adapter_files import weights_hash
 from ..utils.memory import memory_phase
-from .data import Captions, DataSplits, LatentCache
+from .data import Captions, DataSplits, LatentCache, generator_as_begun
 from .fine_tune.base import refuse_own_result
 from .fine_tune.learning import LearningMeter
 from .fine_tune.live_prompts import LivePrompts, Prompts
@@ -32,6 +32,7 @@ from .fine_tune.pretrained_prior import pretrained_prior, prior_data
 from .fine_tune.pretrained_settings import KEPT, base_dtype, setting_lines, with_base_settings
 from .fine_tune.prior import MixedData
 from .loop.checkpoint import has_begun
+from .loop.compiling import compile_network
 from .loop.distributed import check_precision, process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
@@ -74,7 +75,8 @@ def train_pretrained(
     assert config.init_from is not None
     refuse_own_result(config.init_from, output)
     base = PretrainedBase.of(config.init_from, config.fine_tuning.family_options)
-    config = replace(config, loop=config.loop.with_validation_time(given_keys))
+    loop = generator_as_begun(config.loop, output, given_keys)
+    config = replace(config, loop=loop.with_validation_time(given_keys))
     splits = load_pretrained_data(config, base, given_keys)
     training, validation = splits.training, splits.validation
     prior, prior_line = pretrained_prior(base, config.fine_tuning)
@@ -169,6 +171,7 @@ def train_pretrained(
         outside=config.fine_tuning.outside_mask,
         samples=config.loop.max_train_steps * batch,
         samples_per_step=batch,
+        random_numbers=config.loop.random_numbers,
     )
 
     # ---- training ----
@@ -178,8 +181,7 @@ def train_pretrained(
         usual = with_base_settings(config, base, len(training), KEPT, own_share).loop
         by_default = (usual.max_train_steps, usual.learning_rate)
         meter = LearningMeter(loss, own, training, state.device, by_default, images=16, batch_size=1)
-    if config.loop.compile:
-        model.network.compile()
+    compile_network(model.network, config.loop, state.device)
     stop = Stop()
     finished = fit(
         {"flow": loss},

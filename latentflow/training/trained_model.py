@@ -142,6 +142,7 @@ def build(
         make_alignment(config.alignment, network) if config.alignment.alignment else None,
         samples=samples,
         samples_per_step=batch,
+        random_numbers=loop.random_numbers,
         **recipe.loss_options,
     )
     return TrainedModel(model, adapter, loss, latent_size, batch)

@@ -22,7 +22,7 @@ from latentflow.autoencoder import build_autoencoder
 from latentflow.autoencoder.losses import SMALLEST_IMAGE, PatchDiscriminator, noisy, scales, transformed
 from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.data.sources.shapes import train_source
-from latentflow.training.loop.data_order import SampleRandom
+from latentflow.training.loop.random_numbers import CounterRandom
 from latentflow.training.losses import autoencoder as training
 from latentflow.training.losses.autoencoder import AutoencoderLoss, DiscriminatorLoss
 from latentflow.training.train_autoencoder import train_autoencoder
@@ -225,7 +225,7 @@ def test_switched_off_the_loss_is_that_of_plain_reconstruction_to_the_bit(kind: 
     encoded = vae.encode(images.contiguous(memory_format=torch.channels_last))
     latents = encoded.latent if kind == "dc" else encoded.latent_dist.mean
     if kind == "kl":
-        noise = SampleRandom(5, list(range(8, 16))).normal((4, 8, 8))
+        noise = CounterRandom(5, list(range(8, 16))).normal((4, 8, 8))
         latents = latents + encoded.latent_dist.std * noise
     l1 = (vae.decode(latents).sample - images).abs().flatten(1).mean(1)
     assert torch.equal(values["per_sample"], l1.detach())

@@ -18,7 +18,8 @@ from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, h
 from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
-from latentflow.training.loop.data_order import SampleRandom, SampleUse
+from latentflow.training.loop.data_order import SampleUse
+from latentflow.training.loop.random_numbers import CounterRandom
 from latentflow.training.losses.autoencoder import AutoencoderLoss, DiscriminatorLoss
 from latentflow.training.losses.latent_data import PixelData, is_flipped
 from latentflow.training.report.folder import read_metrics
@@ -170,7 +171,7 @@ def test_the_decoder_learns_from_samples_of_the_posterior(monkeypatch: pytest.Mo
     monkeypatch.setattr(vae, "decode", lambda latents: (seen.append(latents), decode(latents))[1])
     AutoencoderLoss(vae, config, 5)({"images": images, "sample_ids": [7, 8, 9]})
     posterior = vae.encode(images).latent_dist
-    noise = SampleRandom(5, [7, 8, 9]).normal(posterior.mean.shape[1:])
+    noise = CounterRandom(5, [7, 8, 9]).normal(posterior.mean.shape[1:])
     torch.testing.assert_close((seen[0] - posterior.mean) / posterior.std, noise, rtol=1e-3, atol=1e-3)
 
 

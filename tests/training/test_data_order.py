@@ -1,4 +1,4 @@
-"""The order of samples, also of several sizes, and the random numbers of each."""
+"""The order of samples, also of several sizes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from itertools import islice
 
 import pytest
 import torch
-from scipy import stats
 
-from latentflow.training.loop.data_order import DataOrder, SampleRandom, grouped_permutation, seeded
+from latentflow.training.loop.data_order import DataOrder, grouped_permutation, seeded
 from latentflow.training.loop.loader import samples_per_epoch
 
 
@@ -23,25 +22,6 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
         for e in (0, 1)
     }
     assert len(orders) == 4
-
-
-def test_random_numbers_depend_on_the_draw_alone() -> None:
-    together = SampleRandom(0, [4, 5, 6])
-    uniform, normal = together.uniform(), together.normal((2, 3))
-    for row, number in enumerate([4, 5, 6]):
-        alone = SampleRandom(0, [number])
-        assert torch.equal(alone.uniform()[0], uniform[row])
-        assert torch.equal(alone.normal((2, 3))[0], normal[row])
-    assert not torch.equal(SampleRandom(1, [4]).uniform(), uniform[:1])
-
-
-def test_random_numbers_are_uniform_and_normal_across_draws() -> None:
-    # Neighbouring seeds must not give related streams: Kolmogorov-Smirnov over 4,000 draws, one number each.
-    random = SampleRandom(7, list(range(4000)))
-    assert stats.kstest(random.uniform().numpy(), "uniform").pvalue > 1e-3
-    normal = random.normal((1,)).flatten()
-    assert stats.kstest(normal.numpy(), "norm").pvalue > 1e-3
-    assert abs(float(torch.corrcoef(torch.stack([normal[:-1], normal[1:]]))[0, 1])) < 0.06  # 3.8 sigma
 
 
 def test_islice_of_the_order_is_lazy() -> None:

@@ -26,7 +26,7 @@ from latentflow.inference.opening import open_pipeline
 from latentflow.models import Condition
 from latentflow.pipeline import sampling as pipeline_sampling
 from latentflow.training.distill import METHODS, open_teacher
-from latentflow.training.loop.data_order import SampleRandom
+from latentflow.training.loop.random_numbers import CounterRandom
 from latentflow.training.losses import flow_loss
 from latentflow.training.losses.average_velocity import ProgressiveLoss, VelocityTeacher
 from latentflow.training.losses.distribution_matching import FakeLoss, GeneratorLoss
@@ -308,7 +308,7 @@ def test_a_new_stage_learns_from_what_the_last_one_has_become() -> None:
 
     def lengths(start: int) -> set[float]:
         batch = few_classes(start)
-        r, t = stage.interval(batch, SampleRandom(0, batch["sample_ids"]))
+        r, t = stage.interval(batch, CounterRandom(0, batch["sample_ids"]))
         stage(batch)
         return set((t - r).tolist())
 

@@ -187,7 +187,7 @@ def test_every_batch_is_paired_by_chances_of_its_own() -> None:
     assert seeds[0] == seeds[2] != seeds[1]
 
 
-def test_captions_are_read_to_the_end_of_the_longest_and_padding_says_nothing() -> None:
+def test_padding_of_captions_says_nothing() -> None:
     torch.manual_seed(0)
     encoder = T5EncoderModel(
         T5Config(vocab_size=9, d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=1)
@@ -199,7 +199,7 @@ def test_captions_are_read_to_the_end_of_the_longest_and_padding_says_nothing() 
         ids[row, : len(words)], mask[row, : len(words)] = torch.tensor(words), 1
     told = one.prompts({"input_ids": ids, "attention_mask": mask})
     assert told.text is not None and told.text_mask is not None
-    assert told.text.shape == (3, 5, 8) and told.text_mask.sum(1).tolist() == [5, 2, 3]
+    assert told.text.shape == (3, 8, 8) and told.text_mask.sum(1).tolist() == [5, 2, 3]
     means = _compared_by(told)
     assert means is not None
     for row, words in enumerate(rows):

@@ -19,7 +19,8 @@ from latentflow.config import LoopConfig
 from latentflow.errors import UserError
 from latentflow.training import Callbacks, fit, log_to
 from latentflow.training.loop.checkpoint import list_checkpoints, step_of
-from latentflow.training.loop.data_order import DataOrder, SampleRandom, SampleUse
+from latentflow.training.loop.data_order import DataOrder, SampleUse
+from latentflow.training.loop.random_numbers import CounterRandom
 from latentflow.training.report.folder import read_metrics
 
 CONFIG = LoopConfig(
@@ -82,7 +83,7 @@ class Regression(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         happens(self.at, batch["sample_ids"])
-        noise = SampleRandom(0, batch["sample_ids"]).normal((1,))
+        noise = CounterRandom(0, batch["sample_ids"]).normal((1,))
         error = (self.layers(batch["x"]) - batch["y"] - 0.01 * noise).square().flatten()
         bad = torch.tensor([number in self.poison for number in batch["sample_ids"]])
         error = error + torch.where(bad, float("nan"), 0.0)

@@ -12,7 +12,7 @@ from latentflow.config import FlowConfig, RoutingConfig
 from latentflow.errors import UserError
 from latentflow.models import DiT, UNet
 from latentflow.models.routing import Route
-from latentflow.training.loop.data_order import SampleRandom
+from latentflow.training.loop.random_numbers import CounterRandom
 from latentflow.training.losses import flow_loss
 from latentflow.training.losses.alignment import Routing
 from latentflow.training.losses.flow import FlowLoss
@@ -63,7 +63,7 @@ def test_which_tokens_skip_depends_on_the_running_number_alone() -> None:
 
 def test_every_token_is_as_likely_as_any_other() -> None:
     routing = Routing(RoutingConfig(route_share=0.75), network(), RUN)
-    route = routing((4000, 2, SIDE, SIDE), SampleRandom(0, list(range(4000))), 0)
+    route = routing((4000, 2, SIDE, SIDE), CounterRandom(0, list(range(4000))), 0)
     assert route is not None
     counts = route.kept.flatten().bincount(minlength=16)
     assert counts.sum() == 4000 * 4

@@ -1,4 +1,4 @@
-"""The order of samples, and the random numbers of each: pure functions of the seed and the sample's id."""
+"""The order of samples, and generators for what loads them: pure functions of the seed and the sample's id."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Stream(IntEnum):
     """Streams of random numbers of a run, which are independent of one another; their values never change."""
 
     ORDER = 0  # of the samples of an epoch
-    NOISE = 1  # and times, dropped conditions, whatever else `SampleRandom` draws
+    NOISE = 1  # and times, dropped conditions, whatever else `TwisterRandom` draws; `CounterRandom` needs no stream
     COUPLING = 2
     CAPTIONS = 3
     MASKS = 3  # drawn by numpy: as independent as another number would be
@@ -154,26 +154,3 @@ def seeded(seed: int, stream: int, number: int) -> torch.Generator:
     mixed &= 0xFFFFFFFFFFFFFFFF
     mixed = ((mixed ^ (mixed >> 30)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return torch.Generator().manual_seed((mixed ^ (mixed >> 31)) & 0x7FFFFFFFFFFFFFFF)
-
-
-class SampleRandom:
-    """Random numbers for a batch, each row depending only on the seed and its sample's id.
-
-    So noise and times are the same whatever the number of processes, the micro-batch size or the resumed step.
-    """
-
-    def __init__(self, seed: int, sample_ids: list[int], device: torch.device | str = "cpu") -> None:
-        self._generators = [seeded(seed, Stream.NOISE, sample_id) for sample_id in sample_ids]
-        self._device = device
-
-    def normal(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-        """Draw (B, *shape) standard normal float32."""
-        rows = torch.empty(len(self._generators), *shape)
-        for row, generator in zip(rows, self._generators, strict=True):
-            row.normal_(generator=generator)
-        return rows.to(self._device, non_blocking=True)
-
-    def uniform(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """Draw (B,) float64, in the open interval (0, 1); on ``device``, by default that of the batch."""
-        rows = [torch.rand((), dtype=torch.float64, generator=generator) for generator in self._generators]
-        return torch.stack(rows).clamp(1e-9, 1 - 1e-9).to(device or self._device, non_blocking=True)

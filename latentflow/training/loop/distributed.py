@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
@@ -118,7 +119,9 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype, least: float =
     """
     # On a CPU short ones, which other processes leave whole now and then.
     size, tries = (512, 20) if device.type == "cpu" else (8192, 5)
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    a = torch.randn(
+        size, size, device=device, dtype=dtype
+    )  # of equal numbers a GPU multiplies more in a second
     seconds: list[float] = []
     until = time.perf_counter() + least
     while len(seconds) < tries or time.perf_counter() < until:
@@ -168,6 +171,20 @@ def make_accelerator(config: LoopConfig, find_unused_parameters: bool) -> Accele
         return Accelerator(mixed_precision=precision, kwargs_handlers=[kwargs])
 
 
+@contextmanager
+def fast_float32(accelerator: Accelerator) -> Iterator[None]:
+    """Within the context a GPU multiplies matrices of a float32 run as TensorFloat32: in steps of 2^-11, with sums and
+    range of float32. Runs in lower precision keep the few products that they have in float32 as they are.
+    """
+    before = torch.get_float32_matmul_precision()
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def uncached_autocast(device: torch.device) -> torch.autocast:
     """Return autocast as it is on ``device`` now, without its cache of weights in lower precision.
 
@@ -206,17 +223,21 @@ def is_sharded(config: LoopConfig, accelerator: Accelerator) -> bool:
     return True
 
 
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks that parts of a network name, by diffusers' convention, in ``_repeated_blocks``."""
+    names = {name for part in network.modules() for name in getattr(part, "_repeated_blocks", None) or ()}
+    return [part for part in network.modules() if type(part).__name__ in names]
+
+
 def sharded(module: nn.Module, accelerator: Accelerator, *, compiled: bool) -> nn.Module:
     """Return a copy of ``module``, which stays whole, of which each process holds a part of every parameter.
 
-    A network's blocks (``_repeated_blocks``, by diffusers' convention) are put together one at a time while they
-    compute, everything else during the whole pass. Weights stay float32.
+    A network's blocks (`repeated_blocks`) are put together one at a time while they compute, everything else during
+    the whole pass. Weights stay float32.
     """
     trained = copy.deepcopy(module)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    names = {name for part in trained.modules() for name in getattr(part, "_repeated_blocks", None) or ()}
-    blocks = [part for part in trained.modules() if type(part).__name__ in names]
-    for block in reversed(blocks):  # the inner ones first
+    for block in reversed(repeated_blocks(trained)):  # the inner ones first
         if compiled:
             block.compile()
         fully_shard(block, mesh=mesh)

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from ...utils.memory import OutOfMemory, is_out_of_memory, keep_freed_memory, me
 from . import checkpoint
 from .data_order import DataOrder
 from .distributed import (
+    fast_float32,
     full_rate,
     make_accelerator,
     most_of_any_process,
@@ -50,6 +50,7 @@ from .logging import Reporter, profiler
 from .optimizers import learning_rate
 from .run_folder import clean_up, run_lock
 from .saving import AverageSnapshots, Saver, export_once
+from .step_figures import StepFigures
 from .stopping import EarlyStop, Stop, stop_on_signal
 from .timing import Clock
 from .trained_module import TrainedModule, tensor_for, with_averages
@@ -159,6 +160,7 @@ class Loop:
         )
         self.step = 0
         self.shown: dict[str, float] = {}  # in the progress line before
+        self.unread: StepFigures | None = None  # of the last step
         self.skipped_in_a_row = 0
         self.validation_loss: float | None = None  # of the running step
         self.snapshots = AverageSnapshots(output, self.modules, config, main=self.main)
@@ -212,14 +214,15 @@ class Loop:
         profile: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None)
         if self.config.profile and self.main:
             profile = profiler(self.output / "profile", self.report.say)
-        with stop_on_signal() as asked, profile as profiled:
+        with stop_on_signal() as asked, fast_float32(self.accelerator), profile as profiled:
             while self.step < last and not self.early.stopped:
                 try:
                     with self.clock.step():
-                        values = self.train_step(batches)
+                        figures = self.train_step(batches)
                 except (DataFailed, OutOfMemory) as error:
                     if self.recovery.finished:  # an optimiser ran out of memory: some weights have changed
                         raise
+                    self._read_figures()
                     kept = self._save_before(error)
                     # SIGTERM to all of a run ends the processes that load its data at once.
                     if isinstance(error, DataFailed) and self._asked_to_stop(asked):
@@ -230,7 +233,7 @@ class Loop:
                 self.step += 1
                 stopping = self._asked_to_stop(asked)
                 with record_function("report"):
-                    self._after_step(values, stopping)
+                    self._after_step(figures, stopping)
                 profiled()
                 if stopping and self.step < last and not self.early.stopped:
                     self.report.stopped(self.resume_line)
@@ -242,8 +245,10 @@ class Loop:
         self._export()
         return True
 
-    def train_step(self, batches: Ahead) -> dict[str, float]:
-        """Take one optimiser step: load, forward and backward, clip, skip if not finite, optimiser, average.
+    def train_step(self, batches: Ahead) -> StepFigures:
+        """Take one optimiser step: load, forward and backward, clip, optimiser (if all is finite), average.
+
+        Nothing here waits for the device: the figures are read after the next step was begun (`_read_figures`).
 
         Raises:
             DataFailed, OutOfMemory: as of `Recovery.run`; or an optimiser ran out of memory.
@@ -257,20 +262,15 @@ class Loop:
                 whole(self.accelerator.clip_grad_norm_(module.trained.parameters(), limit))
                 for module in self.modules
             ]
+        figures = StepFigures(step, rate, sums, norms, self.recovery.losses, self.accelerator)
         batches.load()  # of the next step, while the device computes this one
-        values, read_norms = self._read(sums, norms)
-        values |= {"lr": rate, "grad_norm": read_norms[0]}
-        # fp16: the scaler deals with overflowing gradients itself.
-        scaled = self.accelerator.scaler is not None
-        finite = math.isfinite(values["loss"]) and (scaled or all(map(math.isfinite, read_norms)))
-        self._count_skipped(values, finite)
         with memory_phase(self.phase):
             for module in self.modules:
                 with record_function("optimizer"):
-                    module.update(rate, skip=not finite)
+                    module.update(rate, skip=figures.bad)
                 with record_function("average"):
                     module.update_averages(step)
-        return values
+        return figures
 
     def forward_backward(self, parts: Iterable[Part]) -> Values:
         """Leave the mean gradients over a step's samples in the modules; return values to log, on the device."""
@@ -295,26 +295,28 @@ class Loop:
                             sums[name] = sums[name] + value if name in sums else value
         return sums
 
-    def _read(self, sums: Values, norms: list[Tensor]) -> tuple[dict[str, float], list[float]]:
-        """Read the step's values, means over the processes, and norms: all at once, as that waits for the device."""
-        device = self.accelerator.device
-        values = torch.stack([value.double().to(device) for value in sums.values()])
-        if self.accelerator.num_processes > 1:
-            values = self.accelerator.reduce(values, reduction="mean")
-        # The norm of no gradients at all (a module that sits out) is on the CPU.
-        read = torch.cat([values, torch.stack([norm.to(values) for norm in norms])]).tolist()
-        return dict(zip(sums, read, strict=False)), read[len(sums) :]
+    def _read_figures(self) -> None:
+        """Read and report the last step whose figures are not read yet, if any; waits until the device has taken it."""
+        figures, self.unread = self.unread, None
+        if figures is None:
+            return
+        values, finite = figures.read()
+        self._count_skipped(figures, values, finite)
+        step, final = figures.step, figures.step == self.config.max_train_steps
+        if math.isfinite(values["loss"]) and (step % self.config.log_steps == 0 or final or step == 1):
+            self.report.metrics(step, step * self.order.global_batch, values, figures.seconds)
+        self.report.step(step)
 
-    def _count_skipped(self, values: dict[str, float], finite: bool) -> None:
-        """Report a step whose update is skipped; too many in a row end the run."""
+    def _count_skipped(self, figures: StepFigures, values: dict[str, float], finite: bool) -> None:
+        """Report a step whose update was skipped; too many in a row end the run."""
         if finite:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        suspects = gather_object(self.recovery.suspects())  # any process may have them
+        suspects = gather_object(self.recovery.suspects(figures.losses))  # any process may have them
         culprits = f"; samples: {', '.join(suspects[:5])}" if suspects else "; no single sample is to blame"
         what = (
-            f"step {self.step + 1}: the loss or its gradient is not finite (loss {values['loss']}, gradient norm "
+            f"step {figures.step}: the loss or its gradient is not finite (loss {values['loss']}, gradient norm "
             f"{values['grad_norm']}){culprits}"
         )
         self.report.say(f"WARNING: {what}. The update is skipped.")
@@ -325,18 +327,20 @@ class Loop:
                 "--mixed-precision no, or remove the samples named above; the same command then goes on from there.",
             )
 
-    def _after_step(self, values: dict[str, float], stopping: bool) -> None:
-        """Report, validate, preview and save, as far as they are due."""
+    def _after_step(self, figures: StepFigures, stopping: bool) -> None:
+        """Report the step before this one; validate, preview and save, as far as they are due."""
         step, config = self.step, self.config
         final = step == config.max_train_steps
         self.saver.poll()
-        if math.isfinite(values["loss"]) and (step % config.log_steps == 0 or final or step == 1):
-            self.report.metrics(step, step * self.order.global_batch, values)
-        self.report.step(step)
+        self._read_figures()  # of the step before, while the device computes this one
+        self.unread, figures.seconds = figures, self.clock.seconds
         validating, previewing = (
             _due(step, every, final) and (final or self.clock.affords(kind, self.accelerator))
             for kind, every in (("validation", config.validation_steps), ("preview", config.preview_steps))
         )
+        saving = _due(step, config.checkpointing_steps, final or stopping)
+        if validating or previewing or saving:
+            self._read_figures()  # of this step as well: what is kept must be known to be good
         if validating or previewing:
             self._gather_averages()
         if validating:

@@ -271,6 +271,7 @@ class Recovery:
         micro_batch: rows of one forward pass; fewer than a batch after running out of memory.
         random: torch's random state before the step.
         finished: whether the passes of the step succeeded: from then on weights change.
+        losses: what names the culprits if the loss of the step is not finite.
     """
 
     def __init__(
@@ -286,7 +287,7 @@ class Recovery:
         self.micro_batch = config.train_batch_size
         self.random: State = {}
         self.finished = False
-        self._losses: list[Batch] = []
+        self.losses: list[Batch] = []
         # Gradients are averaged over the processes by us, after all of them had memory enough. DistributedDataParallel
         # averages during the last backward pass: a process that cannot finish its own would leave the others waiting.
         self._reduces = config.auto_micro_batch and accelerator.num_processes > 1
@@ -306,7 +307,7 @@ class Recovery:
         micros = self._load(batches)
         while True:
             failure = None
-            self._losses.clear()
+            self.losses = []
             try:
                 values = passes(self._parts(micros))
             except Exception as error:
@@ -326,12 +327,12 @@ class Recovery:
         """Keep what names the culprits of a non-finite loss."""
         if "per_sample" in result:
             per_sample, t = result["per_sample"], result.get("t")
-            self._losses.append({"index": batch["index"], "per_sample": per_sample, "t": t})
+            self.losses.append({"index": batch["index"], "per_sample": per_sample, "t": t})
 
-    def suspects(self) -> list[str]:
-        """Return the names of the samples of the last step whose loss is not finite."""
+    def suspects(self, losses: list[Batch]) -> list[str]:
+        """Return the names of the samples of a step whose loss is not finite."""
         found = []
-        for part in self._losses:
+        for part in losses:
             for row in (~torch.isfinite(part["per_sample"])).nonzero().flatten().tolist():
                 at = "" if part["t"] is None else f" (t = {float(part['t'][row]):.4f})"
                 found.append(one_line(self._data.name(int(part["index"][row])) + at))

@@ -260,14 +260,17 @@ class Reporter:
         if step < self._last_step and time.perf_counter() - self._printed_at > QUIET_SECONDS:
             self._print_line()
 
-    def metrics(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
-        """Record training metrics of a step."""
+    def metrics(
+        self, step: int, samples_seen: int, values: dict[str, float], seconds: float | None = None
+    ) -> None:
+        """Record training metrics of a step, begun after ``seconds`` of training; None: all until now."""
         if not self._active:
             return
         self.shown["loss"] = 0.9 * self.shown.get("loss", values["loss"]) + 0.1 * values["loss"]
-        seconds, done = self._clock.seconds - self._mark[1], samples_seen / step * (step - self._mark[0])
-        rate = done / seconds if seconds > 0 else 0.0
-        self._mark = (step, self._clock.seconds)
+        seconds = self._clock.seconds if seconds is None else seconds
+        taken, done = seconds - self._mark[1], samples_seen / step * (step - self._mark[0])
+        rate = done / taken if taken > 0 else 0.0
+        self._mark = (step, seconds)
         speed = {"images_per_second": rate, "memory_gib": peak_gib()}
         if self._full_rate is not None:
             speed["model_flops_utilisation"] = rate / self._full_rate

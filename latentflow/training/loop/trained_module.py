@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ...config import LoopConfig
 from ...errors import UserError
+from .compiling import compiles
 from .distributed import is_sharded, local, sharded, whole
 from .optimizers import evaluated_weights, make_optimizers
 
@@ -135,9 +136,11 @@ class TrainedModule:
             )
         self._device, self._main = accelerator.device, accelerator.is_main_process
         if self.sharded:
-            self.trained = sharded(module, accelerator, compiled=config.compile)
+            self.trained = sharded(module, accelerator, compiled=compiles(config, accelerator.device))
         else:
             self.trained = module.to(accelerator.device)
+        # A scaler sets what we would, and parts of weights need it in parts.
+        self._may_skip = accelerator.scaler is None and not self.sharded
         # Schedule-free's x is an average by itself: with a decay of 0 this one is x.
         decay = 0.0 if config.optimizer == "schedule-free" else config.ema_decay
         self.average = WeightAverage(self.trained, warmed_up(decay))
@@ -222,15 +225,24 @@ class TrainedModule:
         finally:
             self.module.cpu()  # training needs the room
 
-    def update(self, rate: float, *, skip: bool) -> None:
-        """Step the optimisers at learning rate ``rate``, unless ``skip``, and drop the gradients."""
+    def update(self, rate: float, *, skip: Tensor) -> None:
+        """Step the optimisers at learning rate ``rate``, unless ``skip`` (on the device), and drop the gradients.
+
+        Fused AdamW leaves its step out on the device, as it does for a gradient scaler; others wait for the answer.
+        """
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
             # One that sat the step out has no gradients, and float16's scaler refuses to step without.
-            if not skip and any(parameter.grad is not None for parameter in parameters):
-                optimizer.step()
+            if any(parameter.grad is not None for parameter in parameters):
+                by_itself = self._may_skip and getattr(
+                    optimizer.optimizer, "_step_supports_amp_scaling", False
+                )
+                if by_itself:
+                    optimizer.optimizer.found_inf = skip.float()
+                if by_itself or not skip:
+                    optimizer.step()
         self.trained.zero_grad()
 
     def update_averages(self, step: int) -> None:

@@ -21,8 +21,8 @@ from ...models import Condition, DiT
 from ...models.inputs import linear
 from ...models.routing import Route
 from ...models.vision import load_vision_network
-from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
+from ..loop.random_numbers import SampleRandom
 from .flow import FlowLoss, weighted_mean
 
 
@@ -223,8 +223,7 @@ class AlignedFlowLoss(FlowLoss):
             self.learns_from_average = alignment.needs_average
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        sample_ids, device = batch["sample_ids"], batch["latents"].device
-        random = SampleRandom(self.seed, sample_ids, device)
+        random = self.random(batch)
         density, u = self.density(batch), random.uniform()
         t, drop = density.quantile(u), self.dropped(random)
         x0, x1 = self.noise(batch, random), self.latents(batch, random)

@@ -20,8 +20,9 @@ from ...autoencoder.losses import (
 )
 from ...config import AutoencoderConfig
 from ...models.vision import load_vision_network
-from ..loop.data_order import SampleRandom, Stream, seeded
+from ..loop.data_order import Stream, seeded
 from ..loop.distributed import process_state
+from ..loop.random_numbers import RANDOM_NUMBERS, SampleRandom
 
 _ENOUGH_STEPS = 3000  # 64 px images are beyond 33 dB by then
 
@@ -56,11 +57,17 @@ class AutoencoderLoss(nn.Module):
     """
 
     def __init__(
-        self, vae: Autoencoder, config: AutoencoderConfig, seed: int, discriminator: nn.Module | None = None
+        self,
+        vae: Autoencoder,
+        config: AutoencoderConfig,
+        seed: int,
+        discriminator: nn.Module | None = None,
+        random_numbers: str = "philox",
     ) -> None:
         super().__init__()
         self.vae = vae
         self._config, self._seed = config, seed
+        self._make_random = RANDOM_NUMBERS[random_numbers]
         perceptual = None
         if config.perceptual_weight:
             lpips = config.perceptual_features == "lpips"
@@ -72,7 +79,7 @@ class AutoencoderLoss(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images = batch["images"].contiguous(memory_format=torch.channels_last)
         pixels = images[0].numel()
-        random = SampleRandom(self._seed, batch["sample_ids"], images.device)
+        random = self._make_random(self._seed, batch["sample_ids"], images.device)
         latents, kl = self._encode(images, random)
         if self.training and self._config.equivariance:
             images, latents = self._transform(images, latents, batch["sample_ids"][0])

@@ -14,8 +14,9 @@ from ...errors import UserError
 from ...families import FlowModel
 from ...flow import AverageObjective, AverageVelocity, Draws, Interval, PathSample, adaptive, folded_velocity
 from ...models import Condition
-from ..loop.data_order import SampleRandom
+from ..loop.compiling import as_written
 from ..loop.distributed import uncached_autocast
+from ..loop.random_numbers import SampleRandom, sent
 from .alignment import AlignedFlowLoss
 from .flow import Density, FlowLoss
 
@@ -85,7 +86,7 @@ class AverageVelocityLoss(AlignedFlowLoss):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return what `FlowLoss` does, and the plain ``error`` where it is not what is minimised."""
-        random = SampleRandom(self.seed, batch["sample_ids"], batch["latents"].device)
+        random = self.random(batch)
         r, t = self.interval(batch, random)
         drop = self.dropped(random)
         x0, x1 = self.noise(batch, random), self.latents(batch, random)
@@ -116,7 +117,8 @@ class AverageVelocityLoss(AlignedFlowLoss):
         begun = [
             number // step * step for number in sample_ids
         ]  # alike in all passes and processes of a step
-        return torch.tensor(begun, dtype=torch.float64).div(self.samples).clamp(max=1.0).to(like)
+        share = torch.tensor(begun, dtype=torch.float64).div(self.samples).clamp(max=1.0)
+        return sent(share.to(like.dtype), like.device)
 
     def target(
         self, sample: PathSample, condition: Condition, end: Tensor, progress: Tensor | None
@@ -143,7 +145,8 @@ class AverageVelocityLoss(AlignedFlowLoss):
 
     def target_network(self, *given: Any, **end: Any) -> Tensor:
         """Call the network that targets come from, as it is written: compiled it has no forward derivatives."""
-        value: Tensor = self.network.forward(*given, **end)
+        with as_written(self.network):
+            value: Tensor = self.network(*given, **end)
         return value
 
     def _average_velocity(self, condition: Condition) -> AverageVelocity:

@@ -14,8 +14,8 @@ from ...config import FlowConfig
 from ...errors import UserError
 from ...flow import CondOT, distribution_matching_target, flow_matching_loss
 from ...models import Condition
-from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
+from ..loop.random_numbers import SampleRandom
 from .average_velocity import VelocityTeacher
 from .flow import FlowLoss, weighted_mean
 
@@ -79,7 +79,7 @@ class GeneratorLoss(FlowLoss):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return ``loss``, ``matching``, ``per_sample`` and ``t``; nothing in steps that it sits out."""
         x1, sample_ids = batch["latents"], batch["sample_ids"]
-        random = SampleRandom(self.seed, sample_ids, x1.device)
+        random = self.random(batch)
         condition = self.condition(batch, self.dropped(random))
 
         def noise() -> Tensor:

@@ -16,11 +16,13 @@ from ...autoencoder import Autoencoder, masked_condition, masked_source
 from ...config import FlowConfig
 from ...data import pixels_to_images
 from ...data.masks import DEFAULT_SHAPES, OWN, check_shapes, random_masks
+from ...errors import lookup
 from ...flow import PathSample, TimeDensity, UniformTimes, loss_factor
 from ...models import Condition
 from ...utils.progress import progress_bar
-from ..loop.data_order import SampleRandom, SampleUse, Stream, seeded
+from ..loop.data_order import SampleUse, Stream, seeded
 from ..loop.loader import by_group, groups_of, load_batch, to_device
+from ..loop.random_numbers import RANDOM_NUMBERS, SampleRandom, sent
 from ..loop.trained_module import WeightAverage
 from .latent_data import LatentData
 
@@ -42,6 +44,7 @@ class FlowLoss(nn.Module):
         masking: hides a part of every image, for a network that learns to inpaint.
         samples: samples that the whole run uses, of which ``config.time_uniform_from`` is a share.
         samples_per_step: samples of one step, over all processes.
+        random_numbers: the generator of noise and times, a key of `RANDOM_NUMBERS`.
 
     Attributes:
         density: batch -> the density of its training times.
@@ -62,11 +65,13 @@ class FlowLoss(nn.Module):
         *,
         samples: int | None = None,
         samples_per_step: int = 1,
+        random_numbers: str = "philox",
     ) -> None:
         super().__init__()
         self.network = network
         self.text_encoder = text_encoder
         self.config, self.seed, self.masking = config, seed, masking
+        self._make_random = lookup(RANDOM_NUMBERS, random_numbers, "random_numbers")
         self.masked = self.needs_pixels = masking is not None
         self.samples, self.samples_per_step = samples, samples_per_step
         self.choices = choices = config.choices()
@@ -93,8 +98,7 @@ class FlowLoss(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return ``loss``; ``per_sample`` (B,), the errors without the samples' weights; and their times ``t`` (B,)."""
-        sample_ids, device = batch["sample_ids"], batch["latents"].device
-        random = SampleRandom(self.seed, sample_ids, device)  # a row depends on the seed and its id alone
+        random = self.random(batch)  # a row depends on the seed and its id alone
         density, u = self.density(batch), random.uniform()
         t, drop = density.quantile(u), self.dropped(random)
         x0 = self.noise(batch, random)
@@ -111,6 +115,10 @@ class FlowLoss(nn.Module):
     ) -> Tensor:
         """Return the errors (B,) of the network's output; ``weight`` (B,) are factors on them."""
         return self.objective(output, sample, weight=weight)
+
+    def random(self, batch: dict[str, Any]) -> SampleRandom:
+        """Return the random numbers of a batch."""
+        return self._make_random(self.seed, batch["sample_ids"], batch["latents"].device)
 
     def dropped(self, random: SampleRandom) -> Tensor:
         """Draw the rows (B,) bool whose condition is replaced by the null; none in validation."""
@@ -152,9 +160,7 @@ class FlowLoss(nn.Module):
         """
         text, mask = batch.get("text"), batch.get("text_mask")
         if self.text_encoder is not None and "input_ids" in batch:
-            # No work on columns that are padding in all rows.
-            length = int(batch["attention_mask"].sum(1).max())
-            ids, mask = batch["input_ids"][:, :length], batch["attention_mask"][:, :length]
+            ids, mask = batch["input_ids"], batch["attention_mask"]
             text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             mask = mask.bool()
         return Condition(
@@ -210,6 +216,7 @@ class LateUniform(nn.Module):
     def forward(self, batch: dict[str, Any]) -> Density:
         """Return the density of the samples of a batch, each by its own id."""
         late = torch.tensor([self.training and number >= self._first for number in batch["sample_ids"]])
+        late = sent(late, batch["latents"].device)
         return _Mixed(late, UniformTimes(shift=self._density.shift), self._density)
 
 
@@ -219,10 +226,10 @@ class _Mixed(NamedTuple):
     usual: TimeDensity
 
     def quantile(self, u: Tensor) -> Tensor:
-        return torch.where(self.late.to(u.device), self.uniform.quantile(u), self.usual.quantile(u))
+        return torch.where(self.late, self.uniform.quantile(u), self.usual.quantile(u))
 
     def slope(self, u: Tensor) -> Tensor:
-        return torch.where(self.late.to(u.device), self.uniform.slope(u), self.usual.slope(u))
+        return torch.where(self.late, self.uniform.slope(u), self.usual.slope(u))
 
 
 class Contrastive(nn.Module):
@@ -305,8 +312,9 @@ class Masking:
             np.random.default_rng([self._seed, Stream.MASKS, number]) for number in batch["sample_ids"]
         ]
         own = torch.tensor([rng.uniform() < self._own for rng in generators])
-        masks = random_masks(self._shapes, (pixels.shape[2], pixels.shape[3]), generators).to(pixels.device)
+        masks = random_masks(self._shapes, (pixels.shape[2], pixels.shape[3]), generators)
+        masks = sent(masks, pixels.device)
         if "masks" in batch:
-            rows = own.to(pixels.device) & batch["has_mask"]
+            rows = sent(own, pixels.device) & batch["has_mask"]
             masks = torch.where(rows[:, None, None, None], (batch["masks"] > 127).to(masks), masks)
         return masked_condition(self._vae, pixels_to_images(pixels), masks)

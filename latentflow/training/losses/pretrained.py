@@ -17,7 +17,7 @@ from ...families.model import Rows, Values
 from ...families.pretrained import PretrainedModel
 from ...families.text_encoders import text_encoders
 from ...flow import PathSample
-from ..loop.data_order import SampleRandom
+from ..loop.random_numbers import SampleRandom
 from .flow import Density, FlowLoss
 
 # beginnings of the names of a batch's entries that are conditions: of `Rows.values` and of `Rows.kept`

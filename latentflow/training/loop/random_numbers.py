@@ -1,0 +1,151 @@
+"""Random numbers of samples: pure functions of the seed, the sample's id and the number's place.
+
+So neither the batch, the order of the samples, the device nor the number of processes changes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data_order import Stream, seeded
+
+Device = torch.device | str
+Shape = torch.Size | tuple[int, ...]
+
+
+class SampleRandom(Protocol):
+    """Random numbers for a batch; a row of what is drawn depends only on the seed and its sample's id."""
+
+    def normal(self, shape: Shape) -> Tensor:
+        """Draw (B, *shape) standard normal float32, on the device of the batch."""
+
+    def uniform(self, device: Device | None = None) -> Tensor:
+        """Draw (B,) float64, in the open interval (0, 1); on ``device``, by default that of the batch."""
+
+
+#: (seed, ids of the samples, device of the batch) -> their random numbers
+MakeRandom = Callable[[int, list[int], Device], SampleRandom]
+
+
+# ---------------------------------------------------------------- by a counter
+
+Words = TypeVar("Words", np.ndarray[Any, Any], Tensor)
+
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_WEYL = 0x9E3779B9, 0xBB67AE85  # added to the key in each round
+_LOW = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> list[Words]:
+    """Return four random words for each counter: Philox4x32-10 (Salmon et al. 2011, section 4.3).
+
+    Only integers are multiplied and shifted: the bits are the same on every device.
+
+    Args:
+        counter: four words of 32 bits as int64 arrays or tensors, which broadcast.
+        key: two words.
+
+    Returns:
+        Four int64 arrays or tensors, in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # Products overflow to the right 64 bits. Their lower half is cut out only where it is needed by itself.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) ^ (c1 ^ k0)) & _LOW, p1, ((p0 >> 32) ^ (c3 ^ k1)) & _LOW, p0
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return [c0, c1 & _LOW, c2, c3 & _LOW]
+
+
+def box_muller(first: Words, second: Words) -> tuple[Words, Words]:
+    """Map pairs of 32-bit words to pairs of independent standard normal float32, at most 6.77 in size."""
+    xp: Any = torch if isinstance(first, Tensor) else np
+    radius, angle = (xp.asarray(words, dtype=xp.float32) for words in (first, second))
+    radius = xp.sqrt(-2.0 * xp.log((radius + 0.5) * 2.0**-32))
+    angle = angle * (2.0 * math.pi * 2.0**-32)
+    return radius * xp.cos(angle), radius * xp.sin(angle)
+
+
+class CounterRandom:
+    """`SampleRandom` by `philox`, of which every number is drawn by itself; normal numbers on the batch's device.
+
+    The key is the seed; a counter is the number's place among four times as many, the number of the draw (0: uniform
+    ones), and the sample's id. So how often the other kind was drawn before changes nothing. Uniform numbers have the
+    same bits on every device, normal ones differ by the rounding of logarithm and cosine.
+
+    Args:
+        seed: of the run.
+        sample_ids: one for each row, from 0 to below 2^63.
+        device: of the batch.
+    """
+
+    def __init__(self, seed: int, sample_ids: list[int], device: Device = "cpu") -> None:
+        self._key = seed & _LOW, (seed >> 32) & _LOW
+        self._ids: Any = np.array(sample_ids, dtype=np.int64)[:, None]
+        self._device = torch.device(device)
+        self._normals = self._uniforms = 0
+        self._ready: list[Tensor] = []
+
+    def normal(self, shape: Shape) -> Tensor:
+        """Draw (B, *shape) standard normal float32, on the device of the batch."""
+        self._normals += 1
+        size = math.prod(shape)
+        xp: Any = np
+        ids = self._ids
+        if self._device.type != "cpu":
+            xp, ids = torch, sent(torch.from_numpy(ids), self._device)
+        blocks = xp.arange(-(-size // 4), **({"device": self._device} if xp is torch else {}))[None]
+        a, b, c, d = philox((blocks, blocks[:, :1] * 0 + self._normals, ids & _LOW, ids >> 32), self._key)
+        rows = torch.as_tensor(xp.stack([*box_muller(a, b), *box_muller(c, d)], -1))
+        return rows.flatten(1)[:, :size].reshape(-1, *shape)
+
+    def uniform(self, device: Device | None = None) -> Tensor:
+        """Draw (B,) float64, in the open interval (0, 1); on ``device``, by default that of the batch."""
+        if not self._ready:  # four words are two numbers
+            block = np.full((1, 1), self._uniforms)
+            words = philox((block, block * 0, self._ids & _LOW, self._ids >> 32), self._key)
+            for high, low in (words[:2], words[2:]):  # the middles of 2^52 equal intervals
+                middles = ((high << 20 | low >> 12) + 0.5) * 2.0**-52
+                self._ready.append(torch.from_numpy(middles[:, 0]))
+            self._uniforms += 1
+        return sent(self._ready.pop(0), torch.device(device or self._device))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a small tensor of the CPU on ``device``; nobody waits until it is there."""
+    if device.type == "cuda":  # from other memory the copy may wait for what the GPU still has to do
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+# ---------------------------------------------------------------- as before November 2026
+
+
+class TwisterRandom:
+    """`SampleRandom` by a Mersenne Twister for each row, on the CPU: runs of earlier versions go on with it."""
+
+    def __init__(self, seed: int, sample_ids: list[int], device: Device = "cpu") -> None:
+        self._generators = [seeded(seed, Stream.NOISE, sample_id) for sample_id in sample_ids]
+        self._device = device
+
+    def normal(self, shape: Shape) -> Tensor:
+        """Draw (B, *shape) standard normal float32."""
+        rows = torch.empty(len(self._generators), *shape)
+        for row, generator in zip(rows, self._generators, strict=True):
+            row.normal_(generator=generator)
+        return rows.to(self._device, non_blocking=True)
+
+    def uniform(self, device: Device | None = None) -> Tensor:
+        """Draw (B,) float64, in the open interval (0, 1); on ``device``, by default that of the batch."""
+        rows = [torch.rand((), dtype=torch.float64, generator=generator) for generator in self._generators]
+        return torch.stack(rows).clamp(1e-9, 1 - 1e-9).to(device or self._device, non_blocking=True)
+
+
+RANDOM_NUMBERS: dict[str, MakeRandom] = {"philox": CounterRandom, "mersenne-twister": TwisterRandom}
