@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from latentflow.models.dit import DiTBlock, layer_norm, rms_norm
 from latentflow.training.fine_tune import step_memory
 from latentflow.training.loop import compiling
 from latentflow.training.loop.compiling import as_written, compile_network, compiles
-from latentflow.training.loop.distributed import repeated_blocks
+from latentflow.training.loop.distributed import fast_float32, repeated_blocks
 from latentflow.training.losses import flow_loss
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -120,6 +121,19 @@ def test_autocast_widens_no_norm_of_a_network() -> None:
     assert seen == {torch.bfloat16}
     high = net(x, torch.tensor([0.2, 0.7])).detach()
     assert float((low - high).norm() / high.norm()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "within"), [(GPU, "no", "high"), (GPU, "bf16", "highest"), (CPU, "no", "highest")]
+)
+def test_float32_runs_multiply_as_tensorfloat32_on_a_gpu_alone(
+    device: torch.device, precision: str, within: str
+) -> None:
+    run: Any = SimpleNamespace(device=device, mixed_precision=precision)
+    with pytest.raises(KeyError), fast_float32(run):
+        assert torch.get_float32_matmul_precision() == within
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.gpu

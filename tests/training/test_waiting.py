@@ -15,7 +15,7 @@ from torch import nn
 
 from latentflow.config import AlignmentConfig, FlowConfig, LoopConfig, RoutingConfig
 from latentflow.models import DiT
-from latentflow.training import fit
+from latentflow.training import fit, log_to
 from latentflow.training.loop import fit as fit_module
 from latentflow.training.loop.fit import Callbacks, Loop
 from latentflow.training.loop.loader import Ahead, load_batches
@@ -142,6 +142,30 @@ def test_a_bad_step_changes_nothing_whoever_leaves_it_out(optimizer: str, tmp_pa
     first, second = weights(tmp_path / "three"), weights(tmp_path / "four")
     kept = [key for key in first if not key.startswith("flow-average")]
     assert len(kept) > 8 and all(torch.equal(first[key], second[key]) for key in kept)
+
+
+class SteepAtZero(Regression):
+    """At the poisoned samples the loss is finite, and its gradient is not a number: that of a square root at 0."""
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        poisoned, self.poison = self.poison, ()
+        found = super().forward(batch)
+        self.poison = poisoned
+        if set(batch["sample_ids"]) & set(poisoned):
+            found["loss"] = found["loss"] + (self.layers[0].weight.sum() * 0).sqrt()
+        return found
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_left_out(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, lr_scheduler="constant", checkpointing_steps=100)
+    log_to(tmp_path)
+    for name, count in (("three", 3), ("four", 4)):
+        steps = dataclasses.replace(config, max_train_steps=count)
+        assert fit({"flow": SteepAtZero(poison={3 * 6 + 2})}, Line(), steps, tmp_path / name)
+    first, second = weights(tmp_path / "three"), weights(tmp_path / "four")
+    assert all(torch.equal(first[key], second[key]) for key in first if not key.startswith("flow-average"))
+    assert "step 4: the loss or its gradient is not finite (loss 0." in (tmp_path / "train.log").read_text()
+    assert "gradient norm nan); no single sample is to blame" in (tmp_path / "train.log").read_text()
 
 
 def test_a_bad_first_step_leaves_the_optimizer_as_it_begins(tmp_path: Path) -> None:

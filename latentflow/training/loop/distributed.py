@@ -176,9 +176,11 @@ def fast_float32(accelerator: Accelerator) -> Iterator[None]:
     """Within the context a GPU multiplies matrices of a float32 run as TensorFloat32: in steps of 2^-11, with sums and
     range of float32. Runs in lower precision keep the few products that they have in float32 as they are.
     """
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision != "no":
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
