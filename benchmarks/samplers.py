@@ -148,7 +148,9 @@ def of_checkpoint(args: argparse.Namespace) -> str:
     conditions = [random.Random(args.seed + i).choice(texts) for i in range(args.n)]
     height, width = model.native_size
     starts = [range(i, min(i + BATCH, args.n)) for i in range(0, args.n, BATCH)]
-    noises = [model.noise(len(rows), height, width, generators(args.seed + rows[0], len(rows))) for rows in starts]
+    noises = [
+        model.noise(len(rows), height, width, generators(args.seed + rows[0], len(rows))) for rows in starts
+    ]
     bound = [
         model.velocity(condition_rows(model, [conditions[i] for i in rows], len(rows)), args.guidance)
         for rows in starts

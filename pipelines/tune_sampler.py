@@ -118,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("heun", "heun, 40 evaluations"),
     ):
         print(f"  {what:<58} {found[f'{name}_mean']:9.4f} {found[f'{name}_median']:8.4f}")
-    print(f"Wrote {write_tuned(Path(folder), tuned, config.overwrite)}: used where {config.steps} steps are asked for.")
+    print(
+        f"Wrote {write_tuned(Path(folder), tuned, config.overwrite)}: used where {config.steps} steps are asked for."
+    )
 
 
 if __name__ == "__main__":

@@ -74,10 +74,10 @@ class SamplingConfig(AdapterChoice):
     """Guidance scale: how strongly the prompt or class is followed. 1 is off, and twice as fast. Default: 4; 1 for
     checkpoints that have learned their guidance."""
     solver: str | None = None
-    """tuned, what `latentflow tune-sampler` has fitted; euler, midpoint, heun, ralston, rk4, adams-bashforth-2, adams-bashforth-3, dpm-solver++2m, exponential-adams,
-    dopri5; or, adding fresh noise, euler-maruyama, stochastic-heun, ddpm, churn, langevin; or scheduler, the one of a
-    pretrained model. Default: the checkpoint's scheduler if it has one, else what was tuned for these steps, else
-    exponential-adams."""
+    """tuned (what `latentflow tune-sampler` has fitted), euler, midpoint, heun, ralston, rk4, adams-bashforth-2,
+    adams-bashforth-3, dpm-solver++2m, exponential-adams, dopri5; or, adding fresh noise, euler-maruyama,
+    stochastic-heun, ddpm, churn, langevin; or scheduler, the one of a pretrained model. Default: the checkpoint's
+    scheduler if it has one, else what was tuned for these steps, else exponential-adams (a pretrained model: euler)."""
     negative: str | None = None
     """Negative prompt: what the image should not show."""
     scale: int = 1

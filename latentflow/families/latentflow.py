@@ -367,7 +367,7 @@ class LatentFlowModel(FlowModel):
         return "exponential-adams"
 
     def usual_grid(self, steps: int | None, height: int, width: int) -> Tensor:
-        """Return the times that `usual_solver` takes; shorter steps at both ends, unless the network was made for few."""
+        """Return the times that `usual_solver` takes: steps are shorter at both ends, but of few-step networks."""
         if self.few_steps:
             return self.time_grid(steps, height, width)
         return flow.time_grid(self.usual_steps if steps is None else steps, kind="sine")

@@ -1,10 +1,10 @@
 """Tuning a solver to a velocity: the grid and the weights with which a few evaluations reach what many do.
 
-Shaul et al. 2024 (Bespoke Non-Stationary Solvers, arXiv:2403.01329) fit the numbers of such a solver to the ends of fine
-trajectories, by stochastic gradients through the network. Here damped Gauss-Newton steps (Levenberg-Marquardt) do, one
-on each batch, from the best of several multistep methods and grids. They reduce the mean over the images of the distance
-between where the solver ends and where the fine trajectory does. The derivative by each number is a difference of two
-ends, for which only the steps after that number are taken again: the network needs no gradients.
+Shaul et al. 2024 (Bespoke Non-Stationary Solvers, arXiv:2403.01329) fit the numbers of such a solver to the ends of
+fine trajectories, by stochastic gradients through the network. Here damped Gauss-Newton steps (Levenberg-Marquardt) do,
+one on each batch, from the best of several multistep methods and grids. They reduce the mean over the images of the
+distance between where the solver ends and where the fine trajectory does. The derivative by each number is a difference
+of two ends, for which only the steps after that number are taken again: the network needs no gradients.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Ends:
 
     @classmethod
     def of(cls, velocity: Velocity, start: Tensor, times: Sequence[float], fine: int = FINE) -> Ends:
-        """Follow fine trajectories, by Adams-Bashforth of order 3 on ``fine`` even steps between the ends of ``times``."""
+        """Follow fine trajectories, by Adams-Bashforth of order 3 in ``fine`` even steps."""
         grid = torch.linspace(times[0], times[-1], fine + 1, dtype=torch.float64)
         return cls(velocity, start, integrate(velocity, start, grid, "adams-bashforth-3"))
 

@@ -95,7 +95,9 @@ def tune_sampler(
     def batches(first: int, number: int) -> Iterator[Ends]:
         for begin in range(first, first + number, batch_size):
             seeds = range(begin, min(begin + batch_size, first + number))
-            rows = condition_rows(model, [pool[random.Random(one).randrange(len(pool))] for one in seeds if pool], len(seeds))
+            rows = condition_rows(
+                model, [pool[random.Random(one).randrange(len(pool))] for one in seeds if pool], len(seeds)
+            )
             noise = model.noise(len(seeds), height, width, generators(begin, len(seeds)))
             velocity = _counted(model.velocity(rows, scale), bar)
             yield Ends.of(velocity, model.begin(noise, times), times.tolist())
@@ -116,7 +118,10 @@ def tune_sampler(
             errors["heun"].append(along(heun, "heun", batch))
     figures = {"noises": float(held_out)}
     for name, parts in errors.items():
-        figures |= {f"{name}_mean": float(torch.cat(parts).mean()), f"{name}_median": float(torch.cat(parts).median())}
+        figures |= {
+            f"{name}_mean": float(torch.cat(parts).mean()),
+            f"{name}_median": float(torch.cat(parts).median()),
+        }
     return TunedSolver(numbers, scale, height, width, fingerprint(model.network), figures)
 
 
@@ -127,7 +132,9 @@ def check_tunable(model: FlowModel) -> None:
         UserError: it has no velocity or draws in few steps, has adapters, or needs images.
     """
     if model.few_steps or not model.has_velocity:
-        raise UserError("this checkpoint draws in a few steps of its own", "Tune the one it was distilled from.")
+        raise UserError(
+            "this checkpoint draws in a few steps of its own", "Tune the one it was distilled from."
+        )
     if is_adapted(model):
         raise UserError(
             "adapters change this network",

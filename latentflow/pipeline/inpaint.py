@@ -182,7 +182,8 @@ class InpaintCall(CallMixin):
             raise unknown("inpainting method", name, [TRAINED, *INPAINTING])
         if solver == TUNED:
             raise UserError(
-                "solver='tuned' fills no holes: it was tuned to images from noise alone", "Leave the solver out."
+                "solver='tuned' fills no holes: it was tuned to images from noise alone",
+                "Leave the solver out.",
             )
         if name not in CONDITIONED or solver is not None or (name == TRAINED and not self.takes_masks):
             require_velocity(self.model)

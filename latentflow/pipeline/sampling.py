@@ -231,9 +231,9 @@ class SamplingMixin:
             velocity: of the grid, on the straight path.
             x0: noise (B, C, h, w).
             steps, sigmas: the grid, as of a call; steps None = the usual number.
-            solver: None = the scheduler where there is one, else the model's own, which is the one that was tuned to the
-                checkpoint for so many steps where there is one; "tuned": that one; "scheduler": the one of the
-                pipeline, and of a pretrained model its own.
+            solver: None = the scheduler where there is one, else what was tuned to the checkpoint for so many steps,
+                else the model's own; "tuned": what was tuned; "scheduler": the one of the pipeline, and of a
+                pretrained model its own.
             generator: for solvers that draw noise.
             after_step: sees, and may replace, x after each step.
             strength: the part of the grid, counted from its end, that is taken: from t = 1 - strength on.
@@ -315,7 +315,6 @@ class SamplingMixin:
             )
         except Interrupted as interrupted:
             return interrupted.latents
-
 
     def _tuned(
         self, solver: str | Solver | None, steps: int | None, x0: Tensor, *, plain: bool

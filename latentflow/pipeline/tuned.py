@@ -67,7 +67,9 @@ def is_adapted(model: FlowModel) -> bool:
     """Return whether adapters are beside the network's weights, or were merged into them."""
     network = model.network
     beside = getattr(network, "peft_config", None)
-    return bool(beside or getattr(network, "_merged_adapter", False) or getattr(model.pipeline, "num_fused_loras", 0))
+    return bool(
+        beside or getattr(network, "_merged_adapter", False) or getattr(model.pipeline, "num_fused_loras", 0)
+    )
 
 
 def read_tuned(folder: Path) -> list[TunedSolver]:
@@ -101,7 +103,9 @@ def write_tuned(folder: Path, tuned: TunedSolver, overwrite: bool = False) -> Pa
     call = tuned.steps, tuned.guidance, tuned.height, tuned.width
     if not overwrite:
         check_free(folder, *call)
-    others = [other for other in read_tuned(folder) if other.steps != tuned.steps or not other.suits(*call[1:])]
+    others = [
+        other for other in read_tuned(folder) if other.steps != tuned.steps or not other.suits(*call[1:])
+    ]
     solvers = sorted([*others, tuned], key=lambda one: (one.steps, one.guidance))
     with replacing(folder / FILE) as partial:
         lines = ",\n".join(json.dumps(one.plain()) for one in solvers)
@@ -163,7 +167,9 @@ def required(model: FlowModel, steps: int | None, guidance: float, height: int, 
             "Leave the solver out; or write a checkpoint with the adapter merged, and tune that: latentflow export.",
         )
     if not any(steps in (None, one.steps) and one.suits(guidance, height, width) for one in there):
-        asked = ("" if steps is None else f"{steps} steps, ") + f"guidance {guidance:g}, {width} x {height} pixels"
+        asked = (
+            "" if steps is None else f"{steps} steps, "
+        ) + f"guidance {guidance:g}, {width} x {height} pixels"
         raise UserError(
             f"solver 'tuned': none was tuned for {asked}",
             f"There are: {few(_named(there), 10)}. Or tune one: {command}",

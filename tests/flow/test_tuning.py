@@ -79,7 +79,7 @@ def test_multistep_methods_are_such_numbers(mixture, draw, name) -> None:
 
 
 def test_where_steps_are_too_long_for_extrapolation_each_row_falls_back_on_its_own() -> None:
-    """x follows cos(t): in one row at a rate for which the steps are too long to extrapolate, in another at a slow one."""
+    """x follows cos(t): in one row at a rate for which the steps are too long, in another at a slow one."""
     rates = torch.tensor([[34.0], [1.0]], dtype=torch.float64)
 
     def velocity(rates: Tensor):

@@ -152,7 +152,9 @@ def test_without_a_solver_steps_are_shorter_at_both_ends(class_pipe: LatentFlowP
     assert len(times) == 6  # one evaluation each
     sigmas = [1.0 - t for t in time_grid(6, kind="sine").tolist()[:-1]]
     close(default, class_pipe(**call, sigmas=sigmas, solver="exponential-adams").images, 1e-6)
-    assert not torch.equal(default, class_pipe(**call, num_inference_steps=6, solver="exponential-adams").images)
+    assert not torch.equal(
+        default, class_pipe(**call, num_inference_steps=6, solver="exponential-adams").images
+    )
     class_pipe.transformer.calls.clear()
     class_pipe(**call)
     assert len(class_pipe.transformer.calls) == class_pipe.usual_steps == 16

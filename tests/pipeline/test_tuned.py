@@ -65,7 +65,9 @@ def test_a_call_of_these_steps_takes_it_and_says_so(tuned_folder: Path, caplog: 
         expected = integrate(velocity, noise, numbers.times, numbers.solver())
     torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(drawn, pipe(**call, solver="tuned").images)  # the most steps there are
-    assert torch.equal(pipe(**call, num_inference_steps=2, solver="tuned").images, pipe(**call, num_inference_steps=2).images)
+    assert torch.equal(
+        pipe(**call, num_inference_steps=2, solver="tuned").images, pipe(**call, num_inference_steps=2).images
+    )
     # Every image for itself, to rounding.
     alone = pipe(**call | {"class_labels": 1, "latents": noise[1:]}, num_inference_steps=3).images
     torch.testing.assert_close(alone, drawn[1:], atol=1e-5, rtol=1e-5)
@@ -76,15 +78,26 @@ def test_other_calls_draw_as_before(tuned_folder: Path, class_folder: Path) -> N
     noise = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(5))
     same = {"class_labels": 1, "latents": noise, "output_type": "latent", "num_inference_steps": 3}
     sigmas = [1.0 - t for t in time_grid(3).tolist()[:-1]]
-    for change in ({"guidance_scale": 2.0}, {"num_inference_steps": 4}, {"solver": "heun"}, {"sigmas": sigmas}):
+    for change in (
+        {"guidance_scale": 2.0},
+        {"num_inference_steps": 4},
+        {"solver": "heun"},
+        {"sigmas": sigmas},
+    ):
         assert torch.equal(tuned(**same | change).images, plain(**same | change).images)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"num_inference_steps": 5}, "none was tuned for 5 steps, guidance 4, 8 x 8 .*\n.*2 steps at guidance 4, 8 x 8, 3"),
-        ({"guidance_scale": 3.0}, "none was tuned for guidance 3, .*\n.*tune-sampler CHECKPOINT --guidance 3"),
+        (
+            {"num_inference_steps": 5},
+            "none was tuned for 5 steps, guidance 4, 8 x 8 .*\n.*2 steps at guidance 4, 8 x 8, 3",
+        ),
+        (
+            {"guidance_scale": 3.0},
+            "none was tuned for guidance 3, .*\n.*tune-sampler CHECKPOINT --guidance 3",
+        ),
         ({"height": 16, "num_inference_steps": 2}, "none was tuned for 2 steps, guidance 4, 8 x 16"),
         ({"sigmas": [1.0, 0.5]}, "with sigmas"),
     ],
@@ -108,8 +121,13 @@ def test_another_network_than_it_was_tuned_to_is_refused(copied: Path) -> None:
     pipe(class_labels=1, num_inference_steps=3)
 
 
-def test_holes_and_images_that_are_kept_do_not_take_it(tuned_folder: Path, class_folder: Path, images: Any) -> None:
-    fill, change = open_pipe(tuned_folder, LatentFlowInpaintPipeline), open_pipe(tuned_folder, LatentFlowImg2ImgPipeline)
+def test_holes_and_images_that_are_kept_do_not_take_it(
+    tuned_folder: Path, class_folder: Path, images: Any
+) -> None:
+    fill, change = (
+        open_pipe(tuned_folder, LatentFlowInpaintPipeline),
+        open_pipe(tuned_folder, LatentFlowImg2ImgPipeline),
+    )
     image, mask = images(), torch.ones(1, 1, 8, 8)
     with pytest.raises(UserError, match="fills no holes"):
         fill(class_labels=1, image=image, mask_image=mask, solver="tuned", method="repaint")
@@ -152,5 +170,5 @@ def test_bad_input_of_the_command(copied: Path, load_program: Any, line: list[st
 def test_a_damaged_file_is_named(copied: Path, damage: Callable[[dict[str, Any]], Any]) -> None:
     found = json.loads((copied / FILE).read_text())
     (copied / FILE).write_text(json.dumps(damage(found)))
-    with pytest.raises(UserError, match="tuned_solvers.json|stored solver"):
+    with pytest.raises(UserError, match=r"tuned_solvers\.json|stored solver"):
         open_pipe(copied)(class_labels=1, num_inference_steps=2)

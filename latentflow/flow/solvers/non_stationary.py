@@ -41,7 +41,9 @@ class NonStationary:
         if len(times) < 2 or not all(0.0 <= a < b <= 1.0 for a, b in pairwise(times)):
             raise UserError(f"the times of a stored solver are {[*times]}", fix)
         if [len(row) for row in rows] != [*range(1, len(times))]:
-            raise UserError(f"a stored solver of {self.steps} steps has rows of {[*map(len, rows)]} numbers", fix)
+            raise UserError(
+                f"a stored solver of {self.steps} steps has rows of {[*map(len, rows)]} numbers", fix
+            )
         for i, row in enumerate(rows):
             if not abs(math.fsum(row) - (times[i + 1] - times[i])) < 1e-9:  # nor is NaN
                 raise UserError(
