@@ -4,7 +4,7 @@ a checkpoint, against a fine reference.
     python benchmarks/samplers.py [--output docs/measurements/samplers.md] \\
         [--plot docs/measurements/samplers.png] [--seed 0]
     python benchmarks/samplers.py --checkpoint checkpoints/emoji-64 --data EMOJI/train --guidance 4 \\
-        [-n 64] [--seed 20000] [--samplers heun:20 usual:16 tuned:8] [--ends FILE] [--images]
+        [-n 64] [--seed 20000] [--samplers heun:20 usual:16 tuned:8] [--ends FILE] [--images [--most-real 600]]
 
 Five Gaussians with random means of norm 3 to 4 and standard deviations of 0.3 to 1 per dimension. The error is the root
 mean square difference, over 256 samples, to where a Dormand-Prince solver with tolerance 1e-9 ends from the same noise.
@@ -175,7 +175,7 @@ def of_checkpoint(args: argparse.Namespace) -> str:
         print(lines[-1], flush=True)
     if args.images:
         train, _ = load_image_sets(model, source, None, settings)
-        lines += ["", *image_figures(model, drawn, conditions, train)]
+        lines += ["", *image_figures(model, drawn, conditions, train, args.most_real)]
     return "\n".join(lines)
 
 
@@ -194,13 +194,17 @@ def sampler(pipe: Any, name: str, steps: int, guidance: float) -> tuple[Any, Any
     return time_grid(steps, kind=kind or "uniform"), solver, steps * (SOLVERS[solver].evaluations or 1)
 
 
-def image_figures(model: Any, drawn: dict[str, Tensor], asked: list[str], train: Any) -> list[str]:
+def image_figures(model: Any, drawn: dict[str, Tensor], asked: list[str], train: Any, most: int) -> list[str]:
     """Return a table: images whose nearest training images have the caption that was asked for, and their distance to
     the nearest of those."""
     from latentflow import metrics
 
-    space = "efficientnet-lite0"
-    reference, labels = metrics.features(train.images, space), train.captions
+    space, order = "efficientnet-lite0", list(range(len(train.captions)))
+    random.Random(0).shuffle(order)
+    wanted = set(asked) if model.takes_text else set()
+    order.sort(key=lambda i: train.captions[i] not in wanted)  # what is asked for is among them
+    real = train.rows(order[:most])
+    reference, labels = metrics.features(real.images, space), real.captions
     of_classes = not model.takes_text
     what = "5 nearest: class" if of_classes else "top-1"
     lines = [f"| sampler | {what} | median distance to the asked | moved |", "|---|---|---|---|"]
@@ -237,7 +241,12 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=64, help="noises")
     parser.add_argument("--samplers", nargs="+", default=["heun:20", "usual:16"], metavar="NAME:STEPS")
     parser.add_argument("--ends", type=File, help="keep the ends of the reference in this file (.pt)")
-    parser.add_argument("--images", action="store_true")
+    parser.add_argument(
+        "--images", action="store_true", help="also figures of the images, in learned features"
+    )
+    parser.add_argument(
+        "--most-real", type=int, default=10_000, help="images of DATA that they are compared with"
+    )
     args = parser.parse_args()
     if args.checkpoint:
         print(of_checkpoint(args))
@@ -252,6 +261,8 @@ def main() -> None:
     if args.output:
         image = f"![endpoint error against evaluations]({args.plot.name})\n\n" if args.plot else ""
         page = f"# Samplers at equal cost\n\n{ABOUT.format(seed=args.seed)}\n\n{image}{text}\n"
+        written = args.output.read_text(encoding="utf-8") if args.output.exists() else ""
+        page += "".join(written.partition("\n## Checkpoints")[1:])  # by hand, of runs with --checkpoint
         args.output.write_text(page, encoding="utf-8")
 
 

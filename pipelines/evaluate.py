@@ -54,7 +54,7 @@ class EvaluateConfig(AdapterChoice):
     guidance: float | None = None
     """Guidance scale; 1 is off. Default: 4, unless guidance was distilled into the checkpoint."""
     solver: str | None = None
-    """Solver of the flow, of --steps on an even grid. Default: as `latentflow generate` draws."""
+    """Solver of the flow, as of `latentflow generate`; default: as that draws."""
     seed: int = 0
     """Seed of the captions, of the noise, and of the choice of real images to compare with."""
     batch_size: int = 50
@@ -109,7 +109,7 @@ class EvaluateConfig(AdapterChoice):
         for flag, number in (("--guidance", self.guidance), ("--validation", self.validation)):
             if number is not None:
                 finite(flag, number)
-        if self.solver is not None:
+        if self.solver is not None and self.solver != "tuned":
             from latentflow.flow import SOLVERS
 
             lookup(SOLVERS, self.solver, "solver")
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.check_image_input()
     pipe.set_progress_bar_config(disable=True)
     solver = config.solver
-    steps = config.steps or (NAMED_STEPS if solver else pipe.usual_steps)
+    steps = config.steps or (pipe.usual_steps if solver in (None, "tuned") else NAMED_STEPS)
     guidance = model.usual_guidance if config.guidance is None else config.guidance
     config = dataclasses.replace(config, steps=steps, guidance=guidance, solver=solver)
     source = open_source(config.data, settings)

@@ -20,7 +20,6 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import MemoryConfig
 from latentflow.errors import UserError, finite, whole
-from latentflow.flow.times import MOST_STEPS
 
 LARGEST_SEED = 2**63
 
@@ -60,7 +59,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         for flag, value, least, most in (
-            ("--steps", self.steps, 1, MOST_STEPS),
+            ("--steps", self.steps, 1, 100),
             ("-n", self.n, 1, None),
             ("--held-out", self.held_out, 1, None),
             ("--batch-size", self.batch_size, 1, None),

@@ -143,6 +143,8 @@ class _Numbers:
         self.first = [*range(steps - 1), *(i for i, _ in self.places)]
         given = [*start.times[1:-1], *(start.increments[i][j] for i, j in self.places)]
         self.values = torch.tensor(given, dtype=torch.float64)
+        #: of the squared errors, half of their second derivatives by the values, of all batches so far
+        self.normal = torch.zeros(len(given), len(given), dtype=torch.float64)
 
     def solver(self, values: Tensor) -> NonStationary:
         """Return the solver of such values.
@@ -176,10 +178,12 @@ class _Numbers:
             moved = _follow(batch, self.solver(other), slopes[: after + 1])
             columns.append((share * (moved - end).double().flatten(1) / size).flatten())
         jacobian = torch.stack(columns, 1)
-        normal, gradient = jacobian.T @ jacobian, jacobian.T @ (share * missed).flatten()
+        # Batches before count in the curvature, as in a Kalman filter: the steps of later ones become shorter.
+        self.normal = self.normal + jacobian.T @ jacobian
+        gradient = jacobian.T @ (share * missed).flatten()
         least = float(errors.mean())
         for damping in _DAMPING:
-            damped = normal + damping * normal.diag().clamp_min(1e-12).diag()
+            damped = self.normal + damping * self.normal.diag().clamp_min(1e-12).diag()
             values = self.values - torch.linalg.solve(damped, gradient)
             try:
                 other_solver = self.solver(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -275,7 +275,14 @@ class SamplingMixin:
             counts = " or ".join(map(str, model.few_steps.step_counts))
             log.warning("%d steps are asked for; the checkpoint was trained to draw in %s", steps, counts)
         warn_of_steps(model, steps)
-        options: dict[str, Any] = {"progress": self.progress_bar, "generator": generator}
+
+        def progress(steps: Iterable[int]) -> Any:
+            bar = self.progress_bar(steps)
+            if tuned is not None and hasattr(bar, "set_description"):
+                bar.set_description("tuned sampler")
+            return bar
+
+        options: dict[str, Any] = {"progress": progress, "generator": generator}
         try:
             if scheduled:
                 border.set_grid(self.scheduler, steps, sigmas, x0.device, strength)
