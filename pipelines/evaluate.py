@@ -50,11 +50,11 @@ class EvaluateConfig(AdapterChoice):
     vision model of transformers, such as facebook/dinov2-small. Default: efficientnet-lite0 if it is installed, else
     pixels-16."""
     steps: int | None = None
-    """Steps from noise to data; default: 20, or those of a few-step checkpoint."""
+    """Steps from noise to data; default: 16, or those of a few-step checkpoint; with --solver 20."""
     guidance: float | None = None
     """Guidance scale; 1 is off. Default: 4, unless guidance was distilled into the checkpoint."""
     solver: str | None = None
-    """Solver of the flow. Default: heun; few-step checkpoints need none."""
+    """Solver of the flow, as of `latentflow generate`; default: as that draws."""
     seed: int = 0
     """Seed of the captions, of the noise, and of the choice of real images to compare with."""
     batch_size: int = 50
@@ -109,7 +109,7 @@ class EvaluateConfig(AdapterChoice):
         for flag, number in (("--guidance", self.guidance), ("--validation", self.validation)):
             if number is not None:
                 finite(flag, number)
-        if self.solver is not None:
+        if self.solver is not None and self.solver != "tuned":
             from latentflow.flow import SOLVERS
 
             lookup(SOLVERS, self.solver, "solver")
@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.evaluation.data import condition_kind, load_image_sets, open_source, run_settings
     from latentflow.evaluation.lines import lines
     from latentflow.evaluation.sampler import HELD_OUT_CAPTIONS, TRAINING_CAPTIONS, Sampler
+    from latentflow.families.latentflow import NAMED_STEPS
     from latentflow.metrics import learned
     from latentflow.models.vision import EFFICIENTNET_LIBRARIES
     from latentflow.pipeline import LatentFlowPipeline
@@ -152,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = pipe.model
     model.check_image_input()
     pipe.set_progress_bar_config(disable=True)
-    solver = config.solver or (None if model.few_steps else "heun")
-    steps = config.steps or (20 if solver else pipe.usual_steps)
+    solver = config.solver
+    steps = config.steps or (pipe.usual_steps if solver in (None, "tuned") else NAMED_STEPS)
     guidance = model.usual_guidance if config.guidance is None else config.guidance
     config = dataclasses.replace(config, steps=steps, guidance=guidance, solver=solver)
     source = open_source(config.data, settings)

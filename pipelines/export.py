@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_checkpoint(config.source, config.checkpoint_config)
 
     from latentflow.pipeline.adapter_conversion import write_in_layout
+    from latentflow.pipeline.tuned import FILE as TUNED_SOLVERS
     from latentflow.training.loop.run_folder import write_folder
 
     # ---- the adapter alone ----
@@ -113,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def write(folder: Path) -> None:
         pipe.save_pretrained(folder)
+        if not adapters and (origin / TUNED_SOLVERS).is_file():
+            shutil.copyfile(origin / TUNED_SOLVERS, folder / TUNED_SOLVERS)
         facts = pipeline_facts(pipe, where=one_line(config.output))
         if unfinished_run(source) and not adapters:
             write_card(folder, Path(source), facts)

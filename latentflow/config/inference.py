@@ -68,16 +68,16 @@ class SamplingConfig(AdapterChoice):
     seed: int = 0
     """Image i is generated from seed + i."""
     steps: int | None = None
-    """Number of steps from noise to image. Default: 20; for a few-step checkpoint without --solver, the number it
-    was made for."""
+    """Number of steps from noise to image. Default: 16, of one evaluation each (two of the network with guidance); for
+    a few-step checkpoint the number it was made for; with --solver, and in methods that fill or edit, 20."""
     guidance: float | None = None
     """Guidance scale: how strongly the prompt or class is followed. 1 is off, and twice as fast. Default: 4; 1 for
     checkpoints that have learned their guidance."""
     solver: str | None = None
-    """euler, midpoint, heun, ralston, rk4, adams-bashforth-2, adams-bashforth-3, dpm-solver++2m, exponential-adams,
-    dopri5; or, adding fresh noise, euler-maruyama, stochastic-heun, ddpm, churn, langevin; or scheduler, the one of a
-    pretrained model. Default: the checkpoint's scheduler if it has one, else heun (exponential-adams for networks that
-    predict the data)."""
+    """tuned (what `latentflow tune-sampler` has fitted), euler, midpoint, heun, ralston, rk4, adams-bashforth-2,
+    adams-bashforth-3, dpm-solver++2m, exponential-adams, dopri5; or, adding fresh noise, euler-maruyama,
+    stochastic-heun, ddpm, churn, langevin; or scheduler, the one of a pretrained model. Default: the checkpoint's
+    scheduler if it has one, else what was tuned for these steps, else exponential-adams (a pretrained model: euler)."""
     negative: str | None = None
     """Negative prompt: what the image should not show."""
     scale: int = 1

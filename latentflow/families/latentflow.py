@@ -24,7 +24,9 @@ from .model import FlowModel, Rows, Size
 from .training_defaults import TrainingDefaults
 
 #: steps of an ordinary network, and of one of average velocities, where nothing else is asked for
-USUAL_STEPS, FEW_STEPS = 20, 4
+USUAL_STEPS, FEW_STEPS = 16, 4
+#: steps of a solver, a scheduler or a method that is named without their number
+NAMED_STEPS = 20
 USUAL_GUIDANCE = 4.0
 
 
@@ -359,11 +361,16 @@ class LatentFlowModel(FlowModel):
 
     @property
     def usual_solver(self) -> str | flow.Solver:
-        """The solver that follows the model's own velocity, bound to its grid."""
+        """The solver that draws where none is named: docs/measurements/samplers.md has it beside others."""
         if self.few_steps:
             return CONSISTENCY_STEPS if self.few_steps.consistency else "euler"
-        # Heun's last evaluation is at t = 1, where a velocity made from predicted data magnifies its errors.
-        return "exponential-adams" if self.prediction == "data" else "heun"
+        return "exponential-adams"
+
+    def usual_grid(self, steps: int | None, height: int, width: int) -> Tensor:
+        """Return the times that `usual_solver` takes: steps are shorter at both ends, but of few-step networks."""
+        if self.few_steps:
+            return self.time_grid(steps, height, width)
+        return flow.time_grid(self.usual_steps if steps is None else steps, kind="sine")
 
     def guidance(self, scale: float | None) -> float:
         """Return the guidance scale that is used; a checkpoint into which its guidance is distilled does without."""

@@ -2,7 +2,7 @@
 
     model = FlowModel.from_pretrained(folder_or_hub_id)
     rows = model.encode_prompt(["red apple"])
-    times = model.time_grid(20, height, width)
+    times = model.usual_grid(20, height, width)
     velocity = model.velocity(rows, times=times)
     noise = model.noise(len(rows), height, width, generator)
     x1 = integrate(velocity, model.begin(noise, times), times, model.usual_solver)
@@ -197,7 +197,7 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
 
     @property
     def usual_solver(self) -> str | flow.Solver:
-        """The solver that suits `time_grid`, as ``latentflow.flow.integrate`` takes it."""
+        """The solver that suits `usual_grid`, as ``latentflow.flow.integrate`` takes it."""
         return "heun"
 
     # ---------------------------------------------------------------- training
@@ -401,6 +401,10 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
         """
         steps = self.usual_steps if steps is None else steps
         return flow.time_grid(steps, self.shift(steps, height, width))
+
+    def usual_grid(self, steps: int | None, height: int, width: int) -> Tensor:
+        """Return the times that `usual_solver` takes, as `time_grid` does."""
+        return self.time_grid(steps, height, width)
 
     def shift(self, steps: int, height: int, width: int) -> float:
         """Return the shift of the time grid, see ``latentflow.flow.time_grid``; 1 is none."""

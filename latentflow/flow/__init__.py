@@ -65,6 +65,7 @@ from .predictions import convert as convert
 from .solvers import DIFFUSIONS as DIFFUSIONS
 from .solvers import SOLVERS as SOLVERS
 from .solvers import Counted as Counted
+from .solvers import NonStationary as NonStationary
 from .solvers import Solver as Solver
 from .solvers import adams_bashforth as adams_bashforth
 from .solvers import churn as churn

@@ -225,6 +225,22 @@ def cosine_grid(steps: int) -> Tensor:
     return _cosine_map(uniform_grid(steps))
 
 
+def sine_grid(steps: int, depth: float = 0.5) -> Tensor:
+    """Even steps u, drawn together towards both ends, where a guided flow bends most: u - depth sin(2 pi u) / (2 pi).
+
+    Args:
+        steps: number of steps.
+        depth: in [0, 1): the shortest steps are 1 - depth, the longest 1 + depth, of even ones.
+
+    Raises:
+        UserError: depth is outside.
+    """
+    if not 0.0 <= depth < 1.0:
+        raise UserError(f"depth {depth} of the sine grid", "Use 0 (even steps) to less than 1.")
+    even = uniform_grid(steps)
+    return even - depth * torch.sin(2.0 * math.pi * even) / (2.0 * math.pi)
+
+
 def edm_grid(steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
     """The straight path's times with the noise levels of Karras et al. 2022 (EDM, arXiv:2206.00364), eq. 5.
 
@@ -254,6 +270,7 @@ def edm_grid(steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: 
 TIME_GRIDS: dict[str, Callable[..., Tensor]] = {
     "uniform": uniform_grid,
     "cosine": cosine_grid,
+    "sine": sine_grid,
     "edm": edm_grid,
 }
 
@@ -265,7 +282,7 @@ def time_grid(steps: int, shift: float = 1.0, kind: str = "uniform", **options: 
         steps: at least 1.
         shift: above 1 spends more steps near the noise, as large images need; see ``shifted``.
         kind: a key of ``TIME_GRIDS``.
-        options: the grid's own ("edm": rho, sigma_min, sigma_max).
+        options: the grid's own ("sine": depth; "edm": rho, sigma_min, sigma_max).
 
     Raises:
         UserError: steps is not a whole number from 1 to ``MOST_STEPS``; shift <= 0, an unknown kind or option, or an

@@ -83,7 +83,7 @@ class Capabilities:
     text: bool
     labels: tuple[str, ...]
     masks: bool
-    steps: int = 20
+    steps: int = 16
     distilled_guidance: bool = False
     negative: bool = True
     guidance: float = 4.0
@@ -142,7 +142,7 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
         text=network.get("text_dim") is not None,
         labels=tuple(names) or tuple(str(number) for number in range(network.get("num_classes") or 0)),
         masks=bool(network.get("condition_channels")),
-        steps=(pipe.get("step_counts") or [4 if pipe.get("average") else 20])[-1],
+        steps=(pipe.get("step_counts") or [4 if pipe.get("average") else 16])[-1],
         distilled_guidance=pipe.get("folded_guidance", 1.0) != 1.0,
     )
 

@@ -156,6 +156,9 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             # Flattened: those of convolutions as well.
             change = alpha / len(down) * up.float().flatten(1) @ down.float().flatten(1)
             weight += change.view_as(weight).to(weight)
+        self.transformer._merged_adapter = (
+            True  # solvers tuned to the checkpoint are none of the network's any more
+        )
         if mode[0]:
             loaded = self._added()
             loaded.own = mode

@@ -196,13 +196,15 @@ def _device(name: str, value: Any) -> torch.device:
 
 #: the "solver" of a call that leaves the steps to a scheduler of diffusers
 SCHEDULER = "scheduler"
+#: the "solver" of a call that takes the one that was tuned to the checkpoint
+TUNED = "tuned"
 
 
 def _solver(name: str, value: Any) -> str | Solver:
     if isinstance(value, Solver):
         return value
     _instance(str, f"Pass one of {', '.join(SOLVERS)}.")(name, value)
-    if value != SCHEDULER:
+    if value not in (SCHEDULER, TUNED):
         lookup(SOLVERS, value, "solver")
     return str(value)
 

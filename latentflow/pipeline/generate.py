@@ -56,8 +56,9 @@ class GenerateCall(CallMixin):
             prompt: caption(s); image i * num_images_per_prompt + j is of prompt i. "" means no condition.
             height, width: in pixels, multiples of the autoencoder's factor; default: as trained, or for
                 InstructPix2Pix those of the control image, in whose shape one of them follows from the other.
-            num_inference_steps: from noise to data; heun evaluates the network twice a step, euler once. Default: 20,
-                or 4 of a checkpoint of average velocities, which evaluates once a step and draws in 1 to 4.
+            num_inference_steps: from noise to data, of one evaluation each. Default: 16, or 4 of a checkpoint of
+                average velocities, which draws in 1 to 4; with a solver or a scheduler 20, where heun evaluates the
+                network twice a step.
             sigmas: a grid of one's own, decreasing in (0, 1] (1 = noise), in float32 too; overrides the number of
                 steps.
             guidance_scale: 1 is off (and half the cost); more follows the condition harder. Default: 4; a checkpoint
@@ -81,9 +82,10 @@ class GenerateCall(CallMixin):
             class_labels: class name(s), id(s) or a mixture.
             guidance_interval: guide only while t is in it (t = 0 noise, t = 1 data).
             solver: a key of ``latentflow.flow.SOLVERS``, or "scheduler": ``pipe.scheduler``, or else the own scheduler
-                of a pretrained model, steps as in its stock pipeline; default: ``pipe.scheduler`` if set, else heun
-                (exponential-adams for a network that predicts the data; average velocities, of which a solver sees
-                the velocities only, where the checkpoint predicts them).
+                of a pretrained model, steps as in its stock pipeline; or "tuned", see `latentflow tune-sampler`.
+                Default: ``pipe.scheduler`` if set, else what was tuned for so many steps, this guidance scale and size,
+                else exponential-adams with shorter steps at both ends (average velocities, of which a solver sees the
+                velocities only, where the checkpoint predicts them).
             original_size, crops_coords_top_left, target_size: (height, width) or (top, left) in pixels, for checkpoints
                 trained with ``--size-conditioning``: an image that was so large and cropped there. Default: of the
                 size that is drawn, uncropped.

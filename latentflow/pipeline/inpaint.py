@@ -15,7 +15,7 @@ from ..families.model import Generators, Rows
 from ..flow import Velocity
 from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 from .adapter_scale import AdapterScale
-from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
+from .arguments import TUNED, ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
 from .calls import CallMixin
 from .images import Images, transparent_again
@@ -180,6 +180,11 @@ class InpaintCall(CallMixin):
             name = TRAINED if self.takes_masks and chosen else DEFAULT_INPAINTING
         if name not in (TRAINED, *INPAINTING):
             raise unknown("inpainting method", name, [TRAINED, *INPAINTING])
+        if solver == TUNED:
+            raise UserError(
+                "solver='tuned' fills no holes: it was tuned to images from noise alone",
+                "Leave the solver out.",
+            )
         if name not in CONDITIONED or solver is not None or (name == TRAINED and not self.takes_masks):
             require_velocity(self.model)
         if name == TRAINED and not self.takes_masks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError, few, shown
 from ..families.distilled import warn_of_guidance, warn_of_steps
 from ..families.few_steps import require_velocity
-from ..families.latentflow import USUAL_STEPS, LatentFlowModel
+from ..families.latentflow import NAMED_STEPS, LatentFlowModel
 from ..families.model import FlowModel, Generators, Rows, Size
 from ..flow import Solver, Velocity, integrate
 from ..flow.solvers import BY_ROW
@@ -26,6 +26,7 @@ from ..utils.memory import require_memory
 from . import scheduler as border
 from .arguments import (
     SCHEDULER,
+    TUNED,
     ClassLabels,
     ConditionArguments,
     StepCallback,
@@ -33,6 +34,7 @@ from .arguments import (
     checked,
     labels,
 )
+from .tuned import TunedSolver, fitting, required
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class SamplingMixin:
     @property
     def usual_steps(self) -> int:
         """Steps of a call that names neither their number nor a solver."""
-        return self.model.usual_steps if self.scheduler is None else USUAL_STEPS
+        return self.model.usual_steps if self.scheduler is None else NAMED_STEPS
 
     @property
     def is_running(self) -> bool:
@@ -229,8 +231,9 @@ class SamplingMixin:
             velocity: of the grid, on the straight path.
             x0: noise (B, C, h, w).
             steps, sigmas: the grid, as of a call; steps None = the usual number.
-            solver: None = the scheduler where there is one, else the model's own; "scheduler": the one of the
-                pipeline, and of a pretrained model its own.
+            solver: None = the scheduler where there is one, else what was tuned to the checkpoint for so many steps,
+                else the model's own; "tuned": what was tuned; "scheduler": the one of the pipeline, and of a
+                pretrained model its own.
             generator: for solvers that draw noise.
             after_step: sees, and may replace, x after each step.
             strength: the part of the grid, counted from its end, that is taken: from t = 1 - strength on.
@@ -254,19 +257,32 @@ class SamplingMixin:
             solver = None  # the default where there is one
         if solver == SCHEDULER and not model.has_velocity:
             solver = None  # its own steps are its scheduler's
+        tuned = self._tuned(solver, steps, x0, plain=sigmas is None and strength == 1.0 and sampler is None)
+        if tuned is not None:
+            solver, steps = tuned.numbers.solver(), tuned.steps
+            log.info("%d steps of the sampler that was tuned to this checkpoint", steps)
         if solver is not None:
             require_velocity(model)
         scheduled = self.scheduler is not None and solver is None and sampler is None
         # A consistency model has no velocity but that which is bound to the grid.
         bound_to_grid = solver is None and (sampler is None or not model.has_velocity)
         made_for_few = bool(model.few_steps) and not scheduled and bound_to_grid
+        usual = solver is None and sampler is None and not scheduled
         if steps is None:
-            steps = model.usual_steps if made_for_few or not model.few_steps else USUAL_STEPS
+            own = usual or made_for_few or not isinstance(model, LatentFlowModel)
+            steps = model.usual_steps if own else NAMED_STEPS
         if made_for_few and model.few_steps.step_counts and steps not in model.few_steps.step_counts:
             counts = " or ".join(map(str, model.few_steps.step_counts))
             log.warning("%d steps are asked for; the checkpoint was trained to draw in %s", steps, counts)
         warn_of_steps(model, steps)
-        options: dict[str, Any] = {"progress": self.progress_bar, "generator": generator}
+
+        def progress(steps: Iterable[int]) -> Any:
+            bar = self.progress_bar(steps)
+            if tuned is not None and hasattr(bar, "set_description"):
+                bar.set_description("tuned sampler")
+            return bar
+
+        options: dict[str, Any] = {"progress": progress, "generator": generator}
         try:
             if scheduled:
                 border.set_grid(self.scheduler, steps, sigmas, x0.device, strength)
@@ -286,9 +302,10 @@ class SamplingMixin:
                 self._num_timesteps = len(own.timesteps)
                 bound = velocity(model.scheduler_grid(own))
                 return border.sample_with_scheduler(model, own, bound, x0, callback=stepped, **options)
-            times = (
-                model.time_grid(steps, height, width) if sigmas is None else border.times_from_sigmas(sigmas)
-            )
+            grid = model.usual_grid if usual else model.time_grid
+            times = grid(steps, height, width) if sigmas is None else border.times_from_sigmas(sigmas)
+            if tuned is not None:
+                times = torch.tensor(tuned.numbers.times, dtype=torch.float64)
             times = last_part(times, strength)
             self._num_timesteps = len(times) - 1
             x = model.begin(x0, times) if x1 is None else start(float(times[0]))
@@ -305,6 +322,32 @@ class SamplingMixin:
             )
         except Interrupted as interrupted:
             return interrupted.latents
+
+    def _tuned(
+        self, solver: str | Solver | None, steps: int | None, x0: Tensor, *, plain: bool
+    ) -> TunedSolver | None:
+        """Return the solver of the checkpoint's file that a call takes: where it is asked for, or nothing else is.
+
+        Args:
+            plain: the call goes from noise to data, on no grid of the caller's.
+
+        Raises:
+            UserError: it is asked for, and there is none that fits.
+        """
+        height, width = (side * self.vae_scale_factor for side in x0.shape[-2:])
+        call = self.model, steps, self._guidance_scale, height, width
+        if solver == TUNED:
+            if not plain:
+                raise UserError(
+                    "solver='tuned' with sigmas, a strength below 1 or a method that steers the flow",
+                    "It goes from noise to data along its own times: leave the others out.",
+                )
+            require_velocity(self.model)
+            return required(*call)
+        usual = solver is None and self.scheduler is None and not self.model.few_steps
+        if not usual or not plain or not self.model.has_velocity:
+            return None
+        return fitting(self.model, self.usual_steps if steps is None else steps, *call[2:])
 
 
 class RunningCall:

@@ -39,9 +39,7 @@ _PRETRAINED = "stabilityai/sd-vae-ft-mse"
 # the CPU starts its kernels.
 _UTILISATION, _GPU_UTILISATION = 0.2, 0.4
 _LEAST_SECONDS = 0.03
-_PRIOR_EVALUATIONS = (
-    40  # of the network, for one sample that a checkpoint generates: 20 steps of Heun's method
-)
+_PRIOR_EVALUATIONS = 20  # of the network, for one sample that a checkpoint generates: as many steps
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from PIL import Image
 
 from ..config import AdapterChoice
 from ..errors import UserError, printable
+from ..inference.sample import Capabilities
 from .checkpoint_facts import LARGEST_WEIGHT
 from .guard import ARRIVED, MOST_KEPT, make_room
 from .inference_server import (
@@ -40,7 +41,7 @@ from .inference_server import (
 log = logging.getLogger(__name__)
 Values: TypeAlias = dict[str, Any]  # values of a request, by the names of its inputs
 USUAL = "default"
-USUAL_STEPS = 20
+NAMED_STEPS = 20  # of methods that fill or edit
 PATIENCE = 10.0  # seconds after its request in which a client has to listen for the answer
 # Options of events that need neither the queue nor the models.
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -194,7 +195,7 @@ class Tab:
         """
         capabilities, name = self.server.capabilities, self.name
         distilled = capabilities.distilled_guidance
-        default_steps = capabilities.steps if few_steps else USUAL_STEPS
+        default_steps = self._usual_steps(capabilities, few_steps)
         with gr.Row():
             steps = gr.Slider(1, MOST_STEPS, default_steps, step=1, label="Steps", elem_id=f"{name}-steps")
             scale = gr.Slider(
@@ -209,6 +210,11 @@ class Tab:
         self.inputs |= {"steps": steps, "guidance": scale}
         self._follow_adapters(few_steps, default_steps)
 
+    def _usual_steps(self, capabilities: Capabilities, few_steps: bool) -> int:
+        """Return the number of steps to begin with: the checkpoint's own where it has one, or the tab draws."""
+        own = capabilities.steps != Capabilities.steps or self.name == "generate"
+        return capabilities.steps if few_steps and own else NAMED_STEPS
+
     def _follow_adapters(self, few_steps: bool, default_steps: int) -> None:
         """Let classes, steps and guidance change with the adapters: some bring classes, or need few steps."""
         switches = {name: self.inputs[name] for name in ("fast", "lora") if name in self.inputs}
@@ -222,7 +228,7 @@ class Tab:
         def follow(before: int, *given: Any) -> list[Any]:
             values = dict(zip([*switches, *self._weights.values()], given, strict=True))
             with_adapters = self.server.capabilities_with(self._choice(values))
-            steps = with_adapters.steps if few_steps else USUAL_STEPS
+            steps = self._usual_steps(with_adapters, few_steps)
             guided = with_adapters.condition and not with_adapters.distilled_guidance
             return [
                 steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 
 from latentflow.errors import UserError
 from latentflow.inference.sample import model_capabilities, read_capabilities
+from latentflow.pipeline.tuned import read_tuned
 from latentflow.web.inference_server import GenerationRequest, InferenceServer
 
 from .test_pretrained import opened
@@ -60,6 +62,24 @@ def test_generate(name: str, folders: Callable[[str], Path], load_program: Progr
     line = [*words(name), *size(name), "-o", str(tmp_path / "out.png"), *flags(name, folders(name))]
     load_program("generate").main(line)
     assert Image.open(tmp_path / "out.png").size == (opened(name)[2].side,) * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["StableDiffusion3Pipeline", pytest.param("StableDiffusionPipeline", marks=pytest.mark.slow)]
+)
+def test_a_sampler_is_tuned_to_a_pretrained_model(
+    name: str, folders: Callable[[str], Path], load_program: Program, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders(name), tmp_path / "copied"))
+    few = ["--steps", "3", "-n", "4", "--held-out", "4", "--batch-size", "4", "--rounds", "2", "--seed", "1"]
+    load_program("tune_sampler").main([str(folder), *few, *size(name)])
+    (tuned,) = read_tuned(folder)
+    assert tuned.held_out["tuned_mean"] < 0.9 * tuned.held_out["usual_mean"]
+    drawn = ["red apple", *size(name), "--checkpoint", str(folder), "--steps", "3", "--solver"]
+    for solver in ("tuned", "euler"):
+        load_program("generate").main([*drawn, solver, "-o", str(tmp_path / f"{solver}.png")])
+    one, other = (Image.open(tmp_path / f"{solver}.png").tobytes() for solver in ("tuned", "euler"))
+    assert one != other
 
 
 @pytest.mark.parametrize(("name", "usual"), [("FluxPipeline-dev", 3.5), ("ZImagePipeline", 5.0)])

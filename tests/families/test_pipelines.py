@@ -64,7 +64,7 @@ def test_a_call_draws_as_the_model_does(name: str) -> None:
     ).images
     with torch.no_grad():
         rows = model.encode_prompt(PROMPTS[:1]) if model.takes_text else model.encode_class([1])
-        times = model.time_grid(4, tiny.side, tiny.side)
+        times = model.usual_grid(4, tiny.side, tiny.side)
         from latentflow.flow import integrate
 
         x = model.begin(model.noise(1, tiny.side, tiny.side, seeded()), times)

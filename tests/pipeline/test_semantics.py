@@ -145,12 +145,21 @@ def test_one_network_evaluation_per_step(class_pipe: LatentFlowPipeline, scale: 
     assert [(n, t) for n, t, _ in class_pipe.transformer.calls] == [(rows, t) for t in (0.0, 0.25, 0.5, 0.75)]
 
 
-def test_without_a_solver_it_is_heun(class_pipe: LatentFlowPipeline, x0: Noise) -> None:
-    call = {"class_labels": 1, "latents": x0(1), "num_inference_steps": 3, "output_type": "latent"}
-    default = class_pipe(**call).images
-    assert len(class_pipe.transformer.calls) == 6
-    assert torch.equal(default, class_pipe(**call, solver="heun").images)
-    assert not torch.equal(default, class_pipe(**call, solver="euler").images)
+def test_without_a_solver_steps_are_shorter_at_both_ends(class_pipe: LatentFlowPipeline, x0: Noise) -> None:
+    call = {"class_labels": 1, "latents": x0(1), "output_type": "latent"}
+    default = class_pipe(**call, num_inference_steps=6).images
+    times = [t for _, t, _ in class_pipe.transformer.calls]
+    assert len(times) == 6  # one evaluation each
+    sigmas = [1.0 - t for t in time_grid(6, kind="sine").tolist()[:-1]]
+    close(default, class_pipe(**call, sigmas=sigmas, solver="exponential-adams").images, 1e-6)
+    assert not torch.equal(
+        default, class_pipe(**call, num_inference_steps=6, solver="exponential-adams").images
+    )
+    class_pipe.transformer.calls.clear()
+    class_pipe(**call)
+    assert len(class_pipe.transformer.calls) == class_pipe.usual_steps == 16
+    class_pipe(**call, solver="euler")
+    assert len(class_pipe.transformer.calls) == 16 + 20
 
 
 # ------------------------------------------------------------------ noise

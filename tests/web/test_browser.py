@@ -467,14 +467,14 @@ def test_the_switch_and_the_picker_do_what_the_flags_of_generate_do(me, adapters
     assert plain == generated()
 
     me.open_settings("generate")
-    assert steps() == "20" and me.shows("#generate-guidance")
+    assert steps() == "16" and me.shows("#generate-guidance")
     me.one("#generate-fast input").click()
     me.wait(lambda: steps() == "4" and not me.shows("#generate-guidance"))
     fast = me.draw("generate")
     assert fast == generated("--fast")
 
     me.one("#generate-fast input").click()
-    me.wait(lambda: steps() == "20" and me.shows("#generate-guidance"))
+    me.wait(lambda: steps() == "16" and me.shows("#generate-guidance"))
     assert me.draw("generate") == plain
 
     assert not me.shows("#generate-lora-weight-1")

@@ -198,7 +198,7 @@ def test_adapters_change_what_is_drawn_and_what_is_known(adapted, tmp_path, monk
     assert len(server._opened) == 2  # and no more are kept
     fast = server.capabilities_with(server.choice(True, ()))
     assert (fast.steps, fast.distilled_guidance) == (2, True)
-    assert server.capabilities_with(server.choice(False, ())).steps == 20
+    assert server.capabilities_with(server.choice(False, ())).steps == 16
 
 
 def test_no_file_is_opened_that_is_not_offered(adapted, tmp_path, monkeypatch) -> None:

@@ -21,6 +21,7 @@ from .integrate import Times as Times
 from .integrate import find_solver as find_solver
 from .integrate import integrate as integrate
 from .multistep import adams_bashforth as adams_bashforth
+from .non_stationary import NonStationary as NonStationary
 from .stochastic import churn as churn
 from .stochastic import ddpm as ddpm
 from .stochastic import euler_maruyama as euler_maruyama

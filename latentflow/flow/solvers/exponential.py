@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..paths import Path
 from ..predictions import convert
+from ..tensors import per_row
 from .base import Field, SolverOptions, Step, schedule
 
 #: A step in log-SNR that is longer than the one before by more than this is taken with first order.
@@ -55,7 +56,7 @@ def _log_snr(path: Path, t: float) -> float:
     return path.log_snr(torch.tensor(t, dtype=torch.float64)).item()
 
 
-def exponential_adams(options: SolverOptions) -> Step:
+def exponential_adams(options: SolverOptions, *, limited: bool = True) -> Step:
     """An exponential Adams method with a corrector that costs no evaluation; full order up to both ends.
 
     The data prediction D is taken as linear in y = alpha / r with r = sqrt(alpha^2 + sigma^2), as it is along the
@@ -67,9 +68,19 @@ def exponential_adams(options: SolverOptions) -> Step:
     where m is sigma' times the integral of y - y_n over d(alpha/sigma). The slope of a step is known only after
     the next evaluation, which corrects x for it before stepping on: the idea of UniC (Zhao et al. 2023,
     arXiv:2302.04867). Backward in time noise and data change places, so that nothing divides by 0 either.
+
+    Where steps are too long for that, D swings to and fro, which the slope would magnify. Each row sees it in its
+    own slopes, where one turns against the one before twice in a row: with c the larger of the two latest cosines
+    between successive slopes, it takes the share min(1, 1 + c) of the slope, down to the first order (DDIM), which is
+    stable with steps twice as long. Along a smooth flow slopes keep their direction, and nothing changes.
+
+    Args:
+        limited: False takes the slope whole, so that the method is linear.
     """
     path = options.path
     before: tuple[Tensor, float] | None = None  # D and y of the step before
+    slopes: list[Tensor] = []  # the latest, whole
+    turns: list[Tensor] = []  # the two latest cosines between successive slopes, (B,)
     taken: tuple[Tensor | None, float] = (None, 0.0)  # its slope (None for 0) and m
 
     def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
@@ -87,6 +98,12 @@ def exponential_adams(options: SolverOptions) -> Step:
         slope = None
         if before is not None and abs(y - before[1]) > _SHORTEST_STEP:
             slope = (ends[0] - before[0]) / (y - before[1])
+            if limited:
+                turns.extend(_cosine(slope, last) for last in slopes)
+                slopes[:] = [slope]
+                del turns[:-2]
+                if len(turns) == 2:
+                    slope = per_row((1.0 + torch.maximum(*turns)).clamp(max=1.0), x) * slope
             earlier, m_before = taken
             x = torch.add(x, slope, alpha=m + decay * m_before)
             x = x if earlier is None else torch.add(x, earlier, alpha=-decay * m_before)
@@ -94,3 +111,9 @@ def exponential_adams(options: SolverOptions) -> Step:
         return x
 
     return step
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosine (B,) between the rows of (B, ...); 0 where one of them is 0."""
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(torch.finfo(a.dtype).tiny)
