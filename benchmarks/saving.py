@@ -34,7 +34,7 @@ def main() -> None:
     for step in range(1, 4):
         start = time.process_time()
         network(x).square().mean().backward()
-        module.update(1e-3, skip=False)
+        module.update(1e-3, skip=torch.tensor(False))
         module.update_averages(step)
         steps.append(time.process_time() - start)
         print(f"step {step}: {steps[-1]:.2f} s", flush=True)

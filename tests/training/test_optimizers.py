@@ -274,7 +274,7 @@ def test_schedule_free_goes_on_from_a_state_in_its_evaluation_mode() -> None:
     def step(one: TrainedModule, number: int) -> None:
         torch.manual_seed(number)
         one.trained({"x": torch.ones(2, 1), "y": torch.zeros(2, 1), "sample_ids": [0, 1]})["loss"].backward()
-        one.update(1e-3, skip=False)
+        one.update(1e-3, skip=torch.tensor(False))
         one.update_averages(number)
 
     whole, second = module(), module()
@@ -345,7 +345,7 @@ def test_a_scaled_rate_reaches_the_weights() -> None:
     before = {key: one.detach().clone() for key, one in stage.named_parameters()}
     for one in stage.parameters():
         one.grad = torch.ones_like(one)
-    module.update(0.01, skip=False)  # AdamW's first step has the length of its rate
+    module.update(0.01, skip=torch.tensor(False))  # AdamW's first step has the length of its rate
     moved = {key: float((one.detach() - before[key]).abs().max()) for key, one in stage.named_parameters()}
     assert moved["network.final_layer.linear.bias"] == pytest.approx(0.01, rel=1e-3)
     assert moved["network.blocks.0.attn.proj.bias"] == pytest.approx(0.0025, rel=1e-3)
