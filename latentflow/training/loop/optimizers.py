@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
 
     The orthogonal update is scaled by ``0.2 * sqrt(max(M, N))``, so that its root mean square equals that of a typical
     AdamW step and both optimisers can share one learning rate (Liu et al. 2025, section 2.2). Matrices that stack
-    several maps (fused q, k, v; the shift, scale and gate of adaLN) are orthogonalised part by part. Sharded ones are
+    several maps (fused q, k, v) are orthogonalised part by part. Sharded ones are
     put together for it in every process.
 
     Args:
