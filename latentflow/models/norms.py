@@ -1,7 +1,7 @@
 """Norms without weights of their own, and what queries and keys go through: their norm and rotary positions."""
 
 # mypy: disable-error-code=no-any-return
-# An autograd function returns Any.
+# Functions of torch return Any.
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -61,7 +62,7 @@ class Muon(torch.optim.Optimizer):
 
     The orthogonal update is scaled by ``0.2 * sqrt(max(M, N))``, so that its root mean square equals that of a typical
     AdamW step and both optimisers can share one learning rate (Liu et al. 2025, section 2.2). Matrices that stack
-    several maps (fused q, k, v; the shift, scale and gate of adaLN) are orthogonalised part by part. Sharded ones are
+    several maps (fused q, k, v) are orthogonalised part by part. Sharded ones are
     put together for it in every process.
 
     Args:
@@ -200,18 +201,27 @@ def _schedule_free(parameters: dict[str, nn.Parameter], config: LoopConfig) -> l
     return [optimizer]
 
 
-def _muon(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torch.optim.Optimizer]:
+def _muon(
+    parameters: dict[str, nn.Parameter], config: LoopConfig, *, modulation: bool = False
+) -> list[torch.optim.Optimizer]:
+    """Return Muon for inner matrices and AdamW for the rest.
+
+    Those of adaLN, a third of Muon's work, are the rest's as well: with AdamW runs of equal time end lower.
+
+    Args:
+        modulation: give them to Muon all the same, as in runs begun before.
+    """
     stacked: dict[int, list[nn.Parameter]] = defaultdict(list)
     rest: dict[str, nn.Parameter] = {}
     for name, parameter in parameters.items():
-        if _is_inner_matrix(name, parameter):
+        if _is_inner_matrix(name, parameter) and (modulation or "adaLN" not in name):
             stacked[_parts(name, parameter)].append(parameter)
         else:
             rest[name] = parameter
     groups = [{"params": members, "parts": parts} for parts, members in sorted(stacked.items())]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
-        optimizers.append(Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay))
+        optimizers.append(Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay, every=2))
     return optimizers + (_adamw(rest, config) if rest else [])
 
 
@@ -233,16 +243,24 @@ OPTIMIZERS: dict[str, Callable[[dict[str, nn.Parameter], LoopConfig], list[torch
 }
 
 
-def make_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    module: nn.Module, config: LoopConfig, saved: Sequence[dict[str, Any]] | None = None
+) -> list[torch.optim.Optimizer]:
     """Return optimisers that together own every trainable parameter of ``module``.
 
     A module may have ``rate_factors``: beginning of parameters' names -> factor on their learning rate.
+
+    Args:
+        saved: states of a run's optimisers, which those that are returned are to take up.
 
     Raises:
         UserError: unknown ``config.optimizer``; a layer decay for a network without layers in a row.
     """
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    optimizers = lookup(OPTIMIZERS, config.optimizer, "optimizer")(parameters, config)
+    make = lookup(OPTIMIZERS, config.optimizer, "optimizer")
+    if saved and make is _muon and "iteration" not in saved[0]["param_groups"][0]:
+        make = partial(_muon, modulation=True)
+    optimizers = make(parameters, config)
     scales = rate_scales(list(parameters), config.lr_layer_decay, config.lr_embeddings)
     for start, factor in getattr(module, "rate_factors", {}).items():
         scales |= {name: factor * scale for name, scale in scales.items() if name.startswith(start)}

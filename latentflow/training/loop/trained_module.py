@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -150,7 +151,8 @@ class TrainedModule:
         }
         if getattr(module, "learns_from_average", False):
             module.use_average(self.average)  # type: ignore[operator]
-        optimizers = make_optimizers(self.trained, config)
+        self._make_optimizers = partial(make_optimizers, self.trained, config)
+        optimizers = self._make_optimizers()
         # Evaluation mode: autocast only, without averaging gradients over the processes, which FSDP2 does itself.
         self.prepared: nn.Module = accelerator.prepare_model(
             self.trained, device_placement=not self.sharded, evaluation_mode=self.sharded
@@ -176,6 +178,10 @@ class TrainedModule:
         self.average.load(state[f"{self.name}-average"])
         for name, average in self._tracked.items():
             average.load(state[name])
+        # A run that was begun before shares the parameters out as it did.
+        made = self._make_optimizers(state[f"{self.name}-optimizer"])
+        for optimizer, other in zip(self.optimizers, made, strict=True):
+            optimizer.optimizer.param_groups[:] = other.param_groups
         for optimizer, saved in zip(self.optimizers, state[f"{self.name}-optimizer"], strict=True):
             groups = optimizer.optimizer.param_groups
             # Those of this start, which a saved state would replace without a word; `update` sets the rate.
