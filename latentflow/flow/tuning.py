@@ -61,9 +61,9 @@ class Ends:
 
     @classmethod
     def of(cls, velocity: Velocity, start: Tensor, times: Sequence[float], fine: int = FINE) -> Ends:
-        """Follow fine trajectories, by Adams-Bashforth of order 3 in ``fine`` even steps."""
+        """Follow fine trajectories, by the exponential Adams method in ``fine`` even steps."""
         grid = torch.linspace(times[0], times[-1], fine + 1, dtype=torch.float64)
-        return cls(velocity, start, integrate(velocity, start, grid, "adams-bashforth-3"))
+        return cls(velocity, start, integrate(velocity, start, grid, "exponential-adams"))
 
     def errors(self, solver: NonStationary) -> Tensor:
         """Return the root mean square error (B,) of each end."""

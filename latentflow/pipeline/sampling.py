@@ -267,7 +267,7 @@ class SamplingMixin:
         # A consistency model has no velocity but that which is bound to the grid.
         bound_to_grid = solver is None and (sampler is None or not model.has_velocity)
         made_for_few = bool(model.few_steps) and not scheduled and bound_to_grid
-        usual = solver is None and sampler is None and not scheduled
+        usual = solver is None and sampler is None and not scheduled and strength == 1.0
         if steps is None:
             own = usual or made_for_few or not isinstance(model, LatentFlowModel)
             steps = model.usual_steps if own else NAMED_STEPS

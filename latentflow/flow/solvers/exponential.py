@@ -116,4 +116,5 @@ def exponential_adams(options: SolverOptions, *, limited: bool = True) -> Step:
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosine (B,) between the rows of (B, ...); 0 where one of them is 0."""
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(torch.finfo(a.dtype).tiny)
+    lengths = a.square().sum(1).sqrt() * b.square().sum(1).sqrt()
+    return (a * b).sum(1) / lengths.clamp_min(torch.finfo(a.dtype).tiny)
