@@ -305,7 +305,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_heads": 3,
         "max_train_steps": 800,
         "train_batch_size": 128,
-        "learning_rate": 2e-3,
+        "learning_rate": 4e-3,
         "optimizer": "muon",
         "validation_steps": 200,
         "preview_steps": 200,
@@ -318,7 +318,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "network_preset": "small",
         "max_train_steps": 20_000,
         "train_batch_size": 64,
-        "learning_rate": 2e-3,
+        "learning_rate": 4e-3,
         "optimizer": "muon",
     },
     # A GPU for a day.

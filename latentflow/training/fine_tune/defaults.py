@@ -60,12 +60,14 @@ def fitted(
             "Leave it out: an adapter is trained with AdamW.",
         )
     changes: dict[str, Any] = {}
-    if adapter and loop.optimizer == "muon":  # a preset's
-        changes["optimizer"] = "adamw"
+    rate = loop.learning_rate
+    if adapter and loop.optimizer == "muon":  # a preset's, whose rate is twice AdamW's
+        rate /= 2
+        changes |= {"optimizer": "adamw", "learning_rate": rate}
     if not adapter:
-        changes["learning_rate"] = loop.learning_rate / _SLOWER
+        changes["learning_rate"] = rate / _SLOWER
     elif not student:
-        changes["learning_rate"] = loop.learning_rate * _FASTER
+        changes["learning_rate"] = rate * _FASTER
     if not adapter and "learning_rate" not in given:
         changes["lr_embeddings"] = loop.lr_embeddings * _SLOWER
     own = own_share * _samples(loop)
