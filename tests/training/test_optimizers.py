@@ -245,7 +245,7 @@ def test_a_run_of_muon_that_was_begun_before_goes_on_as_it_was() -> None:
         gradients(trained.module, step)
         for optimizer in (inner, adamw):
             optimizer.step()
-        trained.update(0.01, skip=False)
+        trained.update(0.01, skip=torch.tensor(False))
     for name, one in old.named_parameters():
         assert torch.equal(one, trained.module.get_parameter(name)), name
 
