@@ -149,7 +149,7 @@ def test_commands_and_flags_exist(page: Path) -> None:
 # Flags of other programs that the pages name: pytest, torchrun, accelerate, pip, the benchmarks.
 FOREIGN = re.compile(
     r"--(run-(slow|gpu|network|data)|cpu|use_fsdp|fsdp_offload_params|num_processes|node-rank|machine_rank|index-url"
-    r"|entries|seeds|only|size|seconds|rounds|threads|logdir|dependency|script|skip|tiny|data)"
+    r"|entries|seeds|only|size|seconds|rounds|threads|logdir|sit|dependency|script|skip|tiny|data)"
 )
 
 

@@ -28,9 +28,12 @@ from latentflow.utils import libraries
 from latentflow.utils.html_page import Page
 from latentflow.utils.single_files import weight_shapes
 
+from .data.images import load_program as load_file
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+PICTOGRAMS = ROOT / "train" / "recipes" / "pictograms.py"
 FOR_DEVELOPERS = {"test", "dev", "browser", "bench"}
 
 
@@ -83,6 +86,10 @@ USES: dict[str, tuple[str, Callable[[Path], Any]]] = {
         lambda folder: FAMILIES["KolorsPipeline"].open_pipeline(folder),
     ),
     "gradio": ("gradio", lambda folder: None),  # by the program, below
+    "resvg-py": (
+        "resvg_py",
+        lambda folder: load_file(PICTOGRAMS).main([str(folder), "-o", str(folder / "out")]),
+    ),
 }
 
 

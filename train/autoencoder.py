@@ -47,7 +47,8 @@ GENERATORS_OWN = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Train an autoencoder on a folder of images."""
     config = parse(Config, argv, prog="latentflow autoencoder")
-    refuse_generators_flags(sys.argv[1:] if argv is None else argv)
+    if not (Path(config.output) / "config.yaml").is_file():  # the line of an earlier version goes on
+        refuse_generators_flags(sys.argv[1:] if argv is None else argv)
 
     from latentflow.training import resumable, resume_line
     from latentflow.training.loop.run_folder import run_lock

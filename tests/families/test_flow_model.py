@@ -46,7 +46,7 @@ def _no_grad() -> Iterator[None]:
 
 def sample(model: FlowModel, rows: Rows, steps: int | None = None, **options: Any) -> Tensor:
     """Return images in [-1, 1], sampled as the docstring of ``families/model.py`` has it."""
-    times = model.time_grid(steps, SIDE, SIDE)
+    times = model.usual_grid(steps, SIDE, SIDE)
     velocity = model.velocity(rows, times=times, **options)
     return model.decode(
         integrate(velocity, model.noise(len(rows), SIDE, SIDE, seeded()), times, model.usual_solver)

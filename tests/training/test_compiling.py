@@ -13,7 +13,8 @@ from torch import nn
 
 from latentflow.config import FlowConfig, LoopConfig
 from latentflow.models import DiT, UNet
-from latentflow.models.dit import DiTBlock, layer_norm, rms_norm
+from latentflow.models.dit import DiTBlock
+from latentflow.models.norms import layer_norm, rms_norm
 from latentflow.training.fine_tune import step_memory
 from latentflow.training.loop import compiling
 from latentflow.training.loop.compiling import as_written, compile_network, compiles

@@ -83,7 +83,8 @@ def test_activations_are_what_autograd_keeps_of_a_real_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(torch.randn(2, 4, 20, 20), torch.rand(2))
     real = sum(one.untyped_storage().nbytes() for one in kept.values())
-    assert 2 * planned.activations == pytest.approx(real, rel=0.05)
+    # A CPU keeps a tensor of queries and keys less in each block than is planned, which is what a GPU keeps.
+    assert real <= 2 * planned.activations <= 1.08 * real
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ import tyro
 from PIL import Image
 
 from latentflow.cli import parse, run
-from latentflow.data.images import decode_image
+from latentflow.data.images import decode_image, loaded, open_image
 from latentflow.errors import UserError
 from latentflow.utils.libraries import missing
 from latentflow.utils.progress import progress_bar
@@ -396,7 +396,7 @@ def render(drawing: Drawing, resolution: int) -> Image.Image | None:
             )
         except ValueError:
             return None
-        image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+        image = loaded(open_image(io.BytesIO(bytes(png)))).convert("RGBA")
     if drawing.crop:
         image = image.crop(image.getchannel("A").point(lambda opacity: 255 * (opacity > 8)).getbbox())
     inner = round(resolution * (1 - 2 * MARGIN)) if drawing.crop else resolution
@@ -511,7 +511,7 @@ def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_licenses(file: Path, drawings: Sequence[Drawing]) -> None:
-    """Whose the images are."""
+    """Write the sources, their licenses, and whom to name."""
     counts = Counter((drawing.style, drawing.source) for drawing in drawings)
     lines = ["# Licenses", "", "| style | images | source | license |", "|---|---|---|---|"]
     lines += [f"| {style} | {n} | {source} | {LICENSES[style]} |" for (style, source), n in counts.items()]
