@@ -44,12 +44,14 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-def sample(model: FlowModel, rows: Rows, steps: int | None = None, **options: Any) -> Tensor:
-    """Return images in [-1, 1], sampled as the docstring of ``families/model.py`` has it."""
-    times = model.usual_grid(steps, SIDE, SIDE)
+def sample(
+    model: FlowModel, rows: Rows, steps: int | None = None, solver: str | None = None, **options: Any
+) -> Tensor:
+    """Return images in [-1, 1], sampled as the docstring of ``families/model.py`` has it, or by a named solver."""
+    times = (model.usual_grid if solver is None else model.time_grid)(steps, SIDE, SIDE)
     velocity = model.velocity(rows, times=times, **options)
     return model.decode(
-        integrate(velocity, model.noise(len(rows), SIDE, SIDE, seeded()), times, model.usual_solver)
+        integrate(velocity, model.noise(len(rows), SIDE, SIDE, seeded()), times, solver or model.usual_solver)
     )
 
 
@@ -183,7 +185,8 @@ def test_known_images_are_part_of_the_rows() -> None:
         solver="heun",
         negative_prompt="a small blue hat",
     )
-    assert torch.equal(sample(model, rows, negative=model.encode_prompt(["a small blue hat"] * 2)), called)
+    negative = model.encode_prompt(["a small blue hat"] * 2)
+    assert torch.equal(sample(model, rows, 20, "heun", negative=negative), called)
     assert torch.equal(rows[[1, 0]].kept["channels"], rows.kept["channels"][[1, 0]])  # type: ignore[index]
     with pytest.raises(ValueError, match="cannot be joined"):
         Rows.cat([rows, model.encode_prompt(PROMPTS)])

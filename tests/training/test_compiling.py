@@ -78,7 +78,8 @@ def test_without_a_compiler_the_log_says_so_and_nothing_is_compiled(
     for _ in range(2):  # it is said once
         compile_network(net, LoopConfig(compile=True), CPU)
     compiling._can_compile.cache_clear()
-    (record,) = caplog.records
+    # A program that ran before may have left its handlers: then a record comes twice.
+    (record,) = {id(record): record for record in caplog.records}.values()
     assert "Failed to find C compiler" in record.message and "--no-compile-on-gpu" in record.message
     assert not any(part._compiled_call_impl for part in net.modules())
 
