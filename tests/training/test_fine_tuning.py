@@ -383,7 +383,7 @@ def test_defaults_follow_from_the_number_of_images_and_flags_win() -> None:
 def test_the_plan_says_what_was_chosen(base, animals, cache, tmp_path) -> None:
     line = [animals, "-o", tmp_path / "run", "--resolution", 16, "--init-from", base, "--dry-run"]
     said = call(cache, *line, "--preset", "tiny")
-    assert "--learning-rate 0.0004" in said  # a fifth of the preset's
+    assert "--learning-rate 0.0008" in said  # a fifth of the preset's
     assert "9 images to train on, 0 held out" in said and "few images (9)" in said
     assert "200 in all" in said
     said = call(cache, *line, "--learning_rate", "0.003", "--max-train-steps=7", "--prior-samples", 0)
