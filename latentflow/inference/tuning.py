@@ -31,7 +31,7 @@ PROMPTS = (
 )  # fmt: skip
 # Between the seeds of the noises that are fitted and those that are held out.
 _APART = 1_000_000
-# Heun's steps, of two evaluations each, whose error is told beside the others.
+# Heun's steps, of two evaluations each, whose error is reported beside the others.
 _HEUN_STEPS = 20
 
 

@@ -156,9 +156,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             # Flattened: those of convolutions as well.
             change = alpha / len(down) * up.float().flatten(1) @ down.float().flatten(1)
             weight += change.view_as(weight).to(weight)
-        self.transformer._merged_adapter = (
-            True  # solvers tuned to the checkpoint are none of the network's any more
-        )
+        # Solvers that were tuned to the checkpoint do not fit the changed network.
+        self.transformer._merged_adapter = True
         if mode[0]:
             loaded = self._added()
             loaded.own = mode

@@ -41,7 +41,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -233,7 +233,7 @@ def read_emoji(style: Style, config: PictogramsConfig, names: Mapping[str, Name]
     else:
         files = {
             key_of(path.stem): path
-            for path in sorted(folder.rglob("*-*.*")) + sorted(folder.rglob("*.*"))
+            for path in sorted(folder.rglob("*.*"))
             if path.suffix in {".svg", ".webp", ".png"}
         }
     for key in sorted(names.keys() & (bodies.keys() | files.keys())):
@@ -494,14 +494,19 @@ def write(folder: Path, drawings: Sequence[Drawing], images: Mapping[str, Image.
     rows = []
     for drawing in drawings:
         images[drawing.file_name].save(folder / drawing.file_name)
-        known: dict[str, Any] = {
-            key: value
-            for key, value in asdict(replace(drawing, svg="")).items()
-            if key in Row.__dataclass_fields__
-        }
         styled = f"{drawing.style} style: {drawing.name}"
-        known |= {"text": [styled, styled, styled, drawing.name], "license": LICENSES[drawing.style]}
-        rows.append(asdict(Row(**known)))
+        row = Row(
+            file_name=drawing.file_name,
+            text=[styled, styled, styled, drawing.name],
+            style=drawing.style,
+            name=drawing.name,
+            group=drawing.group,
+            subgroup=drawing.subgroup,
+            skin_tone=drawing.skin_tone,
+            license=LICENSES[drawing.style],
+            source=drawing.source,
+        )
+        rows.append(asdict(row))
     write_lines(folder / "metadata.jsonl", rows)
 
 
