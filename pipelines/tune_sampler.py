@@ -85,11 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "Write one first: latentflow export CHECKPOINT -o FOLDER",
         )
 
-    from latentflow.inference.tuning import read_prompts, tune_sampler
+    from latentflow.inference.tuning import tune_sampler
     from latentflow.pipeline import LatentFlowPipeline
     from latentflow.pipeline.tuned import check_free, write_tuned
+    from latentflow.utils.files import read_prompts
 
-    prompts = [] if config.prompts is None else read_prompts(config.prompts)
+    prompts = [] if config.prompts is None else read_prompts(config.prompts, "--prompts")
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, memory=config.memory)
     model = pipe.model
     guidance = model.guidance(config.guidance)

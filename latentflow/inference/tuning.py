@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from ..flow import Solver, Velocity, integrate
 from ..flow.tuning import FINE, Ends, cost, rms, tune
 from ..pipeline.adapter_bases import fingerprint
 from ..pipeline.tuned import TunedSolver, is_adapted
-from ..utils.files import decode
 from ..utils.progress import progress_bar
 from .sample import generators
 
@@ -33,19 +31,6 @@ PROMPTS = (
 _APART = 1_000_000
 # Heun's steps, of two evaluations each, whose error is reported beside the others.
 _HEUN_STEPS = 20
-
-
-def read_prompts(file: str) -> list[str]:
-    """Return the prompts in a text file, one a line.
-
-    Raises:
-        UserError: there is none.
-        OSError: it cannot be read.
-    """
-    lines = [line.strip() for line in decode(Path(file).read_bytes(), file).splitlines()]
-    if not any(lines):
-        raise UserError(f"{file} holds no prompts", "Write one on each line.")
-    return [line for line in lines if line]
 
 
 def usual_prompts(model: FlowModel, seed: int) -> list[str]:

@@ -55,6 +55,20 @@ def decode(raw: bytes, where: str) -> str:
     return text
 
 
+def read_prompts(file: str, flag: str) -> list[str]:
+    """Return the lines of a text file that are not empty; ``flag`` names it in errors.
+
+    Raises:
+        UserError: the file cannot be read, or has none.
+    """
+    with reading(f"{flag} {file}", OSError, fix="Give a text file with one caption per line."):
+        raw = Path(file).expanduser().read_bytes()
+    lines = [line.strip() for line in decode(raw, f"{flag} {file}").splitlines()]
+    if not any(lines):
+        raise UserError(f"{flag} {file} holds no caption", "Write one per line.")
+    return [line for line in lines if line]
+
+
 def refuse_no_text(text: str, where: str) -> None:
     r"""Refuse a string that holds half a character (a lone surrogate, ``\ud83c``) or a NUL: nothing can store it.
 

@@ -26,9 +26,9 @@ from latentflow.data.sources import webdataset as shards
 from latentflow.data.sources import zip_file as archives
 from latentflow.errors import LENGTH, UserError, few, one_line, shown
 from latentflow.training import log_to
-from latentflow.training.fine_tune.prior import read_prompts
 from latentflow.training.report.folder import read_run
 from latentflow.utils import files as documents
+from latentflow.utils.files import read_prompts
 
 from .images import folder_of, parquet, png, saved, tar, written, zipped
 from .test_fuzzing import FEATURES, described, latents
@@ -133,12 +133,12 @@ def test_documents_say_what_they_said(tmp_path: Path) -> None:
 def test_a_file_of_prompts_is_read_as_other_text(content: bytes | None, told: str, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_bytes("\ufeffa hat\n\n ü \n".encode())
-    assert read_prompts(str(prompts)) == ["a hat", "ü"]
+    assert read_prompts(str(prompts), "--prior-prompts") == ["a hat", "ü"]
     prompts.unlink()
     if content is not None:
         prompts.write_bytes(content)
     with pytest.raises(UserError, match=f"--prior-prompts .*p.txt .*{told}"):
-        read_prompts(str(prompts))
+        read_prompts(str(prompts), "--prior-prompts")
 
 
 def test_a_cell_longer_than_csv_reads_and_a_label_of_many_digits(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from ...errors import UserError
 from ...families.pretrained import PretrainedModel
 from ...pipeline.generate import LatentFlowPipeline
 from ...pipeline.over_model import over_model
+from ...utils.files import read_prompts
 from ...utils.memory import memory_phase
 from ..loop.distributed import process_state
 from ..losses.latent_data import Conditions, LatentData
 from .live_prompts import Prompts
 from .pretrained_base import PretrainedBase, drawing_precision
-from .prior import in_turn, read_prompts
+from .prior import in_turn
 from .teacher_samples import SampleSettings, Teacher, sample_data, sample_source, samples
 
 _COUNT = 100  # samples, by default: as diffusers' DreamBooth scripts draw
@@ -57,7 +58,9 @@ def pretrained_prior(base: PretrainedBase, config: FineTuningConfig) -> tuple[li
         return [], (
             f"prior samples: none, so the model may forget what your images do not show ({flag} prevents it)"
         )
-    names = read_prompts(config.prior_prompts) if config.prior_prompts else [*shape.classes]
+    names = (
+        read_prompts(config.prior_prompts, "--prior-prompts") if config.prior_prompts else [*shape.classes]
+    )
     origin = f"the prompts in {config.prior_prompts}" if config.prior_prompts else f"its {len(names)} classes"
     return in_turn(names, count), (
         f"prior samples: so that the model does not forget what it knew, {config.prior_share:.0%} of each step are "

@@ -7,14 +7,13 @@ learnt, and training on them leaves that distribution where it is.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...config import FineTuningConfig
-from ...errors import UserError, reading
-from ...utils.files import decode
+from ...errors import UserError
+from ...utils.files import read_prompts
 from ..loop.data_order import SampleUse, Stream, seeded
 from ..loop.loader import Batch
 from ..losses.latent_data import LatentData
@@ -98,7 +97,7 @@ def prior_prompts(
             hint = unfit[0]
         return [], f"prior samples: none, so the checkpoint may forget what your images do not show ({hint})"
     if config.prior_prompts:
-        prompts = in_turn(read_prompts(config.prior_prompts), count)
+        prompts = in_turn(read_prompts(config.prior_prompts, "--prior-prompts"), count)
         origin = f"for the captions in {config.prior_prompts}"
     elif model.takes_text:
         prompts = _words(model.pipeline.tokenizer, count, seed)
@@ -121,20 +120,6 @@ def in_turn(names: list[str], count: int) -> list[str]:
     """Return ``count`` of the names, each as often as the others; of more names some that are spread over all."""
     spread = max(len(names), count)
     return [names[number * spread // count % len(names)] for number in range(count)]
-
-
-def read_prompts(file: str) -> list[str]:
-    """Return the lines of ``--prior-prompts`` that are not empty.
-
-    Raises:
-        UserError: the file cannot be read, or has none.
-    """
-    with reading(f"--prior-prompts {file}", OSError, fix="Give a text file with one caption per line."):
-        raw = Path(file).expanduser().read_bytes()
-    lines = [line.strip() for line in decode(raw, f"--prior-prompts {file}").splitlines()]
-    if not any(lines):
-        raise UserError(f"--prior-prompts {file} holds no caption", "Write one per line.")
-    return [line for line in lines if line]
 
 
 def _words(tokenizer: Any, count: int, seed: int) -> list[str]:
