@@ -234,9 +234,10 @@ def networks_from(
     """
     old, config = base.network, dict(base.network.config)
     if not {"text": base.takes_text, "class": base.takes_classes}.get(source.kind, True):
+        by_name = base.takes_text and "--condition text (the names of the classes are the captions), "
         raise UserError(
             f"{checkpoint} is not conditioned on {source.kind}, the data is",
-            "Use --condition none, or a checkpoint of the same kind.",
+            f"Use {by_name or ''}--condition none, or a checkpoint of the same kind.",
         )
     changes: dict[str, Any] = {}
     if source.kind == "class":

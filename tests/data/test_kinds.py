@@ -219,6 +219,35 @@ def test_columns_called_otherwise(tmp_path: Path) -> None:
     assert source.captions() == ["a hat"]
 
 
+CLASSED = {"red_hat/1.png": None, "shoe/2.png": None, "shoe/3.png": None}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: folder_of(path / "set", CLASSED),
+        lambda path: zipped(path / "set.zip", {name: png(seed) for seed, name in enumerate(CLASSED)}),
+        lambda path: folder_of(
+            path / "set",
+            {Path(name).name: None for name in CLASSED}
+            | {
+                "metadata.jsonl": jsonl(
+                    *({"file_name": Path(n).name, "label": Path(n).parts[0]} for n in CLASSED)
+                )
+            },
+        ),
+    ],
+    ids=["folder", "zip", "metadata"],
+)
+def test_class_names_are_captions_where_captions_are_asked_for(make, tmp_path: Path) -> None:
+    path = str(make(tmp_path))
+    assert find_source(path).kind == "class"
+    source = find_source(path, condition="text")
+    assert (source.kind, source.classes) == ("text", ())
+    assert [example.text for example in source.examples] == ["red hat", "shoe", "shoe"]
+    assert "captions: the names of the classes" in source.notes[0]
+
+
 def with_class_names(*labels: int) -> Any:
     import datasets
 

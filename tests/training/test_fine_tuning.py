@@ -444,7 +444,9 @@ def test_a_checkpoint_that_is_damaged_or_not_ours_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="its network is a DiTTransformer2DModel"):
         open_base(str(tmp_path / "other"))
     animals = Source("d", (), "class", ("cat",))
-    with pytest.raises(UserError, match="is not conditioned on class, the data is"):
+    with pytest.raises(
+        UserError, match=r"is not conditioned on class, the data is\nUse --condition text \(the names"
+    ):
         networks_from(open_base(str(base)), str(base), animals)
 
 

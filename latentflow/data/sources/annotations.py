@@ -305,6 +305,8 @@ def choose_condition(
 ) -> tuple[Kind, list[str]]:
     """Choose what to condition on, of ``found`` the first that is asked for; and write notes on it.
 
+    Where captions are asked for and there are classes alone, the names of the classes are the captions.
+
     Args:
         where: the data, for messages.
         lacks: what captions and classes are read from, for the user.
@@ -316,6 +318,8 @@ def choose_condition(
     if asked == "none":
         return "unconditional", ["unconditional, as asked: captions and classes are not used"]
     wanted = [condition for condition in found if asked in ("auto", condition.kind)]
+    if not wanted and asked == "text" and found:
+        return "text", [f"captions: the names of the {found[0]}"]
     if not wanted and asked != "auto":
         what = "captions" if asked == "text" else "classes"
         raise UserError(f"there are no {what} in {where}", f"Add them ({lacks}), or use --condition none.")
@@ -370,6 +374,8 @@ def build_source(
         UserError: captions or classes are missing and the request does not say what to do; two examples have one name.
     """
     _refuse_equal_names(examples)
+    if kind == "text" and not any(example.text for example in examples):
+        examples = [_captioned_by_class(example) for example in examples]
     kept, missing_notes = _complete(
         sorted(examples, key=lambda example: example.name), kind, request.missing_caption, caption_hint
     )
@@ -399,6 +405,12 @@ def _refuse_equal_names(examples: Iterable[Example]) -> None:
             how = "" if spelled[name] == example.name else ", in two spellings of Unicode (NFC and NFD)"
             raise UserError(f"two images are named {example.name}{how}", "Rename one of them.")
         spelled[name] = example.name
+
+
+def _captioned_by_class(example: Example) -> Example:
+    """Return an example whose caption is the name of its class, with spaces for underscores."""
+    name = example.label and " ".join(example.label.replace("_", " ").split())
+    return dataclasses.replace(example, text=name, label=None)
 
 
 def _in_one_spelling(examples: list[Example]) -> tuple[list[Example], list[str]]:

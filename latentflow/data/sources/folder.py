@@ -262,7 +262,8 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
     if kind == "text":
         _refuse_contradiction(metadata, sidecars)
     masks = choose_masks(folder, metadata.masks, beside) if request.masks == "auto" else {}
-    by_subfolder = kind == "class" and not metadata.has_label
+    captioned = any(row.texts for row in metadata.rows.values()) or bool(sidecars.texts)
+    by_subfolder = not metadata.has_label and (kind == "class" or (kind == "text" and not captioned))
     examples = []
     for name in folder.images:
         row = metadata.rows.get(name, RowAnnotation())

@@ -283,7 +283,8 @@ def _conditioned(source: Source, base: PretrainedBase, *, asked: str) -> Source:
             raise UserError(
                 f"{source.name} has no captions, and {name} draws from prompts",
                 "Write one beside each image (cat.txt beside cat.png), or give all of them one: "
-                '--caption "a photo of sks dog". --condition none trains without.',
+                '--caption "a photo of sks dog". --condition text takes the names of classes (subfolders); '
+                "--condition none trains without.",
             )
         if source.kind == "text" and not any(any(captions) for captions in source.all_captions()):
             raise UserError(
