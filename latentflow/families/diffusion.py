@@ -219,6 +219,9 @@ class StableDiffusionModel(InpaintableModel):
         return super().training_defaults.as_in("diffusers' train_text_to_image_lora.py")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        if options.get("clip_skip") is not None:
+            # diffusers 0.42 looks there for the last norm, which transformers 5 has on the encoder itself.
+            vars(self.pipeline.text_encoder).setdefault("text_model", self.pipeline.text_encoder)
         return {"embeds": self.pipeline.encode_prompt(prompts, self.device, 1, False, **options)[0]}
 
     def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:

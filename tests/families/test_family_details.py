@@ -51,6 +51,21 @@ def test_ideogram_s_latents_are_flux_2_s_in_another_order() -> None:
     torch.testing.assert_close(model.encode(images), expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_stable_diffusion_reads_an_earlier_layer_of_its_text_encoder() -> None:
+    """clip_skip, which stock diffusers 0.42 fails on with transformers 5: the last norm of the layer before the last."""
+    model = opened("StableDiffusionPipeline", clip_skip=1)
+    encoder, tokenizer = model.pipeline.text_encoder, model.pipeline.tokenizer
+    ids = tokenizer(["a red apple"], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    layers = encoder(ids, output_hidden_states=True).hidden_states
+    expected = getattr(encoder, "text_model", encoder).final_layer_norm(layers[-2])
+    embeds = model.encode_prompt(["a red apple"]).values["embeds"]
+    torch.testing.assert_close(embeds, expected)
+    assert not torch.allclose(
+        embeds, opened("StableDiffusionPipeline").encode_prompt(["a red apple"]).values["embeds"]
+    )
+
+
 def test_ideogram_guides_by_its_schedule_on_any_number_of_steps() -> None:
     model = opened("Ideogram4Pipeline", guidance_schedule=(7.0, 7.0, 7.0, 1.0))
     rows = model.encode_prompt(["a red apple"])
