@@ -22,8 +22,9 @@ from torch import Tensor
 from ..errors import UserError, is_number
 from ..flow.tensors import Generators, normal_like, require_finite
 from ..utils.components import about, library_reads, load_checked, load_module, may_be_on_the_hub
-from ..utils.files import CONFIG, near_folder, read_settings
+from ..utils.files import CONFIG, read_settings
 from ..utils.memory import inner_phase
+from ..utils.names import near_path
 from ..utils.placement import execution_device
 from ..utils.weight_files import variants, weight_files
 from .tiny import AutoencoderTinyGroupNorm, is_tiny, load_tiny
@@ -80,7 +81,7 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
         raise UserError(f"'{name_or_path}' is a file, and an autoencoder is a folder", fix)
     if not local.is_dir() and not may_be_on_the_hub(str(name_or_path)):
         raise UserError(
-            f"no autoencoder at '{name_or_path}': there is no such folder", f"{near_folder(local)}{fix}"
+            f"no autoencoder at '{name_or_path}': there is no such folder", f"{near_path(str(local))}{fix}"
         )
     if local.is_dir():
         if not (folder / CONFIG).is_file() and (local / "model_index.json").is_file():

@@ -37,12 +37,12 @@ from ..utils.files import (
     MEND,
     check_settings,
     check_types,
-    near_folder,
     pipeline_folder,
     read_settings,
     restore_permissions,
 )
 from ..utils.libraries import DISTRIBUTION
+from ..utils.names import near_path
 from ..utils.weight_files import check_variant, stored_dtype, variants, weight_files
 from .adapters import AdapterMixin
 from .arguments import CALLBACK_TENSORS
@@ -400,7 +400,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
             raise UserError(
                 f"no folder '{name}', and no hub repository of that name could be fetched: {reason(error)}",
-                f"{near_folder(Path(name))}Check the spelling and the network; offline, pass a folder that you have "
+                f"{near_path(name)}Check the spelling and the network; offline, pass a folder that you have "
                 "downloaded before.",
             ) from error
 

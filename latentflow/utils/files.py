@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError, did_you_mean, few, is_number, nearest, reading, shown
-from .names import find_path
+from .names import find_path, near_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -327,16 +327,9 @@ def pipeline_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
             "A model in one file is opened by from_single_file.",
         )
     if not folder.is_dir() and (len(folder.parts) != 2 or folder.is_absolute()):
-        fix = f"{near_folder(folder)}Check the path; a hub id has the form 'owner/name'."
+        fix = f"{near_path(str(folder))}Check the path; a hub id has the form 'owner/name'."
         raise UserError(f"no folder '{folder}'", fix)
     return folder if folder.is_dir() else None
-
-
-def near_folder(missing: Path) -> str:
-    """Return a sentence that asks for the folder with nearly the name of one that is not there; "" without one."""
-    beside = [one.name for one in missing.parent.iterdir() if one.is_dir()] if missing.parent.is_dir() else []
-    near = nearest(missing.name, beside)
-    return did_you_mean(missing.parent / near if near else None)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:

@@ -53,7 +53,7 @@ def test_ideogram_s_latents_are_flux_2_s_in_another_order() -> None:
 
 @torch.no_grad()
 def test_stable_diffusion_reads_an_earlier_layer_of_its_text_encoder() -> None:
-    """clip_skip, which stock diffusers 0.42 fails on with transformers 5: the last norm of the layer before the last."""
+    """clip_skip, on which stock diffusers 0.42 fails with transformers 5: the last norm of the layer before."""
     model = opened("StableDiffusionPipeline", clip_skip=1)
     encoder, tokenizer = model.pipeline.text_encoder, model.pipeline.tokenizer
     ids = tokenizer(["a red apple"], padding="max_length", truncation=True, return_tensors="pt").input_ids

@@ -26,8 +26,9 @@ from ...utils.files import replacing
 from ...utils.flags import parse_options
 from ...utils.html_page import render
 from ...utils.libraries import DISTRIBUTION, requirement
+from ...utils.progress import duration_text
 from .export import is_generated, signed
-from .folder import Run, data_lines, duration, preview_step, read_run
+from .folder import Run, data_lines, preview_step, read_run
 from .origins import ADAPTER_FILE, Origin, checkpoint_origin, data_origins
 from .verdict import judge, measured_lines
 
@@ -252,7 +253,7 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
         "samples": facts.samples,
         "run": run,
         "unfinished": run.target is not None and run.step < run.target and not run.stopped_early,
-        "time": duration(run.seconds) if run.seconds else "",
+        "time": duration_text(run.seconds) if run.seconds else "",
         "device": _as_text(str(run.starts[-1].get("device", ""))) if run.starts else "",
         "data": [*(_as_text(_without_folders(line, places)) for line in data_lines(run.log)), *licences],
         "settings": [

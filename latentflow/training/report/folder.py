@@ -246,11 +246,3 @@ def _message(line: str) -> str:
     """Return a line of train.log without its date and time."""
     parts = line.split(" ", 2)
     return parts[2] if len(parts) == 3 and parts[0][:4].isdigit() else line
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in words: ``2 h 05 min``, ``3 min 20 s``, ``20 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

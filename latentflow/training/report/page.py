@@ -27,8 +27,9 @@ from ...data.images import open_image, to_rgb
 from ...errors import UserError
 from ...utils.html_page import Page, Section
 from ...utils.libraries import missing
+from ...utils.progress import duration_text
 from ..loop.checkpoint import list_checkpoints
-from .folder import Run, data_lines, duration, first_stage, preview_step, read_run
+from .folder import Run, data_lines, first_stage, preview_step, read_run
 from .verdict import judge, measured_lines, trend
 
 _MOST_IMAGES, _IMAGE_WIDTH = 12, 640
@@ -106,7 +107,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if run.seconds:
         rate = run.step * run.batch / run.seconds
         shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-        facts.append(("time in training", f"{duration(run.seconds)}, {shown} images per second"))
+        facts.append(("time in training", f"{duration_text(run.seconds)}, {shown} images per second"))
     for name, best, unit in (("val_loss", min, ""), ("val_psnr", max, " dB")):
         steps, values = run.curve(name)
         if values:
