@@ -33,8 +33,7 @@ class DataConfig:
     background: str = "white"
     """Colour behind transparent images: a name or #rrggbb."""
     condition: Annotated[Literal["auto", "none", "class", "text"], Essential("data")] = "auto"
-    """Condition; auto: captions if there are any, else classes (subfolders), else none. text: without captions the
-    names of the classes are the captions."""
+    """auto: captions, else classes (subfolders), else none. text: captions, else names of classes."""
     missing_caption: Literal["error", "empty", "skip"] = "error"
     """Handling of images without a caption: stop with an error, train on an empty caption, or skip them."""
     caption: Annotated[str | None, Essential("data")] = None
