@@ -1,0 +1,381 @@
+"""Probability paths of tokens, p_t(x | x1), from a source (t = 0) to the data (t = 1), position by position.
+
+A path is a probability of every state given the data token, and rates of jumps that move it along. What a sampler
+needs of them stays sparse: a target and one number for each position (``Jump``). The data token x1 is drawn from the
+network's posterior first; averaged over it, the rates are those of the marginal path (Campbell et al. 2024,
+arXiv:2402.04997, sec. 3; Gat et al. 2024, arXiv:2407.15595, sec. 3):
+
+    d p_t / dt = p_t U_t,  U_t(x -> y) = sum over positions i and tokens x1 of p(x1_i | x) u_t(x_i -> y_i | x1_i).
+
+A new path is one subclass of ``DiscretePath``, and one line in ``PATHS``.
+
+Rates that are infinite at an end of time (that of the jump to the data at t = 1, that back to the source at t = 0) are
+taken a little before it, as ``Path.clip`` does: everything is finite on [0, 1]. Random numbers come from the caller, as
+numbers in [0, 1): so each sample's may come from its own seed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError, whole
+from ..tensors import expand_t, time_dtype
+from .categorical import draw_by_rows
+from .kappas import Kappa, LinearKappa, checked_kappa
+from .sources import MaskSource, Source
+
+
+class Jump(NamedTuple):
+    """A jump of each position: its ``target`` token, and the ``rate`` or the probability at which it happens.
+
+    A target may be the present token: then nothing happens. Both are shaped like x, (B, ...).
+    """
+
+    target: Tensor
+    rate: Tensor
+
+
+class DiscreteSample(NamedTuple):
+    """Tokens ``xt`` on a path, (B, ...), and what they were made from."""
+
+    xt: Tensor
+    x1: Tensor
+    t: Tensor
+
+
+class DiscretePath(ABC):
+    """A path of tokens. x, x1 and uniform numbers are (B, ...), t is a scalar or (B,), in [0, 1].
+
+    Attributes:
+        vocabulary: V; tokens of the data are 0 to V - 1.
+        states: V, and 1 more where the source has a mask, the token V.
+    """
+
+    vocabulary: int
+
+    @property
+    def states(self) -> int:
+        return self.vocabulary
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Times (first, last) between which all rates are finite."""
+        return 1e-6, 1.0 - 1e-6
+
+    @abstractmethod
+    def progress(self, t: Tensor) -> Tensor:
+        """The clock of the corrector and of the orders, from 0 at t = 0 to 1 at t = 1: kappa, where there is one."""
+
+    def remainder(self, t: Tensor) -> Tensor:
+        """1 - progress(t)."""
+        return 1.0 - self.progress(t)
+
+    @abstractmethod
+    def probabilities(self, x1: Tensor, t: Tensor | float) -> Tensor:
+        """p_t(. | x1): (B, ..., states). A tensor over all states: for checks and small vocabularies."""
+
+    @abstractmethod
+    def forward_rates(self, x: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
+        """Rates of the jumps from x towards the data x1, (B, ..., states), 0 at x itself; for checks as well."""
+
+    @abstractmethod
+    def backward_rates(self, x: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
+        """Rates of the jumps of the same path in reversed time, (B, ..., states), 0 at x itself.
+
+        Both together, the forward rates and these, leave p_t as it is: the divergence-free part.
+        """
+
+    @abstractmethod
+    def draw(self, x1: Tensor, t: Tensor | float, uniform: Tensor) -> Tensor:
+        """Return tokens of p_t(. | x1), as ``uniform`` decides."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, x1: Tensor, t: Tensor | float, uniform: Tensor) -> Jump:
+        """A jump towards the data x1: the law of ``forward_rates`` with the target drawn."""
+
+    @abstractmethod
+    def backward(self, x: Tensor, x1: Tensor, t: Tensor | float, uniform: Tensor) -> Jump:
+        """A jump in reversed time: the law of ``backward_rates`` with the target drawn."""
+
+    @abstractmethod
+    def leap(self, x: Tensor, x1: Tensor, t: float, t_next: float, uniform: Tensor) -> Jump:
+        """The whole step from t to t_next given x1, with a *probability* in the place of the rate.
+
+        It takes p_t(. | x1) to p_t_next(. | x1) exactly, with the fewest jumps: a token x stays with probability
+        min(1, p_t_next(x) / p_t(x)), the others land where p grows.
+        """
+
+    def known(self, x: Tensor) -> Tensor:
+        """Return the positions (bool) whose data token is x itself, whatever a network says: none here."""
+        return torch.zeros_like(x, dtype=torch.bool)
+
+    def clip(self, t: Tensor) -> Tensor:
+        """Move ``t`` into ``interval``."""
+        return t.clamp(*self.interval)
+
+    def time(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return ``t`` ready to broadcast along the rows of ``x``, in float64 on its device."""
+        wide = expand_t(t, x)
+        return wide.to(time_dtype(x.device)).to(x.device)
+
+    def start(self, uniform: Tensor) -> Tensor:
+        """Return tokens of the source, as the numbers ``uniform`` in [0, 1) decide, (B, ...)."""
+        return self.draw(torch.zeros_like(uniform, dtype=torch.int64), 0.0, uniform)
+
+    def sample(self, x1: Tensor, t: Tensor | float, uniform: Tensor) -> DiscreteSample:
+        """Return tokens at ``t`` of the path that ends at the data ``x1``.
+
+        Args:
+            x1: (B, ...) tokens, int64, in [0, vocabulary).
+            t: a scalar or (B,), in [0, 1].
+            uniform: (B, ...) numbers in [0, 1), best in float64: one for each position decides its token.
+
+        Raises:
+            UserError: x1 holds no whole numbers, or numbers outside of the vocabulary.
+            ValueError: the shapes differ, or t has a wrong shape or range.
+        """
+        check_tokens(x1, self.vocabulary, "the data x1")
+        if uniform.shape != x1.shape:
+            raise ValueError(
+                f"the uniform numbers have shape {tuple(uniform.shape)} but x1 has shape {tuple(x1.shape)}: "
+                "draw one number per token"
+            )
+        times = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+        return DiscreteSample(self.draw(x1, t, uniform), x1, times)
+
+
+def check_tokens(x: Tensor, states: int, what: str) -> None:
+    """Refuse a tensor that holds no tokens.
+
+    Raises:
+        UserError: it is not int64, or holds numbers outside of [0, states).
+    """
+    if x.dtype != torch.int64:
+        raise UserError(f"{what} has dtype {x.dtype}", "Tokens are whole numbers: pass int64 (`.long()`).")
+    if x.numel():
+        low, high = (int(end) for end in x.aminmax())
+        if low < 0 or high >= states:
+            raise UserError(
+                f"{what} holds tokens from {low} to {high}, but there are {states} states, 0 to {states - 1}",
+                "Use the tokenizer that belongs to this path; only where the source is 'mask' does a path have the "
+                "mask as a further state.",
+            )
+
+
+@dataclass(frozen=True)
+class MixturePath(DiscretePath):
+    """p_t(x | x1) = kappa(t) [x = x1] + (1 - kappa(t)) p_0(x): the data token, or still the source's.
+
+    Gat et al. 2024 (arXiv:2407.15595), sec. 3.1. With k = kappa(t), the rates given x1 are
+
+        forward    k' / (1 - k)  to x1,
+        backward   k' / k        to a draw from p_0,
+
+    and their sum, k' / (k (1 - k)) to a draw from p_t(. | x1), leaves p_t alone. Proof of the first: p_t U_t at y is
+    k' / (1 - k) ([y = x1] - p_t(y)) = k' ([y = x1] - p_0(y)) = d p_t(y) / dt.
+
+    Args:
+        vocabulary: tokens of the data.
+        kappa: an entry of ``KAPPAS``.
+        source: an entry of ``SOURCES``.
+
+    Raises:
+        UserError: no vocabulary of at least 2; kappa is not 0 at t = 0 or not 1 at t = 1, or falls.
+    """
+
+    vocabulary: int
+    kappa: Kappa = LinearKappa()
+    source: Source = MaskSource()
+
+    def __post_init__(self) -> None:
+        whole("the vocabulary", self.vocabulary, 2, fix="Give the number of codes of the tokenizer.")
+        checked_kappa(self.kappa)
+
+    @property
+    def states(self) -> int:
+        return self.vocabulary + self.source.extra
+
+    def progress(self, t: Tensor) -> Tensor:
+        return self.kappa(t)
+
+    def remainder(self, t: Tensor) -> Tensor:
+        return self.kappa.remainder(t)
+
+    def rate(self, t: Tensor) -> Tensor:
+        """k' / (1 - k), elementwise: the rate of the jump to the data token."""
+        inner = self.clip(t)
+        return self.kappa.derivative(inner) / self.kappa.remainder(inner)
+
+    def backward_rate(self, t: Tensor) -> Tensor:
+        """k' / k, elementwise: the rate of the jump to the source in reversed time."""
+        inner = self.clip(t)
+        return self.kappa.derivative(inner) / self.kappa(inner)
+
+    def probabilities(self, x1: Tensor, t: Tensor | float) -> Tensor:
+        time = self.time(t, x1)[..., None]
+        data = torch.nn.functional.one_hot(x1, self.states)
+        start = self.source.probabilities(self.vocabulary).to(time)
+        return self.kappa(time) * data + self.kappa.remainder(time) * start
+
+    def forward_rates(self, x: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
+        data = torch.nn.functional.one_hot(x1, self.states)
+        rates = self.rate(self.time(t, x)[..., None]) * data
+        return rates.scatter(-1, x[..., None], 0.0)
+
+    def backward_rates(self, x: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
+        time = self.time(t, x)[..., None]
+        start = self.source.probabilities(self.vocabulary).to(time)
+        rates = (self.backward_rate(time) * start).expand(*x.shape, self.states)
+        return rates.scatter(-1, x[..., None], 0.0)
+
+    def draw(self, x1: Tensor, t: Tensor | float, uniform: Tensor) -> Tensor:
+        time = self.time(t, x1)
+        k, rest = self.kappa(time), self.kappa.remainder(time)
+        # What is left of a number that is not below kappa is uniform again: it draws from the source.
+        left = ((uniform.to(k) - k) / rest).nan_to_num(nan=0.0).clamp(0.0, 1.0)
+        return torch.where(uniform < k, x1, self.source.draw(left, self.vocabulary))
+
+    def forward(self, x: Tensor, x1: Tensor, t: Tensor | float, uniform: Tensor) -> Jump:
+        rate = self.rate(self.time(t, x))
+        return Jump(x1, torch.where(x == x1, 0.0, rate))
+
+    def backward(self, x: Tensor, x1: Tensor, t: Tensor | float, uniform: Tensor) -> Jump:
+        target = self.source.draw(uniform, self.vocabulary)
+        return Jump(target, torch.where(x == target, 0.0, self.backward_rate(self.time(t, x))))
+
+    def leap(self, x: Tensor, x1: Tensor, t: float, t_next: float, uniform: Tensor) -> Jump:
+        before, after = (self.remainder(self.time(time, x)) for time in (t, t_next))
+        return Jump(x1, torch.where(x == x1, 0.0, ((before - after) / before).nan_to_num(nan=0.0)))
+
+    def known(self, x: Tensor) -> Tensor:
+        # The mask is in no data: what is not masked is the data token already.
+        return x < self.vocabulary if isinstance(self.source, MaskSource) else super().known(x)
+
+
+@dataclass(frozen=True, eq=False)
+class MetricPath(DiscretePath):
+    """p_t(x | x1) = softmax over x of -beta(t) d(x, x1), from uniform to x1 by way of the tokens near x1.
+
+    Shaul et al. 2024 (arXiv:2412.03487), sec. 5: d(x, x1) = |e(x) - e(x1)|^power for embeddings e (the codebook of a
+    tokenizer), beta(t) = scale (t / (1 - t))^exponent. Their kinetic-optimal rates given x1,
+
+        forward    beta'(t) p_t(y | x1) max(d(x, x1) - d(y, x1), 0)  to y,
+
+    never lead away from x1. They move p_t: what flows into y less what flows out is
+    beta' p_t(y) sum_z p_t(z) (d(z) - d(y)) = d p_t(y) / dt. In reversed time the difference has the other sign.
+
+    Args:
+        embeddings: (V, E), one row for each token.
+        scale, exponent: of beta. Below an exponent of 1 the rate is infinite at t = 0, and is taken after it.
+        power: of the distance.
+
+    Raises:
+        UserError: fewer than two embeddings, or not (V, E), not finite, or two that are equal (the path would not end
+            at the data); scale, exponent or power is not positive and finite.
+    """
+
+    embeddings: Tensor
+    scale: float = 3.0
+    exponent: float = 1.0
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        e = self.embeddings
+        if e.ndim != 2 or len(e) < 2:
+            raise UserError(
+                f"the embeddings have shape {tuple(e.shape)}", "Pass the codebook, (tokens, channels)."
+            )
+        if not bool(e.isfinite().all()):
+            raise UserError("the embeddings are not all finite", "Look at the tokenizer's codebook.")
+        different = len(e.unique(dim=0))
+        if different < len(e):
+            raise UserError(
+                f"{len(e) - different} of {len(e)} embeddings are equal to others, so their distance is 0",
+                "A codebook with equal codes has collapsed: train its tokenizer with dead codes restarted.",
+            )
+        for name in ("scale", "exponent", "power"):
+            value = getattr(self, name)
+            if not 0.0 < value < float("inf"):
+                raise UserError(f"{name} {value} of the metric path", "Use a positive, finite number.")
+
+    @property
+    def vocabulary(self) -> int:  # type: ignore[override]
+        return len(self.embeddings)
+
+    def progress(self, t: Tensor) -> Tensor:
+        return t
+
+    def beta(self, t: Tensor) -> Tensor:
+        """The inverse temperature: 0 at t = 0, grows without bound (here to 1e30, which is enough) towards t = 1."""
+        return (self.scale * (t / (1.0 - t)) ** self.exponent).clamp(max=1e30)
+
+    def d_beta(self, t: Tensor) -> Tensor:
+        """d beta / dt, at the clipped t."""
+        t = self.clip(t)
+        return self.scale * self.exponent * (t / (1.0 - t)) ** (self.exponent - 1.0) / (1.0 - t) ** 2
+
+    def distances(self, x1: Tensor) -> Tensor:
+        """d(., x1): (..., V), exactly 0 at x1."""
+        e = self.embeddings.to(x1.device, time_dtype(x1.device))
+        flat = torch.cdist(e[x1.flatten()], e, compute_mode="donot_use_mm_for_euclid_dist") ** self.power
+        return flat.reshape(*x1.shape, -1)
+
+    def probabilities(self, x1: Tensor, t: Tensor | float) -> Tensor:
+        return self._softmax(self.distances(x1), self.time(t, x1)[..., None])
+
+    def forward_rates(self, x: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
+        return self._rates(x, x1, self.time(t, x)[..., None], 1.0)
+
+    def backward_rates(self, x: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
+        return self._rates(x, x1, self.time(t, x)[..., None], -1.0)
+
+    def draw(self, x1: Tensor, t: Tensor | float, uniform: Tensor) -> Tensor:
+        flat, time = x1.flatten(), self.time(t, x1).expand(x1.shape).flatten()
+        rows = torch.arange(len(flat), device=x1.device)
+        weights = lambda i: self._softmax(self.distances(flat[i]), time[i, None])  # noqa: E731
+        return draw_by_rows(weights, rows, self.vocabulary, uniform.flatten()).place.reshape(x1.shape)
+
+    def forward(self, x: Tensor, x1: Tensor, t: Tensor | float, uniform: Tensor) -> Jump:
+        return self._jump(x, x1, t, uniform, 1.0)
+
+    def backward(self, x: Tensor, x1: Tensor, t: Tensor | float, uniform: Tensor) -> Jump:
+        return self._jump(x, x1, t, uniform, -1.0)
+
+    def leap(self, x: Tensor, x1: Tensor, t: float, t_next: float, uniform: Tensor) -> Jump:
+        flat, data = x.flatten(), x1.flatten()
+        before, after = (self.time(time, x) for time in (t, t_next))
+        stays = torch.empty(flat.shape, dtype=before.dtype, device=x.device)
+
+        def growth(i: Tensor) -> Tensor:
+            distance = self.distances(data[i])
+            p, p_next = (self._softmax(distance, time) for time in (before, after))
+            stays[i] = (p_next / p).gather(1, flat[i, None])[:, 0].nan_to_num(nan=1.0).clamp(max=1.0)
+            return (p_next - p).clamp_(min=0.0)
+
+        rows = torch.arange(len(flat), device=x.device)
+        target = draw_by_rows(growth, rows, self.vocabulary, uniform.flatten()).place
+        return Jump(target.reshape(x.shape), (1.0 - stays).reshape(x.shape))
+
+    def _softmax(self, distance: Tensor, time: Tensor) -> Tensor:
+        return (-self.beta(time) * distance).softmax(-1)
+
+    def _rates(self, x: Tensor, x1: Tensor, time: Tensor, sign: float) -> Tensor:
+        distance = self.distances(x1)
+        nearer = (sign * (distance.gather(-1, x[..., None]) - distance)).clamp_(min=0.0)
+        return self.d_beta(time) * self._softmax(distance, self.clip(time)) * nearer
+
+    def _jump(self, x: Tensor, x1: Tensor, t: Tensor | float, uniform: Tensor, sign: float) -> Jump:
+        flat, data, time = x.flatten(), x1.flatten(), self.time(t, x).expand(x.shape).flatten()
+        rows = torch.arange(len(flat), device=x.device)
+        weights = lambda i: self._rates(flat[i], data[i], time[i, None], sign)  # noqa: E731
+        drawn = draw_by_rows(weights, rows, self.vocabulary, uniform.flatten())
+        target = torch.where(drawn.total > 0, drawn.place, flat)
+        return Jump(target.reshape(x.shape), drawn.total.reshape(x.shape))
+
+
+PATHS: dict[str, type[DiscretePath]] = {"mixture": MixturePath, "metric": MetricPath}
