@@ -25,8 +25,9 @@ def likelihood_bound(
 ) -> Tensor:
     """Upper bound of -log p(x1), in nats and summed over positions: the integral of the generalised KL divergence.
 
-    Estimated with one draw in each of ``samples`` equal parts of kappa, which replaces the time: as dt kappa' is
-    d kappa, the bound is the same for every schedule. With the mask source and the exact posterior of a single position
+    As dt kappa' is d kappa, the bound is the same for every schedule. It is estimated with one draw in each of
+    ``samples`` equal parts of v = sqrt(1 - kappa): drawn so, the weight d kappa / (1 - kappa) = 2 dv / v has a finite
+    variance, which under uniform kappa it has not. With the mask source and the exact posterior of a single position
     it is -log p(x1) itself; otherwise it is more. For bits per token pass its negative to ``bits_per_dim``.
 
     Args:
@@ -48,10 +49,10 @@ def likelihood_bound(
     total = torch.zeros(len(x1), dtype=torch.float64, device=x1.device)
     for index in progress_over(progress, range(count)):
         u = uniform_like(x1, generator, 2)
-        kappa = (index + u[0].flatten(1)[:, 0]) / count
-        t = mixture.kappa.inverse(kappa)
+        v = (index + 1.0 - u[0].flatten(1)[:, 0]) / count  # in (0, 1]
+        t = mixture.kappa.inverse(1.0 - v * v)
         sample = mixture.sample(x1, t, u[1])
         logits = as_logits(follow(sample.xt, t)).dense()
         keep, move = generalised_kl_parts(logits, sample, mixture)
-        total += (keep + move).flatten(1).sum(1) / mixture.kappa.remainder(t)
+        total += (keep + move).flatten(1).sum(1) * 2.0 / v
     return total / count

@@ -40,9 +40,8 @@ KINDS = {
 def table(positions: int) -> Tensor:
     """Probabilities of all (V,) * positions data, far from independent."""
     generator = torch.Generator().manual_seed(3)
-    q = torch.rand((VOCABULARY,) * positions, generator=generator, dtype=torch.float64) ** 3
-    if positions == 2:
-        q = q + torch.eye(VOCABULARY, dtype=torch.float64)
+    q = torch.rand((VOCABULARY,) * positions, generator=generator, dtype=torch.float64)
+    q = q**3 + torch.eye(VOCABULARY, dtype=torch.float64) if positions == 2 else q + 0.05
     return q / q.sum()
 
 

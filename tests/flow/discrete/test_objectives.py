@@ -23,7 +23,7 @@ from latentflow.flow.discrete import (
 )
 
 from ..closed_forms import seeded
-from .exact import EVERY_PATH, KINDS, VOCABULARY, Exact, all_states, generator_matrix, table
+from .exact import EVERY_PATH, KINDS, VOCABULARY, Exact, all_states, table
 
 MIXTURES = {name: path for name, path in EVERY_PATH.items() if isinstance(path, MixturePath)}
 
@@ -71,21 +71,18 @@ def test_losses_are_0_where_the_posterior_is_sure_of_the_data_and_positive_elsew
 
 
 @pytest.mark.parametrize("kind", ["mask", "uniform"])
-def test_the_exact_posterior_is_the_minimum_and_there_predicts_the_rates(kind: str) -> None:
-    """The mean loss over x1 given x has gradient 0 at the exact posterior, on every path of the table."""
+def test_the_exact_posterior_is_the_minimum(kind: str) -> None:
+    """The mean loss over data and noise has gradient 0 at the exact posterior."""
     path, q = KINDS[kind], table(1)
     exact, sample = Exact(path, q), pairs(KINDS[kind], 0.4)
     x, x1, t = sample
     weight = q[x1[:, 0]] * path.probabilities(x1, t).gather(-1, x[..., None]).flatten()
     states = all_states(path, 1)
     for objective in OBJECTIVES.values():
-        logits = exact(states, t)[: VOCABULARY + 1].clamp(min=-80.0).requires_grad_()
+        logits = exact(states, t).clamp(min=-80.0).requires_grad_()
         loss = (weight * objective(logits[x[:, 0]], sample, path=path)).sum()
         (gradient,) = torch.autograd.grad(loss, logits)
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
-    # KL between the marginal rates and the predicted ones is 0 there: they are the same
-    matrix = generator_matrix(exact, states, 0.4, path.forward_rates)
-    assert torch.isfinite(matrix).all()
 
 
 def integral(path: MixturePath, q: Tensor, nodes: int = 60) -> float:
@@ -116,12 +113,11 @@ def test_the_likelihood_bound_is_the_likelihood_of_one_masked_token(kappa: str) 
     x1 = torch.arange(VOCABULARY)[:, None].repeat_interleave(50, 0)
     bound = likelihood_bound(Exact(path, q), x1, path, samples=200, generator=seeded())
     assert bound.dtype == torch.float64 and bound.shape == (200,)
-    # 1 / (1 - kappa) has no variance to speak of where half the parts hold a mask
-    mean = bound.reshape(VOCABULARY, 50).mean(1)
-    torch.testing.assert_close(mean, -q.log(), rtol=0.2, atol=0)
-    whole = float((q * mean).sum())
-    assert whole == pytest.approx(float(-(q * q.log()).sum()), rel=0.1)
-    assert float(bits_per_dim(-torch.log(torch.tensor(2.0)), 1)) == pytest.approx(1.0)
+    mean, error = bound.reshape(VOCABULARY, 50).mean(1), bound.reshape(VOCABULARY, 50).std(1) / 50**0.5
+    assert ((mean + q.log()).abs() < 4 * error).all() and (error < 0.03 * mean).all()
+    assert float((q * mean).sum()) == pytest.approx(float(-(q * q.log()).sum()), rel=0.02)
+    bits = bits_per_dim(-bound, 1)
+    torch.testing.assert_close(bits, bound / torch.log(torch.tensor(2.0, dtype=torch.float64)))
 
 
 def test_the_likelihood_bound_of_two_tokens_is_no_less_than_their_entropy() -> None:
@@ -185,7 +181,7 @@ def test_mistakes_are_named() -> None:
         with pytest.raises(ValueError, match="one per row"):
             objective(logits, sample, path=path, weight=torch.ones(3))
     metric = KINDS["metric"]
-    with pytest.raises(UserError, match="(?s)MetricPath has no generalised KL.*cross-entropy"):
+    with pytest.raises(UserError, match=r"(?s)MetricPath has no generalised KL.*cross-entropy"):
         generalised_kl(logits, metric.sample(x1, 0.5, torch.zeros(2, 3)), path=metric)
     with pytest.raises(UserError, match="no generalised KL"):
         likelihood_bound(lambda x, t: logits, x1, metric)

@@ -56,7 +56,7 @@ def samples(path: DiscretePath, sampler, steps: int, n: int = SAMPLES, **options
 @pytest.mark.parametrize("corrector", [0.0, 1.0, 5.0])
 @pytest.mark.parametrize("kind", ["mask", "uniform"])
 def test_the_default_reaches_the_data_with_and_without_corrector(kind: str, corrector: float) -> None:
-    assert total_variation(samples(KINDS[kind], "exact", steps=64, corrector=corrector), table(2)) < 0.02
+    assert total_variation(samples(KINDS[kind], "exact", steps=48, corrector=corrector), table(2)) < 0.02
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_everything_stays_finite_from_one_end_to_the_other(path: DiscretePath, s
 
 def test_a_constant_corrector_draws_source_and_data_again_at_the_ends() -> None:
     """Its rates are infinite there, at kappa = 0 as well: the source drawn again is the source, nothing is lost."""
-    x = samples(KINDS["uniform"], "exact", steps=64, corrector=1.0, corrector_shape="constant")
+    x = samples(KINDS["uniform"], "exact", steps=48, corrector=1.0, corrector_shape="constant")
     assert total_variation(x, table(2)) < 0.02
 
 
@@ -88,12 +88,12 @@ def test_a_constant_corrector_draws_source_and_data_again_at_the_ends() -> None:
 
 def transition(path: DiscretePath, sampler: str, t: float, t_next: float, patch) -> Tensor:
     """Probability of each state after a step, of one position that is at x and whose data token is x1: (S, V, S)."""
-    n = 2000
+    n = 1000
     x, x1 = torch.meshgrid(torch.arange(path.states), torch.arange(VOCABULARY), indexing="ij")
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     here, data = (tokens.flatten()[:, None, None].expand(-1, n, 1).reshape(-1, 1) for tokens in (x, x1))
     event = grid[None, :, None].expand(x.numel(), -1, 1).reshape(-1, 1)
-    target = (grid * 1237.0 + 0.5).remainder(1.0)[None, :, None].expand(x.numel(), -1, 1).reshape(-1, 1)
+    target = (grid * 619.0 + 0.5).remainder(1.0)[None, :, None].expand(x.numel(), -1, 1).reshape(-1, 1)
     patch.setattr(samplers_module, "uniform_like", lambda *_: torch.stack([event, target, event]))
     options = SamplerOptions(
         path=path, strength=0.0, corrector=CORRECTORS["balanced"], temperature=1.0, generator=None
@@ -121,20 +121,19 @@ def law_after(path: DiscretePath, sampler: str, times: Tensor, patch) -> Tensor:
 def test_the_error_of_a_jump_falls_with_its_order(kind: str, sampler: str, monkeypatch) -> None:
     """Up to a time at which rates are moderate; at t = 1 they are infinite, where frozen ones lose by a logarithm."""
     path, last, errors = KINDS[kind], 0.6, []
-    for steps in (8, 16, 32):
+    for steps in (8, 16):
         times = torch.linspace(0, last, steps + 1, dtype=torch.float64)
         law = law_after(path, sampler, times, monkeypatch)
         truth = Exact(path, table(2)).marginal(all_states(path, 2), last)
         errors.append(0.5 * float((law - truth).abs().sum()))
     order = SAMPLERS[sampler].order
     assert errors[0] > 0.004
-    for coarse, fine in zip(errors, errors[1:], strict=False):
-        assert 0.85 * 2**order < coarse / fine < 1.2 * 2**order, errors
+    assert 0.85 * 2**order < errors[0] / errors[1] < 1.2 * 2**order, errors
 
 
 @pytest.mark.parametrize("path", EVERY_PATH.values(), ids=list(EVERY_PATH))
 def test_exact_is_exact_for_one_position_at_any_steps(path: DiscretePath) -> None:
-    generator = seeded(2)
+    generator = seeded(1)
     x = path.start(torch.rand(SAMPLES, 1, generator=generator, dtype=torch.float64))
     q = table(1)
     x = simulate(Exact(path, q), x, [0.0, 0.55, 1.0], "exact", path=path, generator=generator)
