@@ -8,6 +8,7 @@ is the token V; a *posterior* is a callable (x, t) -> logits (B, ..., V) of the 
 from __future__ import annotations
 
 from .categorical import Logits as Logits
+from .codebook import Codebook as Codebook
 from .guidance import guide as guide
 from .guidance import guide_batched as guide_batched
 from .kappas import KAPPAS as KAPPAS

@@ -28,6 +28,12 @@ class Draw(NamedTuple):
     total: Tensor
 
 
+def parts(count: int, width: int) -> list[slice]:
+    """Return the parts in which ``count`` rows of ``width`` elements are read."""
+    size = max(1, max(LEAST, count * width // SHARE) // width)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 def draw_by_rows(weights: Callable[[Tensor], Tensor], rows: Tensor, width: int, uniform: Tensor) -> Draw:
     """Draw an entry of each row with a probability in proportion to its weight.
 
@@ -40,9 +46,7 @@ def draw_by_rows(weights: Callable[[Tensor], Tensor], rows: Tensor, width: int, 
     wide = time_dtype(uniform.device)
     place = torch.empty_like(rows)
     weight, total = (torch.empty(rows.shape, dtype=wide, device=rows.device) for _ in range(2))
-    size = max(1, max(LEAST, len(rows) * width // SHARE) // width)
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
+    for part in parts(len(rows), width):
         values = weights(rows[part])
         sums = values.cumsum(-1, dtype=wide)  # in float64: of 16,384 small probabilities none is rounded away
         total[part] = sums[:, -1]
@@ -90,12 +94,14 @@ class Logits:
     def draw(self, positions: Tensor, uniform: Tensor, temperature: float = 1.0) -> Draw:
         """Draw a token for each of ``positions`` (N,), numbered through the batch: softmax(logits / temperature)."""
         vocabulary = self.conditional.shape[-1]
+        return draw_by_rows(
+            lambda index: self.probabilities(index, temperature), positions, vocabulary, uniform
+        )
 
-        def probabilities(index: Tensor) -> Tensor:
-            rows = self.rows(index)
-            return (rows.div_(temperature) if temperature != 1.0 else rows).softmax(-1)
-
-        return draw_by_rows(probabilities, positions, vocabulary, uniform)
+    def probabilities(self, index: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return softmax(logits / temperature) of the positions ``index`` (n,): (n, V)."""
+        rows = self.rows(index)
+        return (rows.div_(temperature) if temperature != 1.0 else rows).softmax(-1)
 
     def _extra_of(self, index: Tensor) -> Tensor:
         assert self.extra is not None
