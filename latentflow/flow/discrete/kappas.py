@@ -43,7 +43,7 @@ class Kappa(ABC):
 
 @dataclass(frozen=True)
 class LinearKappa(Kappa):
-    """kappa = t: the masked diffusion with a linear schedule (Campbell et al. 2024, arXiv:2402.04997, sec. 3)."""
+    """kappa = t: the masked diffusion with a linear schedule (Campbell et al. 2024, arXiv:2402.04997)."""
 
     def __call__(self, t: Tensor) -> Tensor:
         return t

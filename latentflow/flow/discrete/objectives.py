@@ -9,7 +9,7 @@ becomes on a mixture path, with p the predicted posterior and r = kappa' / (1 - 
     r (-log p(x1) - p(x_t))          where x_t != x1:  a wrong one is to be moved to x1.
 
 Both are >= 0, and 0 where p is sure of x1. Integrated over t in [0, 1] and summed over positions it bounds
--log p(x1) from above: Shaul et al. 2024 (arXiv:2412.03487), sec. 6; Lipman et al. 2024 (arXiv:2412.06264), sec. 7.
+-log p(x1) from above: Shaul et al. 2024 (arXiv:2412.03487); Lipman et al. 2024 (arXiv:2412.06264), sec. 7.
 With the mask source p(x_t) is 0 at a mask and 1 elsewhere, and cross-entropy at the masks is left.
 """
 
@@ -84,7 +84,7 @@ def cross_entropy(
 ) -> Tensor:
     """-log p(x1 | x_t), averaged over positions: its minimum is the posterior, on every path.
 
-    Gat et al. 2024 (arXiv:2407.15595), sec. 3; Campbell et al. 2024 (arXiv:2402.04997), sec. 3. Positions that are
+    Gat et al. 2024 (arXiv:2407.15595); Campbell et al. 2024 (arXiv:2402.04997). Positions that are
     known (not masked, with the mask source) count as 0. With the weight "likelihood" and the mask source it is the
     generalised KL divergence.
 

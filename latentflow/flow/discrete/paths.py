@@ -3,7 +3,7 @@
 A path is a probability of every state given the data token, and rates of jumps that move it along. What a sampler
 needs of them stays sparse: a target and one number for each position (``Jump``). The data token x1 is drawn from the
 network's posterior first; averaged over it, the rates are those of the marginal path (Campbell et al. 2024,
-arXiv:2402.04997, sec. 3; Gat et al. 2024, arXiv:2407.15595, sec. 3):
+arXiv:2402.04997; Gat et al. 2024, arXiv:2407.15595):
 
     d p_t / dt = p_t U_t,  U_t(x -> y) = sum over positions i and tokens x1 of p(x1_i | x) u_t(x_i -> y_i | x1_i).
 
@@ -171,7 +171,7 @@ def check_tokens(x: Tensor, states: int, what: str) -> None:
 class MixturePath(DiscretePath):
     """p_t(x | x1) = kappa(t) [x = x1] + (1 - kappa(t)) p_0(x): the data token, or still the source's.
 
-    Gat et al. 2024 (arXiv:2407.15595), sec. 3.1. With k = kappa(t), the rates given x1 are
+    Gat et al. 2024 (arXiv:2407.15595). With k = kappa(t), the rates given x1 are
 
         forward    k' / (1 - k)  to x1,
         backward   k' / k        to a draw from p_0,
@@ -261,7 +261,7 @@ class MixturePath(DiscretePath):
 class MetricPath(DiscretePath):
     """p_t(x | x1) = softmax over x of -beta(t) d(x, x1), from uniform to x1 by way of the tokens near x1.
 
-    Shaul et al. 2024 (arXiv:2412.03487), sec. 5: d(x, x1) = |e(x) - e(x1)|^power for embeddings e (the codebook of a
+    Shaul et al. 2024 (arXiv:2412.03487): d(x, x1) = |e(x) - e(x1)|^power for embeddings e (the codebook of a
     tokenizer), beta(t) = scale (t / (1 - t))^exponent. Their kinetic-optimal rates given x1,
 
         forward    beta'(t) p_t(y | x1) max(d(x, x1) - d(y, x1), 0)  to y,

@@ -38,7 +38,7 @@ class Corrector(NamedTuple):
 
     The part is the forward less the backward velocity, k' / (k (1 - k)) to a draw from p_t(. | x1): a token is taken to
     the data and made noise again. It leaves p_t alone, and lets tokens change that were drawn too early. Gat et al.
-    2024 (arXiv:2407.15595), sec. 3.3.
+    2024 (arXiv:2407.15595).
 
     Attributes:
         share: (k, 1 - k) -> c(k).
@@ -148,7 +148,7 @@ def jumps(transition: Transition) -> Sampler:
     return Sampler(order=1, start=start)
 
 
-#: Campbell et al. 2024 (arXiv:2402.04997), sec. 3.2 and Gat et al. 2024, sec. 3.2, for ``euler``; Campbell et al. 2022
+#: Campbell et al. 2024 (arXiv:2402.04997) and Gat et al. 2024, for ``euler``; Campbell et al. 2022
 #: (arXiv:2205.14987), sec. 4.3, for ``tau-leaping``.
 JUMPS: dict[str, Sampler] = {
     "euler": jumps(_euler),
