@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ...errors import whole
 from ..solvers.integrate import Progress, progress_over
-from ..tensors import Generators, uniform_like, with_time_rows
+from ..tensors import Generators, time_dtype, uniform_like, with_time_rows
 from .objectives import generalised_kl_parts, mixture_of
 from .paths import DiscretePath
-from .simulate import Posterior, as_logits
+from .simulate import Posterior, as_logits, check_logits
 
 
 @torch.no_grad()
@@ -46,13 +46,14 @@ def likelihood_bound(
     """
     mixture, count = mixture_of(path), whole("samples of the likelihood bound", samples, 1)
     follow = with_time_rows(posterior)  # type: ignore[arg-type]
-    total = torch.zeros(len(x1), dtype=torch.float64, device=x1.device)
+    total = torch.zeros(len(x1), dtype=time_dtype(x1.device), device=x1.device)
     for index in progress_over(progress, range(count)):
         u = uniform_like(x1, generator, 2)
         v = (index + 1.0 - u[0].flatten(1)[:, 0]) / count  # in (0, 1]
         t = mixture.kappa.inverse(1.0 - v * v)
         sample = mixture.sample(x1, t, u[1])
-        logits = as_logits(follow(sample.xt, t)).dense()
-        keep, move = generalised_kl_parts(logits, sample, mixture)
+        logits = as_logits(follow(sample.xt, t))
+        check_logits(logits, x1, mixture, f"in evaluation {index + 1} of {count}")
+        keep, move = generalised_kl_parts(logits.dense(), sample, mixture)
         total += (keep + move).flatten(1).sum(1) * 2.0 / v
     return total / count

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ..tensors import compute_dtype
+from ..tensors import compute_dtype, time_dtype
 from ..times import check_positive
 from .categorical import Logits
 from .paths import DiscretePath, DiscreteSample, MixturePath
@@ -98,7 +98,7 @@ def cross_entropy(
         (B,), float32 or better.
 
     Raises:
-        UserError: logits of another vocabulary or shape, or not finite.
+        UserError: logits of another vocabulary or shape.
         ValueError: the weight is not (B,).
     """
     log_p = _log_posterior(logits, sample, path)
@@ -113,18 +113,18 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "cross-entropy": cross_entropy,
 }
 
-#: (path, t) -> the factor at t, float64, shaped like t: () or (B,).
+#: (path, t) -> the factor at t, in float64 where there is one, shaped like t: () or (B,).
 Weighting: TypeAlias = Callable[[DiscretePath, Tensor], Tensor]
 
 
 def constant(path: DiscretePath, t: Tensor) -> Tensor:
     """1: the plain cross-entropy (Gat et al. 2024)."""
-    return torch.ones_like(t, dtype=torch.float64)
+    return torch.ones_like(t, dtype=time_dtype(t.device))
 
 
 def likelihood(path: DiscretePath, t: Tensor) -> Tensor:
     """kappa' / (1 - kappa): the bound of the likelihood, whatever kappa is. At t = 1 that of shortly before."""
-    return mixture_of(path).rate(t.double())
+    return mixture_of(path).rate(t.to(time_dtype(t.device)))
 
 
 def capped(most: float = 5.0) -> Weighting:
@@ -159,7 +159,8 @@ def mixture_of(path: DiscretePath) -> MixturePath:
 
 
 def _log_posterior(logits: Tensor, sample: DiscreteSample, path: DiscretePath) -> Tensor:
-    check_logits(Logits(logits), sample.xt, path, "in training")
+    # Values are left to the loop, which sees the loss: to look at them here a GPU would have to be waited for.
+    check_logits(Logits(logits), sample.xt, path, "in training", values=False)
     return logits.to(compute_dtype(logits)).log_softmax(-1)
 
 

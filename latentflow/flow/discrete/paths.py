@@ -54,6 +54,7 @@ class DiscretePath(ABC):
     Attributes:
         vocabulary: V; tokens of the data are 0 to V - 1.
         states: V, and 1 more where the source has a mask, the token V.
+        masked: whether the source is the mask.
     """
 
     vocabulary: int
@@ -61,6 +62,10 @@ class DiscretePath(ABC):
     @property
     def states(self) -> int:
         return self.vocabulary
+
+    @property
+    def masked(self) -> bool:
+        return False
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -153,11 +158,12 @@ def check_tokens(x: Tensor, states: int, what: str) -> None:
     """Refuse a tensor that holds no tokens.
 
     Raises:
-        UserError: it is not int64, or holds numbers outside of [0, states).
+        UserError: it is not int64; or, where it is on the CPU, holds numbers outside of [0, states) (a GPU would have
+            to be waited for).
     """
     if x.dtype != torch.int64:
         raise UserError(f"{what} has dtype {x.dtype}", "Tokens are whole numbers: pass int64 (`.long()`).")
-    if x.numel():
+    if x.numel() and x.device.type == "cpu":
         low, high = (int(end) for end in x.aminmax())
         if low < 0 or high >= states:
             raise UserError(
@@ -199,6 +205,10 @@ class MixturePath(DiscretePath):
     @property
     def states(self) -> int:
         return self.vocabulary + self.source.extra
+
+    @property
+    def masked(self) -> bool:
+        return isinstance(self.source, MaskSource)
 
     def progress(self, t: Tensor) -> Tensor:
         return self.kappa(t)
@@ -254,7 +264,7 @@ class MixturePath(DiscretePath):
 
     def known(self, x: Tensor) -> Tensor:
         # The mask is in no data: what is not masked is the data token already.
-        return x < self.vocabulary if isinstance(self.source, MaskSource) else super().known(x)
+        return x < self.vocabulary if self.masked else super().known(x)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,8 @@ from ..tensors import NOT_FINITE, Generators, time_dtype, uniform_like, with_tim
 from ..times import checked_times
 from .categorical import Logits
 from .orders import confidence, halton, random_order
-from .paths import DiscretePath, MixturePath, check_tokens
+from .paths import DiscretePath, check_tokens
 from .samplers import CORRECTORS, JUMPS, Field, Sampler, SamplerOptions
-from .sources import MaskSource
 
 #: (x, t) -> logits of p(x1 | x_t), (B, ..., V), unnormalised: x is (B, ...) int64, t a scalar tensor or (B,).
 Posterior: TypeAlias = Callable[[Tensor, Tensor], Tensor | Logits]
@@ -79,8 +78,7 @@ def simulate(
         ValueError: ``known`` or the callback's x have another shape; not one generator for each row.
     """
     method = sampler if isinstance(sampler, Sampler) else lookup(SAMPLERS, sampler, "sampler")
-    masks = isinstance(path, MixturePath) and isinstance(path.source, MaskSource)
-    if method.masked and not masks:
+    if method.masked and not path.masked:
         named = f"the sampler '{sampler}'" if isinstance(sampler, str) else "the sampler"
         raise UserError(
             f"{named} decides which masks are lifted next, but {path} has none",
@@ -106,7 +104,7 @@ def simulate(
     show, follow = getattr(steps, "set_postfix", None), with_time_rows(posterior)  # type: ignore[arg-type]
     for index in steps:
         t, t_next = grid[index], grid[index + 1]
-        if known is not None and not masks:
+        if known is not None and not path.masked:
             noisy = path.draw(given.clamp(max=path.vocabulary - 1), t, uniform_like(x, generator, 1)[0])
             x = torch.where(known, noisy, x)
         field = _checked_field(follow, path, f"in step {index + 1} of {len(grid) - 1}")
@@ -142,8 +140,11 @@ def as_logits(value: Tensor | Logits) -> Logits:
     return value if isinstance(value, Logits) else Logits(value)
 
 
-def check_logits(logits: Logits, x: Tensor, path: DiscretePath, where: str) -> None:
+def check_logits(logits: Logits, x: Tensor, path: DiscretePath, where: str, values: bool = True) -> None:
     """Refuse logits that are no posterior of the path's data tokens.
+
+    Args:
+        values: look at the values too, not only at the shape.
 
     Raises:
         UserError: the vocabulary or the shape is another; some are NaN, infinite, or all -infinite for a token.
@@ -163,6 +164,8 @@ def check_logits(logits: Logits, x: Tensor, path: DiscretePath, where: str) -> N
             )
         if not value.is_floating_point():
             raise UserError(f"the posterior returned {value.dtype} {where}", "Return logits.")
+        if not values:
+            continue
         # The largest logit of each token tells all: NaN passes through, and -infinite ones may be among others.
         bad = int((~value.amax(-1).isfinite()).sum())
         if bad:

@@ -185,6 +185,8 @@ def test_mistakes_are_named() -> None:
         generalised_kl(logits, metric.sample(x1, 0.5, torch.zeros(2, 3)), path=metric)
     with pytest.raises(UserError, match="no generalised KL"):
         likelihood_bound(lambda x, t: logits, x1, metric)
+    with pytest.raises(UserError, match="evaluation 1 of 2 are not finite"):
+        likelihood_bound(lambda x, t: logits * torch.nan, x1, path, samples=2)
     with pytest.raises(UserError, match="samples of the likelihood bound is 0"):
         likelihood_bound(lambda x, t: logits, x1, path, samples=0)
     with pytest.raises(UserError, match="the cap of the weighting"):

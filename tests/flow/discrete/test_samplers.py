@@ -64,7 +64,7 @@ def test_the_default_reaches_the_data_with_and_without_corrector(kind: str, corr
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sampler", JUMPS)
 def test_every_sampler_reaches_the_data(kind: str, sampler: str, corrector: float) -> None:
-    steps = 96 if sampler == "exact" else 384
+    steps = 96 if sampler == "exact" else 192
     assert total_variation(samples(KINDS[kind], sampler, steps, corrector=corrector), table(2)) < 0.02
 
 
