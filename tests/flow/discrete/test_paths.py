@@ -72,7 +72,8 @@ def test_forward_and_backward_rates_move_p_t_and_together_leave_it(path, t: floa
     exact, x = Exact(path, table(positions)), all_states(path, positions)
     time = torch.tensor(t, dtype=torch.float64, requires_grad=True)
     p = exact.marginal(x, time)
-    slope = torch.stack([torch.autograd.grad(value, time, retain_graph=True)[0] for value in p])
+    unit = torch.eye(len(p), dtype=torch.float64)
+    (slope,) = torch.autograd.grad(p, time, unit, is_grads_batched=True)
     p = p.detach()
     forward, backward = (
         generator_matrix(exact, x, t, rates) for rates in (path.forward_rates, path.backward_rates)

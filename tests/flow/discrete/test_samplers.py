@@ -83,6 +83,18 @@ def test_a_constant_corrector_draws_source_and_data_again_at_the_ends() -> None:
     assert total_variation(x, table(2)) < 0.02
 
 
+@pytest.mark.parametrize(("kind", "sampler"), [("uniform", "exact"), ("mask", "random")])
+def test_from_data_made_noise_half_way_the_data_come_back(kind: str, sampler: str) -> None:
+    path, q, generator = KINDS[kind], table(2), seeded(1)
+    data = torch.multinomial(q.flatten(), SAMPLES, replacement=True, generator=generator)
+    x1 = torch.stack([data // VOCABULARY, data % VOCABULARY], 1)
+    x = path.sample(x1, 0.5, torch.rand(SAMPLES, 2, generator=generator, dtype=torch.float64)).xt
+    times = torch.linspace(0.5, 1.0, 17, dtype=torch.float64)
+    out = simulate(Lookup(path, q), x, times, sampler, path=path, generator=generator)
+    assert total_variation(out, q) < 0.02
+    assert 0.2 < float((out != x1).any(1).double().mean()) < 0.8  # other data
+
+
 # --- orders of convergence: the law after all steps, computed exactly ---------------------------------------------
 
 
