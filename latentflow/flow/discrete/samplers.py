@@ -8,8 +8,8 @@ path says given x1. With x1 drawn, a position has one target and one rate, and t
     exact         the integral over the step (``DiscretePath.leap``).
 
 In one dimension, with the exact posterior, ``exact`` is exact for every path and any steps; in more, what is left is
-that positions jump together which should wait for one another: of order 1 in the step. A new method is one line in
-``SAMPLERS``; the orders for masks are in ``orders.py``.
+that positions jump together which should wait for one another: of order 1 in the step. A new method is one function and
+one line in ``SAMPLERS`` (table.py); the orders for masks are in ``orders.py``.
 
 The step that ends at t = 1, where rates are infinite, sets every position to its x1, whatever the method.
 """
@@ -116,18 +116,21 @@ def redraw(
 Transition: TypeAlias = Callable[[DiscretePath, Tensor, Tensor, float, float, Tensor], Jump]
 
 
-def _euler(path: DiscretePath, x: Tensor, x1: Tensor, t: float, t_next: float, uniform: Tensor) -> Jump:
+def euler(path: DiscretePath, x: Tensor, x1: Tensor, t: float, t_next: float, uniform: Tensor) -> Jump:
+    """1 - exp(-h rate): Campbell et al. 2024 (arXiv:2402.04997); Gat et al. 2024 (arXiv:2407.15595)."""
     target, rate = path.forward(x, x1, t, uniform)
     return Jump(target, -torch.expm1(-(t_next - t) * rate))
 
 
-def _tau_leaping(path: DiscretePath, x: Tensor, x1: Tensor, t: float, t_next: float, uniform: Tensor) -> Jump:
+def tau_leaping(path: DiscretePath, x: Tensor, x1: Tensor, t: float, t_next: float, uniform: Tensor) -> Jump:
+    """One event of a Poisson number with the mean h rate: Campbell et al. 2022 (arXiv:2205.14987), sec. 4.3."""
     target, rate = path.forward(x, x1, t, uniform)
     events = (t_next - t) * rate
     return Jump(target, events * torch.exp(-events))
 
 
-def _exact(path: DiscretePath, x: Tensor, x1: Tensor, t: float, t_next: float, uniform: Tensor) -> Jump:
+def exact(path: DiscretePath, x: Tensor, x1: Tensor, t: float, t_next: float, uniform: Tensor) -> Jump:
+    """The path's own step given x1, which is exact for a single position."""
     return path.leap(x, x1, t, t_next, uniform)
 
 
@@ -146,12 +149,3 @@ def jumps(transition: Transition) -> Sampler:
         return step
 
     return Sampler(order=1, start=start)
-
-
-#: Campbell et al. 2024 (arXiv:2402.04997) and Gat et al. 2024, for ``euler``; Campbell et al. 2022
-#: (arXiv:2205.14987), sec. 4.3, for ``tau-leaping``.
-JUMPS: dict[str, Sampler] = {
-    "euler": jumps(_euler),
-    "tau-leaping": jumps(_tau_leaping),
-    "exact": jumps(_exact),
-}

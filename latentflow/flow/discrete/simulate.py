@@ -1,4 +1,4 @@
-"""The one loop that takes a sampler's steps, and the table of samplers."""
+"""The one loop that takes a sampler's steps."""
 
 from __future__ import annotations
 
@@ -14,19 +14,12 @@ from ..solvers.integrate import Callback, Progress, Times, progress_over
 from ..tensors import NOT_FINITE, Generators, time_dtype, uniform_like, with_time_rows
 from ..times import checked_times
 from .categorical import Logits
-from .orders import confidence, halton, random_order
 from .paths import DiscretePath, check_tokens
-from .samplers import CORRECTORS, JUMPS, Field, Sampler, SamplerOptions
+from .samplers import CORRECTORS, Field, Sampler, SamplerOptions
+from .table import SAMPLERS
 
 #: (x, t) -> logits of p(x1 | x_t), (B, ..., V), unnormalised: x is (B, ...) int64, t a scalar tensor or (B,).
 Posterior: TypeAlias = Callable[[Tensor, Tensor], Tensor | Logits]
-
-SAMPLERS: dict[str, Sampler] = {
-    **JUMPS,
-    "random": random_order(),
-    "halton": halton(),
-    "confidence": confidence(),
-}
 
 
 @torch.no_grad()
