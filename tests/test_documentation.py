@@ -9,18 +9,21 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from latentflow import LatentFlowPipeline, cli, flow
+from latentflow.flow import discrete
 from latentflow.utils.flags import flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("checkpoints/**/README.md")])
 LINK = re.compile(r"!?\[([^\]]*)\]\(([^)#\s]+)(?:#[^)]*)?\)")
 TABLES = "COUPLINGS PATHS PREDICTIONS TIME_DENSITIES TIME_GRIDS WEIGHTINGS SOLVERS DIFFUSIONS"
+DISCRETE_TABLES = "PATHS KAPPAS SOURCES SAMPLERS CORRECTORS OBJECTIVES WEIGHTINGS"
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -186,10 +189,14 @@ def test_a_command_or_flag_that_does_not_exist_is_found(line: str, wrong: list[s
 # --- Python ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("table", TABLES.split())
-def test_the_map_names_every_entry(table: str) -> None:
-    page = (ROOT / "docs" / "reference" / "design-space.md").read_text(encoding="utf-8")
-    missing = [name for name in getattr(flow, table) if f"`{name}`" not in page]
+@pytest.mark.parametrize(
+    ("module", "page", "table"),
+    [(flow, "design-space.md", table) for table in TABLES.split()]
+    + [(discrete, "discrete.md", table) for table in DISCRETE_TABLES.split()],
+)
+def test_the_maps_name_every_entry(module: ModuleType, page: str, table: str) -> None:
+    text = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
+    missing = [name for name in getattr(module, table) if f"`{name}`" not in text]
     assert not missing
 
 
@@ -207,6 +214,23 @@ def test_code_of_the_map_runs() -> None:
     for block in python_blocks(ROOT / "docs" / "reference" / "design-space.md"):
         exec(compile(block, "design-space.md", "exec"), names)
     assert names["loss"].isfinite() and names["x"].shape == (8, 2)  # type: ignore[union-attr]
+
+
+def test_code_of_the_page_on_tokens_runs() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(17, 16)
+    names = {
+        "x1": torch.randint(0, 16, (2, 4, 4)),
+        "t": torch.rand(2),
+        "network": lambda x, t: logits[x],
+        "unconditional": lambda x, t: 0.5 * logits[x],
+        "embeddings": torch.randn(16, 3),
+        "noise": torch.randn(2, 3, 4, 4),
+        "code_network": lambda x, t: x.movedim(1, -1) @ logits[:3],
+    }
+    run_python("docs/reference/discrete.md", names)
+    assert names["loss"].isfinite() and names["x"].max() < 16  # type: ignore[union-attr]
+    assert names["tokens"].shape == (2, 4, 4)  # type: ignore[union-attr]
 
 
 def run_python(page: str, names: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The mathematics of flow matching: paths, couplings, predictions, times, objectives, solvers, guidance.
 
 Conventions: t = 0 is noise (x0), t = 1 is data (x1), x_t = alpha(t) x1 + sigma(t) x0, velocity = d x_t / dt.
+``latentflow.flow.discrete`` has the same for tokens.
 """
 
 from __future__ import annotations

@@ -110,22 +110,11 @@ def _guided(
     zero_init: float,
     adjust: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Velocity:
-    low, high = interval
-    if not 0.0 <= low <= high <= 1.0:
-        raise UserError(f"guidance interval ({low}, {high})", "Use 0 <= low <= high <= 1 (t = 1 is data).")
+    scales, (low, high) = checked_scales(scale, interval), interval
     if not 0.0 <= rescale <= 1.0:
         raise UserError(f"guidance rescale {rescale}", "Use a number in [0, 1]; 0 is off, 0.7 is usual.")
     if not 0.0 <= zero_init < 1.0:
         raise UserError(f"guidance zero_init {zero_init}", "Use a time in [0, 1); 0 is off, 0.04 is usual.")
-    scales = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
-    if scales.ndim > 1:
-        raise ValueError(
-            f"scale has shape {tuple(scales.shape)}: pass one number, or one per row, shape (B,)"
-        )
-    if not bool(scales.isfinite().all()):
-        raise UserError(
-            f"guidance scale {scales.tolist()}", "Use finite numbers; 1 is off, 2 to 7 are usual."
-        )
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         if scales.ndim and scales.shape != x.shape[:1]:
@@ -149,6 +138,28 @@ def _guided(
 
     velocity = conditional if bool((scales == 1.0).all()) else guided
     return _zero_until(velocity, zero_init) if zero_init else velocity
+
+
+def checked_scales(scale: float | Tensor, interval: tuple[float, float]) -> Tensor:
+    """Return the guidance scale, () or (B,), in float64 on the CPU.
+
+    Raises:
+        UserError: scale is not finite; the interval is not 0 <= low <= high <= 1.
+        ValueError: scale has more than one dimension.
+    """
+    low, high = interval
+    if not 0.0 <= low <= high <= 1.0:
+        raise UserError(f"guidance interval ({low}, {high})", "Use 0 <= low <= high <= 1 (t = 1 is data).")
+    scales = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
+    if scales.ndim > 1:
+        raise ValueError(
+            f"scale has shape {tuple(scales.shape)}: pass one number, or one per row, shape (B,)"
+        )
+    if not bool(scales.isfinite().all()):
+        raise UserError(
+            f"guidance scale {scales.tolist()}", "Use finite numbers; 1 is off, 2 to 7 are usual."
+        )
+    return scales
 
 
 def _zero_until(velocity: Velocity, start: float) -> Velocity:

@@ -143,3 +143,22 @@ def normal_like(x: Tensor, generator: Generators) -> Tensor:
         return torch.stack([normal_like(row, source) for row, source in zip(x, generator, strict=True)])
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+
+
+def uniform_like(x: Tensor, generator: Generators, count: int) -> Tensor:
+    """Draw ``count`` uniform numbers in [0, 1) for each element of ``x``: (count, B, ...), float64 where there is one.
+
+    Raises:
+        ValueError: there are several generators, but not one for each row.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) != len(x):
+            raise ValueError(
+                f"{len(generator)} generators for {len(x)} rows: pass one for each row, or a single one"
+            )
+        return torch.stack(
+            [uniform_like(row, source, count) for row, source in zip(x, generator, strict=True)], 1
+        )
+    device = x.device if generator is None else generator.device
+    drawn = torch.rand((count, *x.shape), generator=generator, dtype=time_dtype(device), device=device)
+    return drawn.to(x.device)

@@ -1,0 +1,59 @@
+"""A bound of the likelihood that a token model gives to its data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import whole
+from ..solvers.integrate import Progress, progress_over
+from ..tensors import Generators, time_dtype, uniform_like, with_time_rows
+from .objectives import generalised_kl_parts, mixture_of
+from .paths import DiscretePath
+from .simulate import Posterior, as_logits, check_logits
+
+
+@torch.no_grad()
+def likelihood_bound(
+    posterior: Posterior,
+    x1: Tensor,
+    path: DiscretePath,
+    *,
+    samples: int = 64,
+    progress: Progress = False,
+    generator: Generators = None,
+) -> Tensor:
+    """Upper bound of -log p(x1), in nats and summed over positions: the integral of the generalised KL divergence.
+
+    As dt kappa' is d kappa, the bound is the same for every schedule. It is estimated with one draw in each of
+    ``samples`` equal parts of v = sqrt(1 - kappa): drawn so, the weight d kappa / (1 - kappa) = 2 dv / v has a finite
+    variance, which under uniform kappa it has not. With the mask source and the exact posterior of a single position
+    it is -log p(x1) itself; otherwise it is more. For bits per token pass its negative to ``bits_per_dim``.
+
+    Args:
+        posterior: (x, t) -> logits (B, ..., V); t is (B,).
+        x1: (B, ...) tokens of the data.
+        path: a mixture path; both ends of the time are exact, so that nothing is added for them.
+        samples: evaluations.
+        progress: True for a progress bar, or a function that wraps the iterable of indices.
+        generator: decides the draws; a list with one for each row makes every row independent of the others.
+
+    Returns:
+        (B,) float64, an unbiased estimate of the bound.
+
+    Raises:
+        UserError: the path is no mixture; x1 holds no tokens of it; samples < 1; logits as in ``simulate``.
+    """
+    mixture, count = mixture_of(path), whole("samples of the likelihood bound", samples, 1)
+    follow = with_time_rows(posterior)  # type: ignore[arg-type]
+    total = torch.zeros(len(x1), dtype=time_dtype(x1.device), device=x1.device)
+    for index in progress_over(progress, range(count)):
+        u = uniform_like(x1, generator, 2)
+        v = (index + 1.0 - u[0].flatten(1)[:, 0]) / count  # in (0, 1]
+        t = mixture.kappa.inverse(1.0 - v * v)
+        sample = mixture.sample(x1, t, u[1])
+        logits = as_logits(follow(sample.xt, t))
+        check_logits(logits, x1, mixture, f"in evaluation {index + 1} of {count}")
+        keep, move = generalised_kl_parts(logits.dense(), sample, mixture)
+        total += (keep + move).flatten(1).sum(1) * 2.0 / v
+    return total / count
