@@ -251,15 +251,21 @@ def networks_from(
         changes["interval_conditioning"] = True
     if latent_size not in (None, config["sample_size"]):
         changes["sample_size"] = latent_size
-    network = old
-    if any(config.get(name) != value for name, value in changes.items()):
-        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-        network = type(old)(**(arguments | changes))
-        _copy_weights(old, network)
+    network = extended(old, **changes)
     tokenizer, encoder = base.pipeline.tokenizer, base.pipeline.text_encoder
     if source.kind == "text" and base.trains_text and not fixed_text:
         tokenizer, encoder = _extended_text(tokenizer, encoder, [*chain.from_iterable(source.all_captions())])
     return _components(network, encoder, tokenizer, source.classes or base.classes)
+
+
+def extended(old: Any, **changes: Any) -> Any:
+    """Return a network with other settings and the weights of ``old``, which is itself returned where none differs."""
+    arguments = {key: value for key, value in old.config.items() if not key.startswith("_")}
+    if all(arguments.get(name) == value for name, value in changes.items()):
+        return old
+    network = type(old)(**(arguments | changes))
+    _copy_weights(old, network)
+    return network
 
 
 def _components(network: nn.Module, encoder: Any, tokenizer: Any, classes: Sequence[str]) -> dict[str, Any]:
