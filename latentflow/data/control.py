@@ -17,8 +17,8 @@ from torch import Tensor
 from ..errors import UserError, few, one_line, plural
 from ..utils.progress import progress_bar
 from .cache.tensors import LazyTable, Resolution, Transform, batches, index_images, map_threaded, size_of
-from .dataset import Example, Source, hash_text
-from .labels import NO_LABEL, Labels, numbered, palette_of, read_label_ids
+from .dataset import Control, Example, Source, hash_text, read_image
+from .labels import NO_LABEL, Labels, numbered, palette_of, read_label_ids, to_label_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,10 +55,11 @@ def inspect_controls(source: Source, labels: Labels = (), *, progress: bool = Tr
     cannot be read; of label maps also labels beyond the table, and palettes that differ.
 
     Args:
-        labels: the table of label maps; empty: it is made from them.
+        labels: the table of label maps; empty: the source's own, else it is made from them.
     """
     if source.control == "none":
         return ControlReport()
+    labels = labels or source.labels
     examples, problems = source.examples, list[str]()
     if without := [example.name for example in examples if not example.has_control]:
         problems.append(
@@ -187,6 +188,17 @@ class _Controls(Sequence[Example]):
         if isinstance(place, slice):
             return [self[index] for index in range(len(self))[place]]
         return ControlImage(self.wholes[place].name, whole=self.wholes[place])
+
+
+def cut_control(example: Example, size: tuple[int, int], kind: Control, labels: Labels = ()) -> Image.Image:
+    """Return an example's control image cut and resized to (height, width) as its image is.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if kind == "labels":
+        return to_label_image(_layout(example, size, labels)[0].numpy(), labels)
+    return read_image(ControlImage(example.name, whole=example), size)
 
 
 def cached_layouts(source: Source, resolution: Resolution) -> LazyTable:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ..errors import UserError, few, plural
-from ..utils.files import decode, reading
+from ..errors import UserError, few, plural, reading
+from ..utils.files import decode
 from .images import decoding, loaded, name_of
 from .sources.files import read_bytes
 
@@ -81,9 +81,7 @@ def read_label_ids(image: Image.Image, labels: Labels = ()) -> NDArray[np.uint8]
     loaded(image)
     with decoding(name):
         upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("P", "L") or upright.mode.startswith("I"):
-        ids = np.asarray(upright).astype(np.int64)
-    elif upright.mode == "1":
+    if upright.mode in ("P", "L") or upright.mode.startswith("I") or upright.mode == "1":
         ids = np.asarray(upright).astype(np.int64)
     else:
         ids = _by_colour(upright, labels, name)
@@ -117,10 +115,11 @@ def _by_colour(image: Image.Image, labels: Labels, name: str) -> NDArray[np.int6
         listed = few([f"#{int(value):06x}" for value in strange])
         raise UserError(
             f"{name} has colours that are no label's: {listed}",
-            f"The labels' colours: {few([colour for _, colour in labels if colour], 10)}. Save without antialiasing and "
-            "not as JPEG.",
+            f"The labels' colours: {few([colour for _, colour in labels if colour], 10)}. Save label maps without "
+            "antialiasing, and not as JPEG.",
         )
-    return found
+    ids: NDArray[np.int64] = found
+    return ids
 
 
 def to_label_image(ids: NDArray[np.uint8], labels: Labels) -> Image.Image:

@@ -8,7 +8,7 @@ import math
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from ..utils.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from ..families import FlowModel
 
 
 def enlarge(image: Image, scale: int) -> Image:
@@ -186,6 +188,19 @@ def read_opaque(path: str) -> Image:
             "%s has transparent parts: they become white, and all of the result is opaque", printable(path)
         )
     return to_rgb(image)
+
+
+def read_controls(paths: Sequence[str], model: FlowModel) -> list[Image]:
+    """Read control images as a model takes them: label maps in their own mode, others upright on white.
+
+    Raises:
+        UserError: see ``read_image``.
+    """
+    from ..data.images import decode_image
+
+    if "labels" not in model.control_kinds:
+        return [read_opaque(path) for path in paths]
+    return [decode_image(path) for path in paths]
 
 
 def is_transparent(image: Image) -> bool:

@@ -1,8 +1,8 @@
 """Control of a velocity network by a second image: the latent of an image, or a label map with an embedding per label.
 
 What the network makes of it is added to what its first layer makes of the noisy latent, which equals further input
-channels of that layer. The new weights start at zero, so that a network extended by them computes, to the last bit, what
-it computed before; so does any network where no control is given.
+channels of that layer. The new weights start at zero, so that a network extended by them computes, to the last bit,
+what it computed before.
 """
 
 # mypy: disable-error-code=no-any-return
@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
-from ..errors import UserError, is_number, shown
+from ..errors import UserError, few, is_number, plural, shown
 
+#: (name, "#rrggbb" or "") of every label, in the order of their ids
+Labels: TypeAlias = tuple[tuple[str, str], ...]
 #: features of a label's embedding; each cell of the latent grid has those of all its pixels
 LABEL_WIDTH = 8
 #: a pixel without a label
@@ -42,7 +44,7 @@ class ControlInputs:
     """
 
     image: int = 0
-    labels: tuple[tuple[str, str], ...] = ()
+    labels: Labels = ()
     cell: int = 8
     label_width: int = LABEL_WIDTH
 
@@ -64,7 +66,11 @@ class ControlInputs:
             if not whole or not (0 if name == "image" else 1) <= value <= most:
                 raise UserError(f"control: {name} is {shown(value)}", fix)
         labels = config.get("labels", ())
-        if not isinstance(labels, list | tuple) or len(labels) > MOST_LABELS or not all(map(_is_label, labels)):
+        if (
+            not isinstance(labels, list | tuple)
+            or len(labels) > MOST_LABELS
+            or not all(map(_is_label, labels))
+        ):
             raise UserError(f"control: labels is {shown(labels)}", fix)
         made = cls(**{**config, "labels": tuple((name, colour) for name, colour in labels)})
         if not made.kinds:
@@ -78,6 +84,20 @@ class ControlInputs:
         labels = [list(label) for label in self.labels]
         return {"image": self.image, "labels": labels, "cell": self.cell, "label_width": self.label_width}
 
+    def joined(self, other: Self) -> Self:
+        """Return the inputs of both; those of ``other`` where both take label maps or images.
+
+        Raises:
+            UserError: both take label maps, of different labels.
+        """
+        if self.labels and other.labels and self.labels != other.labels:
+            raise UserError(
+                f"the label maps have {_few_labels(other.labels)}, and those of the checkpoint "
+                f"{_few_labels(self.labels)}",
+                "Use the checkpoint's labels, ids and colours: it knows no others.",
+            )
+        return replace(other, image=other.image or self.image, labels=other.labels or self.labels)
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of control images that it takes: "image", "labels"."""
@@ -90,8 +110,16 @@ class ControlInputs:
         return {kind: counts[kind] for kind in self.kinds}
 
 
+def _few_labels(labels: Labels) -> str:
+    return f"{plural(len(labels), 'label')} ({few(' '.join(label).strip() for label in labels)})"
+
+
 def _is_label(label: Any) -> bool:
-    if not isinstance(label, list | tuple) or len(label) != 2 or not all(isinstance(part, str) for part in label):
+    if (
+        not isinstance(label, list | tuple)
+        or len(label) != 2
+        or not all(isinstance(part, str) for part in label)
+    ):
         return False
     return label[1] == "" or re.fullmatch("#[0-9a-f]{6}", label[1]) is not None
 
@@ -152,9 +180,8 @@ class ControlledConv(nn.Conv2d):
     """
 
     def __init__(self, first: nn.Conv2d, embed: ControlEmbed) -> None:
-        super().__init__(
-            first.in_channels, first.out_channels, first.kernel_size, first.stride, first.padding  # type: ignore[arg-type]
-        )
+        shape: Any = (first.kernel_size, first.stride, first.padding)
+        super().__init__(first.in_channels, first.out_channels, *shape)
         self.weight, self.bias = first.weight, first.bias
         self.control = embed
 

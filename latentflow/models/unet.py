@@ -127,7 +127,8 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
                 lambda count: nn.Conv2d(count, channels[0], 3, padding=1, bias=False),
             )
             self.unet.conv_in = ControlledConv(self.unet.conv_in, embed)
-            self._skip_layerwise_casting_patterns = [*self._skip_layerwise_casting_patterns, "conv_in"]
+            skipped = [*self._skip_layerwise_casting_patterns, "conv_in"]
+            self._skip_layerwise_casting_patterns = skipped  # type: ignore[misc]
 
     def forward(
         self, x: Tensor, t: Tensor | float, cond: Condition | None = None, return_dict: bool = False

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import Source, cached_pixels, to_pil
+from ..data.control import cut_control
 from ..data.masks import DEFAULT_SHAPES, random_masks
 from ..families import FlowModel
 from ..families.pretrained import PretrainedModel
@@ -137,6 +138,11 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     else:
         texts = shown_by(source, rows, model)
     condition = model.call_arguments(texts)
+    if source.control != "none":
+        size = model.native_size
+        assert size is not None  # a run's network says it
+        cut = partial(cut_control, size=size, kind=source.control, labels=source.labels)
+        condition["control_image"] = {source.control: [cut(source.examples[row]) for row in rows]}
     encoder = pipe.text_encoder
     home = None if encoder is None else encoder.device  # the CPU, if the encoder is not trained along
     if encoder is not None:

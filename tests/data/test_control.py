@@ -114,7 +114,10 @@ def test_missing_and_mis_sized_control_images_are_counted_and_named(folder: Path
     with pytest.raises(UserError) as refused:
         with_control_checked(found(folder))
     assert "2 images of 4 without a control image: 1.png, 2.png" in refused.value.what
-    assert "1 control image of another size than the image: 3.png (12x8, its control image 12x4)" in refused.value.what
+    assert (
+        "1 control image of another size than the image: 3.png (12x8, its control image 12x4)"
+        in refused.value.what
+    )
     report, _ = check_data(str(folder), control="labels")
     assert any("without a control image" in problem for problem in report.problems)
 
@@ -125,9 +128,7 @@ def test_labels_beyond_the_table_and_palettes_that_differ(folder: Path) -> None:
     assert "has the label 2, and there are 2 labels, 0 to 1" in report.problems[0]
     other = (LABELS[0], ("cat", "#0000ff"), LABELS[2])
     to_label_image(ids(2), other).save(folder / "2-control.png")
-    assert inspect_controls(found(folder)).problems == (
-        "1 label map with another palette than 0.png: 2.png",
-    )
+    assert inspect_controls(found(folder)).problems == ("1 label map with another palette than 0.png: 2.png",)
     assert "another palette than the labels: 2.png" in inspect_controls(found(folder), LABELS).problems[0]
     (folder / "1-control.png").write_bytes(b"no image")
     assert any("cannot be used" in line for line in inspect_controls(found(folder)).problems)
@@ -141,7 +142,12 @@ def test_label_maps_are_read_in_every_form(tmp_path: Path) -> None:
     table = np.array([[255, 255, 255], [255, 0, 0], [0, 255, 0]], dtype=np.uint8)
     rgba = np.concatenate([table[expected % 3], np.full((*expected.shape, 1), 255, np.uint8)], axis=2)
     rgba[0, 0, 3] = 0
-    forms = [palette, Image.fromarray(expected), Image.fromarray(expected.astype(np.int32)), Image.fromarray(rgba)]
+    forms = [
+        palette,
+        Image.fromarray(expected),
+        Image.fromarray(expected.astype(np.int32)),
+        Image.fromarray(rgba),
+    ]
     forms.append(Image.fromarray(expected.astype(np.uint16)))
     for form in forms:
         assert np.array_equal(read_label_ids(form, LABELS), expected), form.mode
@@ -199,3 +205,20 @@ def test_label_maps_of_shapes_are_exact() -> None:
     assert shape_layouts.mean_iou(layouts, read) > 0.95
     assert shape_layouts.mean_iou(layouts, [*read[1:], read[0]]) < 0.1
     assert not shape_layouts.read_label_map(torch.zeros(3, 32, 32)).any()  # grey: no object on white
+
+
+def test_check_lists_them_and_shows_pairs(folder: Path, tmp_path: Path, load_program: Any, capsys: Any) -> None:
+    sheet, main = tmp_path / "sheet.png", load_program("check").main
+    main([str(folder), "--control", "labels", "--sheet", str(sheet)])
+    said = capsys.readouterr().out
+    assert "images with a control image: 4 of 4" in said
+    assert "3 labels of the control images: 0, 1, 2" in said
+    assert "--control labels" in said  # the training that it suggests
+    colours = {colour for _, colour in Image.open(sheet).convert("RGB").getcolors(10**6)}  # type: ignore[union-attr]
+    assert {(255, 0, 0), (0, 255, 0)} <= colours  # of the label maps
+    (folder / "2-control.png").unlink()
+    with pytest.raises(SystemExit):
+        main([str(folder), "--control", "labels"])
+    assert "PROBLEM: 1 image of 4 without a control image: 2.png" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--control-labels without --control labels"):
+        main([str(folder), "--control-labels", "labels.txt"])

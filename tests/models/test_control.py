@@ -67,7 +67,9 @@ def test_learnt_control_survives_saving_and_further_extension(name: str, tmp_pat
     model, given = build(name, control={**BOTH, "image": 0}), control()
     layout = Condition(layout=given["layout"])
     model.save_pretrained(tmp_path)
-    assert torch.equal(MODELS[name].from_pretrained(tmp_path)(latents(), 0.3, layout), model(latents(), 0.3, layout))
+    assert torch.equal(
+        MODELS[name].from_pretrained(tmp_path)(latents(), 0.3, layout), model(latents(), 0.3, layout)
+    )
     more = extended(model, control=BOTH, condition_channels=2).eval()  # a control image, and masks
     expected = model(latents(), 0.3, layout)
     torch.testing.assert_close(more(latents(), 0.3, layout), expected)

@@ -251,7 +251,9 @@ def cached_latents(
     Raises:
         UserError: as for ``cached_pixels``.
     """
-    transform = latent_transform(size_of(resolution), background, vae, flips, batch_size, device, own_encoding)
+    transform = latent_transform(
+        size_of(resolution), background, vae, flips, batch_size, device, own_encoding
+    )
     index = index_images(source, transform, progress=progress)
     mean = index.table("mean")
     assert mean is not None

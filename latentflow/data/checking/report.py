@@ -16,10 +16,10 @@ from PIL import Image
 
 from ...errors import UserError, few, one_line, plural
 from ...utils.names import composed
+from ..control import inspect_controls
 from ..dataset import Example, Source
 from ..labels import Labels
 from ..sources.kinds import MissingCaption, find_source
-from ..control import inspect_controls
 from ..splits import near_groups
 from .inspect_images import (
     ImageInfo,
@@ -232,8 +232,8 @@ def check_data(
 ) -> tuple[Report, Source | None]:
     """Return the report on ``data``, and its images that can be used; None where they cannot be found.
 
-    ``labels`` are those of label maps, ``request`` further settings of ``find_source``. Where captions or classes are missing, that is a problem, and
-    the rest is checked all the same.
+    ``labels`` are those of label maps, ``request`` further settings of ``find_source``. Where captions or classes are
+    missing, that is a problem, and the rest is checked all the same.
     """
     problems: list[str] = []
     source = None

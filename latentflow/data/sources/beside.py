@@ -97,14 +97,16 @@ def find_controls(
         return ControlFiles(files, frozenset({*named, *listed.values()}), _counted(files))
     root = Path(request.control_folder).expanduser()
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}", near_path(str(root)).strip() or "Check --control-folder.")
+        raise UserError(
+            f"there is no folder {root}", near_path(str(root)).strip() or "Check --control-folder."
+        )
     other, (here, there) = list_folder(root), (root.resolve(), folder.root.resolve())
     inside = f"{here.relative_to(there).as_posix()}/" if here.is_relative_to(there) else None
     within = [name for name in folder.images if inside is not None and name.startswith(inside)]
     own = {stem_of(name): other.file(name) for name in other.images}
     files = {name: own[stem_of(name)] for name in folder.images if stem_of(name) in own}
     files |= {name: folder.file(control) for name, control in listed.items()}
-    return ControlFiles(files, frozenset({*within, *listed.values()}), _counted(files))
+    return ControlFiles(files, frozenset({*within, *named, *listed.values()}), _counted(files))
 
 
 def _counted(files: Mapping[str, File]) -> tuple[str, ...]:

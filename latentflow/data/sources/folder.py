@@ -30,7 +30,6 @@ from .files import (
     CAPTION_BYTES,
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
-    File,
     Folder,
     list_folder,
     read_bytes,

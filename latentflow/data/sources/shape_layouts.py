@@ -38,8 +38,8 @@ _IDS = {name: number for number, (name, _) in enumerate(LABELS)}
 
 
 def label_map(spec: Spec, resolution: int, seed: int | None = None) -> LabelMap:
-    """Return the label of each pixel of `render`'s image, (resolution, resolution): an object's where it covers at least
-    half of the pixel."""
+    """Return the label of each pixel of `render`'s image, (resolution, resolution): an object's where it covers at
+    least half of the pixel."""
     _, masks = render(spec, resolution, seed)
     ids = np.zeros((resolution, resolution), dtype=np.uint8)
     for item, mask in zip(layout(spec), masks.numpy(), strict=True):

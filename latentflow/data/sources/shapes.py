@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import UserError
-from ..dataset import Control, Example, Kind, Source
+from ..dataset import Example, Kind, Source
 from ..images import to_pil
 from ..labels import to_label_image
 
@@ -331,12 +331,16 @@ def train_source(
         f"the procedural set of shapes: {len(examples)} images; "
         f"{len(held_out_captions())} captions are held out, combinations that training never shows",
     )
-    control: Control = "labels" if layouts else "none"
+    controls: dict[str, Any] = {}
+    if layouts:
+        from .shape_layouts import LABELS
+
+        controls = {"control": "labels", "labels": LABELS}
     if condition == "class":
         classes = tuple(sorted({example.label for example in examples if example.label}))
-        return Source("shapes", tuple(examples), "class", classes, notes, control=control)
+        return Source("shapes", tuple(examples), "class", classes, notes, **controls)
     kind: Kind = "unconditional" if condition == "none" else "text"
-    return Source("shapes", tuple(examples), kind, (), notes, control=control)
+    return Source("shapes", tuple(examples), kind, (), notes, **controls)
 
 
 def train_captions() -> list[str]:
@@ -379,7 +383,10 @@ def find_objects(image: Image.Image) -> list[Found] | str:
 
 
 def read_objects(image: Image.Image) -> list[Found | str] | str:
-    """Return each object on the white ground, or the reason why it cannot be read; or why none can; see `find_objects`."""
+    """Return each object on the white ground, or the reason why it cannot be read; or why none can.
+
+    See `find_objects`.
+    """
     from scipy import ndimage
 
     rgb = np.asarray(image.convert("RGB")).astype(np.float64)

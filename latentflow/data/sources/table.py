@@ -70,7 +70,12 @@ def read_table(data: str, request: DataRequest) -> Source:
             found = [dataclasses.replace(example, name=f"{prefix}/{example.name}") for example in found]
         examples += found
     notes = [f"{plural(len(examples), 'row')} of {few([path.name for path in paths])}"]
-    files = [file for example in examples for file in (example.path, example.mask, example.control) if isinstance(file, Path)]
+    files = [
+        file
+        for example in examples
+        for file in (example.path, example.mask, example.control)
+        if isinstance(file, Path)
+    ]
     if absent := [file for file in files if not file.is_file()]:
         start = paths[0].parent
         first = absent[0].relative_to(start) if absent[0].is_relative_to(start) else absent[0]
@@ -165,9 +170,7 @@ def _parquet_rows(path: Path, file: Any, ours: Mapping[str, str]) -> _Rows:
     if file.metadata.num_rows > container.size:
         raise UserError(f"{path} claims {file.metadata.num_rows} rows in {container.size} bytes", _AGAIN)
     cells = {
-        name: theirs
-        for theirs, name in ours.items()
-        if name in IMAGE_COLUMNS and _holds_bytes(file, theirs)
+        name: theirs for theirs, name in ours.items() if name in IMAGE_COLUMNS and _holds_bytes(file, theirs)
     }
     read = [
         theirs
