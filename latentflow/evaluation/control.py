@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..data.images import to_tensor
 from ..data.labels import to_label_image
 from ..data.sources import shape_layouts, shapes
 from ..families import FlowModel
@@ -22,9 +23,11 @@ def layouts(sampler: Sampler, count: int) -> dict[str, Any]:
     """Measure how well images agree with the label maps of specs that were held out, by the exact checker of shapes.
 
     Each of ``count`` maps has moved objects of its own. `shape_layouts.mean_iou` is taken of images under the map alone,
-    under the map and its caption, and without both; and of real images, which is as much as the checker can find.
+    under the map and its caption, and without both; of real images, which is as much as the checker can find; and of
+    these through the autoencoder, which is as much as the network can reach.
     """
-    side = sampler.model.native_side
+    model = sampler.model
+    side = model.native_side
     assert side is not None  # a network that latentflow trained says it
     specs = sorted(filter(shapes.is_held_out, shapes.all_specs()), key=shapes.caption)
     order = torch.randperm(len(specs), generator=torch.Generator().manual_seed(sampler.seed)).tolist()
@@ -36,10 +39,15 @@ def layouts(sampler: Sampler, count: int) -> dict[str, Any]:
     def iou(images: Any) -> float:
         return shape_layouts.mean_iou(asked, [shape_layouts.read_label_map(image) for image in images])
 
+    real = [shapes.render(spec, side, seed)[0] for seed, spec in enumerate(chosen)]
+    batches = torch.stack([to_tensor(image) for image in real]).split(sampler.batch_size)
+    with torch.no_grad():
+        copies = [image for batch in batches for image in model.decode(model.encode(batch)).cpu()]
     found = {
         "map": iou(sampler.sample(nothing, LAYOUTS, "label maps", controls)),
         "nothing": iou(sampler.sample(nothing, LAYOUTS, "nothing")),
-        "real": iou([shapes.render(spec, side, seed)[0] for seed, spec in enumerate(chosen)]),
+        "real": iou(real),
+        "autoencoder": iou(copies),
     }
     if sampler.condition_kind == "prompt":
         found["map_and_caption"] = iou(

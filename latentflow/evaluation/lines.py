@@ -94,7 +94,8 @@ def _layouts(report: dict[str, Any]) -> Iterator[str]:
     if measured := report.get("layouts"):
         iou = {name: f"{value:.3f}" for name, value in measured["mean_iou"].items()}
         caption = f", {iou['map_and_caption']} with its caption too" if "map_and_caption" in iou else ""
-        said = f"mean IoU {iou['map']} under the label map{caption}, {iou['nothing']} without (real images: {iou['real']})"
+        reach = f"real images: {iou['real']}, through the autoencoder {iou['autoencoder']}"
+        said = f"mean IoU {iou['map']} under the label map{caption}, {iou['nothing']} without ({reach})"
         yield _figure("layouts", said)
 
 

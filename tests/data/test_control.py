@@ -207,7 +207,9 @@ def test_label_maps_of_shapes_are_exact() -> None:
     assert not shape_layouts.read_label_map(torch.zeros(3, 32, 32)).any()  # grey: no object on white
 
 
-def test_check_lists_them_and_shows_pairs(folder: Path, tmp_path: Path, load_program: Any, capsys: Any) -> None:
+def test_check_lists_them_and_shows_pairs(
+    folder: Path, tmp_path: Path, load_program: Any, capsys: Any
+) -> None:
     sheet, main = tmp_path / "sheet.png", load_program("check").main
     main([str(folder), "--control", "labels", "--sheet", str(sheet)])
     said = capsys.readouterr().out
