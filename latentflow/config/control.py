@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from ..errors import UserError
-from ..utils.flags import Essential
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +16,7 @@ class ControlConfig:
         UserError: a setting is out of bounds or has no effect.
     """
 
-    control: Annotated[Literal["none", "image", "labels"], Essential("data")] = "none"
+    control: Literal["none", "image", "labels"] = "none"
     """Kind of control images that lead what is drawn: image (edges, depth, sketches), or labels (label maps: which
     thing is where). They are the metadata's control column, else cat-control.png beside cat.png."""
     control_folder: str | None = None

@@ -22,9 +22,9 @@ def draws_layouts_of_shapes(model: FlowModel, kind: ConditionKind) -> bool:
 def layouts(sampler: Sampler, count: int) -> dict[str, Any]:
     """Measure how well images agree with the label maps of specs that were held out, by the exact checker of shapes.
 
-    Each of ``count`` maps has moved objects of its own. `shape_layouts.mean_iou` is taken of images under the map alone,
-    under the map and its caption, and without both; of real images, which is as much as the checker can find; and of
-    these through the autoencoder, which is as much as the network can reach.
+    Each of ``count`` maps has moved objects of its own. `shape_layouts.mean_iou` is taken of images under the map
+    alone, under the map and its caption, and without both; of real images, which is as much as the checker can find;
+    and of these through the autoencoder, which is as much as the network can reach.
     """
     model = sampler.model
     side = model.native_side

@@ -19,9 +19,9 @@ from ..flow.tensors import require_finite
 from ..models import Condition, ControlInputs, encode_text
 from ..models.text import START
 from ..utils.names import as_spelled
+from .control import CONTROL, ControlledModel
 from .few_steps import FewSteps
-from .model import FlowModel, Rows, Size
-from .rows import check_counts, keep
+from .model import Rows, Size
 from .training_defaults import TrainingDefaults
 
 #: steps of an ordinary network, and of one of average velocities, where nothing else is asked for
@@ -31,12 +31,7 @@ NAMED_STEPS = 20
 USUAL_GUIDANCE = 4.0
 
 
-#: what rows keep of control images; and all that they keep, which guidance over the condition does not leave out
-_CONTROL = {"control", "layout"}
-_KEPT = {"channels", "sizes", *_CONTROL}
-
-
-class LatentFlowModel(FlowModel):
+class LatentFlowModel(ControlledModel):
     """The flow model of latentflow's own checkpoints.
 
     What a checkpoint is conditioned on is read from its network's config: ``text_dim`` set means captions,
@@ -90,14 +85,9 @@ class LatentFlowModel(FlowModel):
         return self.vae is not None and self.setting("condition_channels") == mask_channels(self.vae)
 
     @property
-    def control_kinds(self) -> tuple[str, ...]:
-        """Kinds of the control images that the network takes, all of which it also draws without."""
-        return ControlInputs.of(self.setting("control")).kinds
-
-    @property
-    def control_labels(self) -> tuple[tuple[str, str], ...]:
-        """(name, "#rrggbb" or "") of each label of the label maps that it takes, in the order of their ids."""
-        return ControlInputs.of(self.setting("control")).labels
+    def control_inputs(self) -> ControlInputs:
+        """The control images that the network takes."""
+        return ControlInputs.of(self.setting("control"))
 
     @property
     def takes_sizes(self) -> bool:
@@ -240,7 +230,7 @@ class LatentFlowModel(FlowModel):
         if condition.drop is None:
             values["drop"] = torch.zeros(count, dtype=torch.bool, device=self.device)
         given = {name: value for name, value in values.items() if value is not None}
-        kept = {name: given.pop(name) for name in [*given] if name in _KEPT}
+        kept = {name: given.pop(name) for name in [*given] if name in ("channels", "sizes", *CONTROL)}
         return Rows(self, given, kept)
 
     def embed_text(self, prompts: list[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:
@@ -308,39 +298,6 @@ class LatentFlowModel(FlowModel):
         return replace(
             rows, kept={**rows.kept, "channels": channels.repeat_interleave(len(rows) // len(channels), 0)}
         )
-
-    def with_control(self, rows: Rows, images: Tensor) -> Rows:
-        """See `Rows.with_control`."""
-        if "image" not in self.control_kinds:
-            return super().with_control(rows, images)
-        check_counts(rows, images)
-        return keep(rows, control=self.encode(images.to(self.device)))
-
-    def with_layout(self, rows: Rows, layouts: Tensor) -> Rows:
-        """See `ImageInputMixin.with_layout`.
-
-        Raises:
-            UserError: the network takes no label maps; numbers of maps and rows that do not fit; labels beyond those
-                that the network knows.
-        """
-        if "labels" not in self.control_kinds:
-            return super().with_layout(rows, layouts)
-        check_counts(rows, layouts[:, None])
-        if not -1 <= int(layouts.min()) <= int(layouts.max()) < len(self.control_labels):
-            raise UserError(
-                f"the label maps have labels from {int(layouts.min())} to {int(layouts.max())}",
-                f"This checkpoint knows 0 to {len(self.control_labels) - 1}; -1 is a pixel without a label.",
-            )
-        return keep(rows, layout=layouts.to(self.device))
-
-    def with_control_scale(self, rows: Rows, scale: float) -> Rows:
-        """Return the rows with guidance over their control images, see `velocity`: 0 leaves these out, 1 is what the
-        network has learnt."""
-        if scale == 1.0 or not _CONTROL & rows.kept.keys():
-            return rows
-        if scale == 0.0:
-            return _uncontrolled(rows)
-        return keep(rows, control_scale=torch.full((len(rows), 1, 1, 1), scale, device=self.device))
 
     def unlabelled(self, n: int) -> Rows:
         """Return ``n`` rows to which no condition is given."""
@@ -467,32 +424,7 @@ class LatentFlowModel(FlowModel):
         times: Tensor | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> flow.Velocity:
-        """See `FlowModel.velocity`; a consistency model goes to the end of the grid at every step.
-
-        Two guidance scales, w over the condition c (``guidance_scale``) and s over the control images
-        (`with_control_scale`), lead to
-
-            V(null) + w (V(c) - V(null)),    V(c) = v(c, without) + s (v(c, control) - v(c, without))
-
-        where v is the network's velocity. So s = 0 draws as without control images, s = 1 as it was trained with them,
-        and more follows them harder; every s but these two doubles the evaluations.
-        """
+        """See `FlowModel.velocity`; a consistency model goes to the end of the grid at every step."""
         if times is not None and self.few_steps.consistency:
             times = times[[0, -1]]
         return super().velocity(rows, guidance_scale, negative, times, interval)
-
-    def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> flow.Velocity:
-        """Return the velocity under ``rows`` alone; with a scale of their control images, see `velocity`."""
-        kept = dict(rows.kept)
-        strength = kept.pop("control_scale", None)
-        under = super()._bound(replace(rows, kept=kept), times, scale)
-        if not isinstance(strength, Tensor):
-            return under
-        without = super()._bound(_uncontrolled(rows), times, scale)
-        return lambda x, t: torch.lerp(without(x, t), under(x, t), strength.to(x))
-
-
-def _uncontrolled(rows: Rows) -> Rows:
-    """Return the rows without their control images."""
-    left = {name: value for name, value in rows.kept.items() if name in _KEPT - _CONTROL}
-    return replace(rows, kept=left)

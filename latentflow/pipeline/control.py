@@ -91,7 +91,7 @@ def read_label_maps(maps: Images, labels: tuple[tuple[str, str], ...], size: Siz
 
 
 def add_control(rows: Rows, controls: Controls, scale: float) -> Rows:
-    """Return the rows of control images that lead what is drawn, at this scale; see `LatentFlowModel.velocity`."""
+    """Return the rows of control images that lead what is drawn, at a scale: see `ControlledModel`."""
     model: Any = rows.model
     for kind, values in controls.items():
         moved = values.to(model.device)

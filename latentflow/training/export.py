@@ -104,6 +104,7 @@ def pipeline_facts(pipeline: Any, where: str, example: str = "") -> CardFacts:
         classes=tuple(model.classes),
         parts={name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)},
         inpaints=model.takes_masks,
+        control=() if isinstance(model, PretrainedModel) else model.control_kinds,
         sample_steps=preview_steps(model),
         few_steps=model.few_steps,
         resolution=model.native_side,

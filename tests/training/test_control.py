@@ -121,6 +121,8 @@ def test_one_flag_trains_under_label_maps(run: Path) -> None:
     assert pipe.model.control_kinds == ("labels",)
     assert pipe.takes_masks  # several kinds at once
     assert all(colour.startswith("#") for _, colour in pipe.model.control_labels)
+    card = (run / "run" / "pipeline" / "README.md").read_text()
+    assert "It also draws under a label map" in card
     assert np.isfinite(losses(run / "run")).all()
     assert same_state(run / "run", run / "stopped")
 
