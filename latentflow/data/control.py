@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import UserError, few, one_line, plural
 from ..utils.progress import progress_bar
 from .cache.tensors import LazyTable, Resolution, Transform, batches, index_images, map_threaded, size_of
+from .checking.inspect_images import inspect_images
 from .dataset import Control, Example, Source, hash_text, read_image
 from .labels import NO_LABEL, Labels, numbered, palette_of, read_label_ids, to_label_image
 
@@ -68,16 +69,21 @@ def inspect_controls(source: Source, labels: Labels = (), *, progress: bool = Tr
     given = [example for example in examples if example.has_control]
     looks: dict[str, _Look] = {}
     unreadable, sized = [], []
+    infos = zip(examples, inspect_images(source, progress=False), strict=True)  # which are known by now
+    sizes = [info.size for example, info in infos if example.has_control]
     found = map_threaded(partial(_look, kind=source.control, labels=labels), given)
     bar = progress_bar(
-        zip(given, found, strict=True), total=len(given), desc="checking control images", hidden=not progress
+        zip(given, sizes, found, strict=True),
+        total=len(given),
+        desc="checking control images",
+        hidden=not progress,
     )
-    for example, (look, image_size, why) in bar:
-        if look is None:
-            unreadable.append(one_line(why))
-        elif look.size != image_size:
-            sizes = f"{image_size[0]}x{image_size[1]}, its control image {look.size[0]}x{look.size[1]}"
-            sized.append(f"{example.name} ({sizes})")
+    for example, (width, height), look in bar:
+        if isinstance(look, str):
+            unreadable.append(one_line(look))
+        elif look.size != (width, height):
+            own = f"{look.size[0]}x{look.size[1]}"
+            sized.append(f"{example.name} ({width}x{height}, its control image {own})")
         else:
             looks[example.name] = look
     if sized:
@@ -90,20 +96,17 @@ def inspect_controls(source: Source, labels: Labels = (), *, progress: bool = Tr
     return ControlReport((*problems, *differing), table)
 
 
-def _look(example: Example, kind: str, labels: Labels) -> tuple[_Look | None, tuple[int, int], str]:
-    """Return the properties of an example's control image and the size of its image, or why it cannot be used."""
+def _look(example: Example, kind: str, labels: Labels) -> _Look | str:
+    """Return the properties of an example's control image, or why it cannot be used."""
     try:
         control = example.open_control()
         assert control is not None
-        with example.open() as image:
-            size = ImageOps.exif_transpose(image).size
         if kind != "labels":
-            return _Look(control.size), size, ""
-        ids = read_label_ids(control, labels)
-        there = ids[ids != NO_LABEL]
-        return _Look(control.size, palette_of(control), int(there.astype(np.int64).max(initial=-1))), size, ""
+            return _Look(control.size)
+        ids = read_label_ids(control, labels).astype(np.int64)
+        return _Look(control.size, palette_of(control), int(ids[ids != NO_LABEL].max(initial=-1)))
     except UserError as error:
-        return None, (0, 0), error.what
+        return error.what
 
 
 def _table(looks: dict[str, _Look], labels: Labels) -> tuple[Labels, list[str]]:

@@ -28,7 +28,7 @@ LABEL_WIDTH = 8
 NO_LABEL = -1
 #: labels that a map in one byte can tell apart
 MOST_LABELS = 255
-_LARGEST = {"image": 2**12, "cell": 2**8, "label_width": 2**8}
+_LARGEST = {"image": 2**12, "cell": 2**6, "label_width": 2**6}
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,17 @@ from torch import Tensor
 
 from latentflow import LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.config import FlowConfig
+from latentflow.data import LatentTable, one_size
 from latentflow.data.images import to_tensor
 from latentflow.data.labels import to_label_image
 from latentflow.data.sources.shape_layouts import LABELS
 from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.models import Condition, ControlInputs, DiT
+from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.losses import ControlImages
 from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.losses.latent_data import BucketData, LatentData
 
 from .command import TINY, call, losses, opened, same_state, sampled
 
@@ -59,6 +62,23 @@ def test_dropped_is_a_share_decided_by_seed_and_number() -> None:
     bare = {name: batch[name] for name in ("latents", "sample_ids")}  # samples of the checkpoint itself
     without = control(Condition(), bare, training=True)
     assert not without.control.any() and (without.layout == -1).all()  # type: ignore[union-attr]
+
+
+def test_control_images_are_mirrored_with_the_latents() -> None:
+    """Rows whose mirror images are told apart by one column: 3 in the image as it is, 7 in its mirror image."""
+    source = train_source(layouts=True).subset([0])
+    both = torch.tensor([3.0, 7.0])[None, :, None, None, None].expand(1, 2, 4, 8, 8)
+    layout = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
+    layout[..., 0] = 5
+    table = LatentTable(both, None)
+    bucket = BucketData(table, {"layout": layout}, table)
+    data = LatentData(one_size(source, (16, 16)), [bucket], {})
+    found = data.__getitems__([SampleUse(0, number) for number in range(32)])
+    mirrored = found["latents"][:, 0, 0, 0] == 7
+    assert 8 < mirrored.sum() < 24
+    assert torch.equal(found["control"], found["latents"])
+    assert torch.equal(found["layout"][:, 0, 0, -1] == 5, mirrored)
+    assert torch.equal(found["layout"][:, 0, 0, 0] == 5, ~mirrored)
 
 
 def test_the_loss_with_the_map_falls_below_the_loss_without() -> None:
