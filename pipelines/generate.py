@@ -11,7 +11,7 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.config import SamplingConfig
-from latentflow.inference.images import enlarge, image_grid, read_controls, read_image, save_images
+from latentflow.inference.images import control_files, enlarge, image_grid, read_controls, save_images
 from latentflow.inference.opening import open_pipeline
 from latentflow.inference.sample import (
     check_memory,
@@ -36,7 +36,7 @@ class GenerateConfig(SamplingConfig):
     """Pixels; default: as trained (InstructPix2Pix: as the control image)."""
     control: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
     """Control image (edges, depth, a label map, the image to edit), for checkpoints that draw under one: a file for all
-    prompts, or one for each."""
+    prompts, or one for each. Of checkpoints that take two kinds: image=FILE labels=FILE."""
     control_scale: float = 1.0
     """Guidance over the control image, for checkpoints that draw without as well. 0: without it; 1: as trained; more
     follows it harder."""
@@ -48,13 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Generate the images, and write them."""
     config = parse(GenerateConfig, argv, prog="latentflow generate")
     check_sampling(config)
-    for path in config.control:
-        read_image(path)
+    files = control_files(config.control)
 
     from latentflow.pipeline import LatentFlowPipeline
 
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config, config.memory)
-    controls = read_controls(config.control, pipe.model)
+    controls = read_controls(files, pipe.model)
     rows = with_control(conditions(pipe, config.prompt, config.class_labels, config.negative), controls)
     pipe.model.check_image_input(controls or None)
     size = pipe.image_size(config.height, config.width, control_image=controls or None)

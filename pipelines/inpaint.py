@@ -14,6 +14,7 @@ from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
 from latentflow.inference.images import (
     box_mask,
+    control_files,
     enlarge,
     image_grid,
     read_controls,
@@ -92,14 +93,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(InpaintConfig, argv, prog="latentflow inpaint")
     check_sampling(config)
     image, mask, prompts = read(config)
-    for path in config.control:
-        read_image(path)
+    files = control_files(config.control)
 
     from latentflow import LatentFlowInpaintPipeline
 
     pipe = open_pipeline(LatentFlowInpaintPipeline, config.checkpoint, config.device, config, config.memory)
     rows = conditions(pipe, prompts, config.class_labels, config.negative, optional=True)
-    controls = read_controls(config.control, pipe.model)
+    controls = read_controls(files, pipe.model)
     pipe.model.check_image_input(controls or None, fills=True)
     rows = with_control(rows, controls)
     check_memory(len(rows) * config.n, (image.height, image.width), config.scale)

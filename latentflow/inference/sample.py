@@ -208,7 +208,7 @@ def conditions(
     return [{"class_labels": number} for number in ids] or [{}]
 
 
-def with_control(rows: list[Condition], controls: Sequence[Image]) -> list[Condition]:
+def with_control(rows: list[Condition], controls: Sequence[Any]) -> list[Condition]:
     """Return the conditions with their control images, one for all of them or one for each.
 
     Raises:

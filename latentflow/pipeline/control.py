@@ -25,7 +25,7 @@ def read_control(model: FlowModel, given: Images, size: Size) -> Controls:
 
     Args:
         given: images as `read_images` takes them, or label maps as `read_label_maps` does; of a checkpoint that takes
-            both, or to name the kind, a dictionary of these by "image" and "labels".
+            both, or to name the kind, a dictionary of these by "image" and "labels", or a list of such, one for each.
 
     Raises:
         UserError: the checkpoint takes none, or not of this kind; they are no images or label maps, or differ in
@@ -33,6 +33,8 @@ def read_control(model: FlowModel, given: Images, size: Size) -> Controls:
     """
     model.check_image_input(given, fills=model.image_input == "mask", refers=True)
     kinds = model.control_kinds
+    if isinstance(given, list) and given and all(isinstance(each, Mapping) for each in given):
+        given = {kind: [each.get(kind) for each in given] for kind in given[0]}
     if not isinstance(given, Mapping):
         if len(kinds) > 1:
             raise UserError(

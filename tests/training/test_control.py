@@ -244,6 +244,13 @@ def test_a_checkpoint_is_extended_and_its_labels_stay(folder: Path, run: Path, t
     assert sampled(pipe, prompt="a red circle", control_image=two).isfinite().all()
     with pytest.raises(UserError, match="does not say of which kind"):
         pipe("a red circle", control_image=layout(pipe))
+    image, map_ = folder / "00.png", folder / "00-control.png"
+    drawn = tmp_path / "drawn.png"
+    common = ["a red circle", "--checkpoint", tmp_path / "more", "-o", drawn, "--steps", 2, "-n", 2]
+    call(cache, *common, "--control", f"image={image}", f"labels={map_}", file="../pipelines/generate")
+    assert drawn.with_stem("drawn-2").is_file()
+    pair = ["--control", f"image={image}", map_]
+    assert "of the kinds image, none" in call(cache, *common, *pair, file="../pipelines/generate", expect=2)
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join(f"thing {number}" for number in range(25)))
     said = call(
