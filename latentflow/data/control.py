@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .cache.store import Tables
 
-_ADD = "`latentflow check DATA --control {}` lists all."
+_FIX = "`latentflow check DATA --control {}` lists all."
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def with_control_checked(source: Source, labels: Labels = ()) -> Source:
     """
     report = inspect_controls(source, labels)
     if report.problems:
-        raise UserError("; ".join(report.problems), _ADD.format(source.control))
+        raise UserError("; ".join(report.problems), _FIX.format(source.control))
     if source.control == "labels" and not report.labels:
         raise UserError(f"the label maps of {source.name} hold no label", "Every pixel of them is 255.")
     return dataclasses.replace(source, labels=report.labels)

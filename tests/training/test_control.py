@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from latentflow import LatentFlowInpaintPipeline, LatentFlowPipeline
+from latentflow import LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.config import FlowConfig
 from latentflow.data import LatentTable, one_size
 from latentflow.data.images import to_tensor
@@ -213,6 +213,24 @@ def test_inpainting_under_a_control_image_keeps_what_is_kept(run: Path) -> None:
             **extra,
         ).images
         assert torch.equal(drawn * (1 - mask), image * (1 - mask))
+
+
+def test_an_image_is_drawn_anew_under_a_control_image(run: Path) -> None:
+    pipe = opened(run / "run" / "pipeline", LatentFlowImg2ImgPipeline)
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    asked: dict[str, Any] = {"prompt": "a red circle", "image": images, "strength": 0.8}
+    plain = sampled(pipe, **asked)
+    led = sampled(pipe, **asked, control_image=layout(pipe))
+    assert plain.shape == led.shape
+    assert not torch.allclose(plain, led, atol=1e-3)
+    each = sampled(pipe, **asked, control_image=[layout(pipe), layout(pipe, 255)])
+    torch.testing.assert_close(each[0], led[0])
+    torch.testing.assert_close(each[1], plain[1])
+    with pytest.raises(UserError, match="3 control images for 2 images"):
+        sampled(pipe, **asked, control_image=[layout(pipe)] * 3)
 
 
 def test_a_call_that_cannot_work_says_so(run: Path) -> None:
