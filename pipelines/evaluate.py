@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from latentflow import metrics
-    from latentflow.evaluation import feature_figures, figures, report
+    from latentflow.evaluation import control, feature_figures, figures, report
     from latentflow.evaluation.data import condition_kind, load_image_sets, open_source, run_settings
     from latentflow.evaluation.lines import lines
     from latentflow.evaluation.sampler import HELD_OUT_CAPTIONS, TRAINING_CAPTIONS, Sampler
@@ -214,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured["memorisation"] = figures.memorisation(generated, train, unseen.get("held_out"))
     if config.data == "shapes" and kind == "prompt":
         measured["shapes"] = figures.shapes(sampler, generated, captions, beside)
+    if config.data == "shapes" and control.draws_layouts_of_shapes(model, kind):
+        measured["layouts"] = control.layouts(sampler, config.n)
     if config.attributes:
         combined = sampler.sample(new.captions, HELD_OUT_CAPTIONS, "held-out captions")
         measured["attributes"] = figures.attribute_accuracy(combined, counterparts)

@@ -5,27 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from latentflow.cli import parse, run
 from latentflow.config import SamplingConfig
-from latentflow.errors import UserError, plural
-from latentflow.inference.images import enlarge, image_grid, read_opaque, save_images
+from latentflow.inference.images import control_files, enlarge, image_grid, read_controls, save_images
 from latentflow.inference.opening import open_pipeline
 from latentflow.inference.sample import (
-    Condition,
     check_memory,
     check_sampling,
     conditions,
     note_unquoted,
     sample_images,
     warn_unknown_words,
+    with_control,
 )
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +35,11 @@ class GenerateConfig(SamplingConfig):
     height: int | None = None
     """Pixels; default: as trained (InstructPix2Pix: as the control image)."""
     control: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
-    """Control image (edges, depth, the image to edit), for checkpoints that draw under one: a file for all prompts, or
-    one for each."""
+    """Control image (edges, depth, a label map, the image to edit), for checkpoints that draw under one: a file for all
+    prompts, or one for each. Of checkpoints that take two kinds: image=FILE labels=FILE."""
+    control_scale: float = 1.0
+    """Guidance over the control image, for checkpoints that draw without as well. 0: without it; 1: as trained; more
+    follows it harder."""
     grid: bool = False
     """Write one image with all of them in a grid."""
 
@@ -49,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Generate the images, and write them."""
     config = parse(GenerateConfig, argv, prog="latentflow generate")
     check_sampling(config)
-    controls = [read_opaque(path) for path in config.control]
+    files = control_files(config.control)
 
     from latentflow.pipeline import LatentFlowPipeline
 
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config, config.memory)
+    controls = read_controls(files, pipe.model)
     rows = with_control(conditions(pipe, config.prompt, config.class_labels, config.negative), controls)
     pipe.model.check_image_input(controls or None)
     size = pipe.image_size(config.height, config.width, control_image=controls or None)
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_inference_steps=config.steps,
         guidance_scale=config.guidance,
         solver=config.solver,
+        control_scale=config.control_scale,
     )
 
     # Write
@@ -79,23 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         several = len(rows) > 1 < config.n  # a row for each prompt
         images = [image_grid(images, config.n if several else math.ceil(math.sqrt(len(images))))]
     save_images(images, config.output, config.overwrite)
-
-
-def with_control(rows: list[Condition], controls: Sequence[Image]) -> list[Condition]:
-    """Return the conditions with their control images, one for all of them or one for each.
-
-    Raises:
-        UserError: there are more or fewer.
-    """
-    if not controls:
-        return rows
-    if len(controls) not in (1, len(rows)):
-        raise UserError(
-            f"--control: {plural(len(controls), 'file')} for {plural(len(rows), 'prompt')}",
-            "Give one for all prompts, or one for each.",
-        )
-    each = [*controls] * (len(rows) // len(controls))
-    return [{**row, "control_image": image} for row, image in zip(rows, each, strict=True)]
 
 
 if __name__ == "__main__":

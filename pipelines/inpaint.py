@@ -14,8 +14,10 @@ from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
 from latentflow.inference.images import (
     box_mask,
+    control_files,
     enlarge,
     image_grid,
+    read_controls,
     read_image,
     read_mask_of,
     save_images,
@@ -28,6 +30,7 @@ from latentflow.inference.sample import (
     note_unquoted,
     sample_images,
     warn_unknown_words,
+    with_control,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +78,10 @@ class InpaintConfig(SamplingConfig):
     without changing them."""
     seamless: bool = True
     """Match the colours inside the mask to the kept pixels around it, so that no edge shows."""
+    control: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+    """Control image, as of `latentflow generate`, which lies on the image: a file for all prompts, or one for each."""
+    control_scale: float = 1.0
+    """Guidance over the control image; see `latentflow generate --help`."""
     padding_mask_crop: int | None = None
     """Crop to the mask and this many pixels around it, and work at the checkpoint's own size; for large images."""
     grid: bool = False
@@ -86,11 +93,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(InpaintConfig, argv, prog="latentflow inpaint")
     check_sampling(config)
     image, mask, prompts = read(config)
+    files = control_files(config.control)
 
     from latentflow import LatentFlowInpaintPipeline
 
     pipe = open_pipeline(LatentFlowInpaintPipeline, config.checkpoint, config.device, config, config.memory)
     rows = conditions(pipe, prompts, config.class_labels, config.negative, optional=True)
+    controls = read_controls(files, pipe.model)
+    pipe.model.check_image_input(controls or None, fills=True)
+    rows = with_control(rows, controls)
     check_memory(len(rows) * config.n, (image.height, image.width), config.scale)
     note_unquoted(prompts)
     warn_unknown_words(pipe, *prompts, config.negative)
@@ -110,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         method=config.method,
         feather=config.feather,
         seamless=config.seamless,
+        control_scale=config.control_scale,
     )
 
     # Write

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from latentflow.cli import parse, run
+from latentflow.config import ControlConfig
 from latentflow.errors import UserError, one_line, printable
 from latentflow.utils.html_page import refuse_existing
 
@@ -34,12 +35,20 @@ class CheckConfig:
     masks: Literal["auto", "none", "alpha"] = "auto"
     """Your own inpainting masks. auto: the metadata's mask column, else cat-mask.png beside cat.png. alpha: repaint
     what is transparent."""
+    control: Literal["none", "image", "labels"] = "none"
+    """Kind of control images to check: image (edges, depth, sketches) or labels (label maps). They are the metadata's
+    control column, else cat-control.png beside cat.png."""
+    control_folder: str | None = None
+    """Folder of the control images, named like their images."""
+    control_labels: str | None = None
+    """Text file of the labels of label maps, as for `latentflow train`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Rename table columns: pairs of our name and yours, such as `image photo text caption`."""
     json: bool = False
     """Print the report as JSON."""
     sheet: str | None = None
-    """Write a contact sheet, one image that shows up to 80 of yours, to this file (.png)."""
+    """Write a contact sheet, one image that shows up to 80 of yours, to this file (.png); with --control each beside
+    its control image."""
     report: str | None = None
     """Write the report and the contact sheet as one web page to this file (.html)."""
     overwrite: bool = False
@@ -55,8 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if file is not None:
             refuse_existing(file, config.overwrite)
 
+    controls = ControlConfig(
+        control=config.control, control_folder=config.control_folder, control_labels=config.control_labels
+    )
+
     from latentflow.data.checking.page import contact_sheet, report_page
     from latentflow.data.checking.report import check_data
+    from latentflow.data.labels import read_label_file
     from latentflow.training.suggest import Machine, suggest
 
     report, source = check_data(
@@ -65,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         missing_caption=config.missing_caption,
         masks=config.masks,
         columns=config.columns,
+        **controls.wanted(),
+        labels=read_label_file(config.control_labels) if config.control_labels else (),
     )
     captions = (
         [text for example in source.examples for text in example.captions] if source is not None else []
@@ -111,7 +127,7 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
 def training_flags(config: CheckConfig) -> tuple[str, ...]:
     """Return the flags of a training that describe the data as they are described here."""
     default = CheckConfig(data="")
-    names = ("condition", "missing_caption", "masks")
+    names = ("condition", "missing_caption", "masks", "control", "control_folder", "control_labels")
     flags = [
         word
         for name in names

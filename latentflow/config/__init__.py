@@ -6,6 +6,7 @@ run, and run only for values that differ from the defaults.
 
 from __future__ import annotations
 
+from .control import ControlConfig as ControlConfig
 from .inference import AdapterChoice as AdapterChoice
 from .inference import MemoryConfig as MemoryConfig
 from .inference import SamplingConfig as SamplingConfig

@@ -14,6 +14,7 @@ import tyro
 from ..errors import UserError, lookup
 from ..utils.flags import Essential
 from ..utils.libraries import missing
+from .control import ControlConfig
 from .loop import LoopConfig
 from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, NetworkConfig, RoutingConfig, TextConfig
 
@@ -208,6 +209,7 @@ class RunConfig:
     """Print the plan, sizes and an estimate of memory and time, then stop."""
     fine_tuning: FineTuningConfig = FineTuningConfig()
     framing: FramingConfig = FramingConfig()
+    control: ControlConfig = ControlConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     network: NetworkConfig = NetworkConfig()
     text: TextConfig = TextConfig()

@@ -227,6 +227,16 @@ class CroppedExample(Example):
     def mask_key(self) -> str:
         return self.whole.mask_key()
 
+    @property
+    def has_control(self) -> bool:
+        return self.whole.has_control
+
+    def open_control(self, size: tuple[int, int] | None = None) -> Image.Image | None:
+        return self.whole.open_control(size)
+
+    def control_key(self) -> str:
+        return self.whole.control_key()
+
 
 def with_crops(source: Source, crops: int) -> Source:
     """Return a source with ``crops`` examples for each of ``source``, next to one another, the middle first."""

@@ -24,9 +24,11 @@ from .sources.files import File, file_key
 
 if TYPE_CHECKING:
     from ..config import DataConfig
+    from .labels import Labels
 
 Kind = Literal["text", "class", "unconditional"]
 Colours = Literal["srgb", "stored"]
+Control = Literal["none", "image", "labels"]
 
 
 def hash_text(text: str) -> str:
@@ -46,6 +48,7 @@ class Example(ABC):
         texts: further captions of the image, of which each use draws one.
         weight: factor on the image's loss.
         repeats: number of times that an epoch uses it.
+        control: the file of its control image, or None.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Example(ABC):
     texts: tuple[str, ...] = field(default=(), kw_only=True)
     weight: float = field(default=1.0, kw_only=True)
     repeats: int = field(default=1, kw_only=True)
+    control: File | None = field(default=None, kw_only=True)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -102,6 +106,36 @@ class Example(ABC):
     def masked_key(self) -> str | None:
         """Return a key of the mask as it lies on the image, whose size decides that; None where there is no mask."""
         return None if self.mask is None else f"{self.content_key()} {self.mask_key()}"
+
+    @property
+    def has_control(self) -> bool:
+        """True where the image comes with a control image."""
+        return self.control is not None
+
+    def open_control(self, size: tuple[int, int] | None = None) -> Image.Image | None:
+        """Return the control image, upright in its own mode; None where there is none.
+
+        Args:
+            size: (width, height) that it will be brought to, for one that is drawn; of a file it is its own.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        if self.control is None:
+            return None
+        image = decode_image(self.control)
+        with decoding(name := name_of(image)):
+            turned = ImageOps.exif_transpose(image)
+        turned.filename = name  # type: ignore[attr-defined]  # for later messages
+        return turned
+
+    def control_key(self) -> str:
+        """Return the hexadecimal hash of the control image, "" where there is none."""
+        return "" if self.control is None else file_key(self.control)
+
+    def controlled_key(self) -> str | None:
+        """Return a key of the control image as it is cut with its image; None where there is none."""
+        return f"{self.content_key()} {self.control_key()}" if self.has_control else None
 
 
 @dataclass(frozen=True)
@@ -167,6 +201,8 @@ class Source:
         classes: class names in order of their ids; empty unless ``kind`` is "class".
         notes: lines on what was inferred or left out, to be printed before training.
         root: the folder, None for a procedural set. Nothing is ever written below it.
+        control: the kind of the control images; "none": there are none.
+        labels: of label maps, in the order of their ids.
     """
 
     precomputed: ClassVar[bool] = False  # True: images were checked, and latents stored, when it was made
@@ -177,6 +213,8 @@ class Source:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     root: Path | None = None
+    control: Control = "none"
+    labels: Labels = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -260,6 +298,9 @@ class Source:
     def masked_keys(self) -> Iterator[str | None]:
         return (example.masked_key() for example in self.examples)
 
+    def controlled_keys(self) -> Iterator[str | None]:
+        return (example.controlled_key() for example in self.examples)
+
     def fingerprint(self) -> str:
         """Return a hash of all images and annotations, whatever their names and order: it tells changed data."""
         rows = sorted(_describe(example) for example in self.examples)
@@ -328,6 +369,8 @@ def _describe(example: Example) -> str:
     parts = [key, example.text, example.label]
     if mask := example.mask_key():
         parts.append(mask)
+    if example.has_control:
+        parts.append(f"control {example.control_key()}")
     if is_converted:
         parts.append("in sRGB")
     parts += [f"or {text}" for text in example.texts]

@@ -16,6 +16,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         *_space(report["feature_space"], label),
         *_pixels(report, label),
         *_more(report),
+        *_layouts(report),
         *_networks(report),
     ]
 
@@ -87,6 +88,15 @@ def _more(report: dict[str, Any]) -> Iterator[str]:
         yield _figure("attributes", f"{said}(by chance: {attributes['chance']:.1%})")
     for name, right in report.get("shapes", {}).items():
         yield _figure(f"shapes, {name.replace('_', ' ')}", f"{_share(right)} show what the caption says")
+
+
+def _layouts(report: dict[str, Any]) -> Iterator[str]:
+    if measured := report.get("layouts"):
+        iou = {name: f"{value:.3f}" for name, value in measured["mean_iou"].items()}
+        caption = f", {iou['map_and_caption']} with its caption too" if "map_and_caption" in iou else ""
+        reach = f"real images: {iou['real']}, through the autoencoder {iou['autoencoder']}"
+        said = f"mean IoU {iou['map']} under the label map{caption}, {iou['nothing']} without ({reach})"
+        yield _figure("layouts", said)
 
 
 def _networks(report: dict[str, Any]) -> Iterator[str]:

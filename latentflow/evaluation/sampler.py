@@ -18,7 +18,7 @@ from ..utils.progress import progress_bar
 from .data import ConditionKind
 
 # Streams of random numbers, none of which training uses; see `seeded`.
-TRAINING_CAPTIONS, HELD_OUT_CAPTIONS, VALIDATION = 8, 9, 10
+TRAINING_CAPTIONS, HELD_OUT_CAPTIONS, VALIDATION, LAYOUTS = 8, 9, 10, 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,20 @@ class Sampler:
     seed: int
     batch_size: int
 
-    def sample(self, captions: Sequence[str], stream: int, description: str) -> Tensor:
+    def sample(
+        self,
+        captions: Sequence[str],
+        stream: int,
+        description: str,
+        controls: Sequence[Any] | None = None,
+    ) -> Tensor:
         """Generate one image for each caption, (N, 3, H, W) in [-1, 1].
 
         Image i depends on the seed, the stream of random numbers and i only.
 
         Args:
             description: of the captions, for the progress bar.
+            controls: the control image of each.
 
         Raises:
             UserError: an image holds values that are not finite.
@@ -57,7 +64,9 @@ class Sampler:
             batch = list(captions[start : start + self.batch_size])
             condition: dict[str, Any] = {self.condition_kind: batch}
             if self.condition_kind == "nothing":
-                condition = {"num_images_per_prompt": len(batch)}
+                condition = {"num_images_per_prompt": len(batch)} if controls is None else {}
+            if controls is not None:
+                condition["control_image"] = [*controls[start : start + self.batch_size]]
             with memory_phase("draw"):
                 images = self.pipeline(
                     **condition,

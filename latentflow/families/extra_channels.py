@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError, plural
-from .model import Rows
+from ..errors import UserError
 from .pretrained import PretrainedModel
+from .rows import Rows, check_counts, keep
 
 
 class ControlModel(PretrainedModel):
@@ -96,22 +95,3 @@ class MaskedModel(PretrainedModel):
             known: (P, C, h, w), which the pipelines' own functions take as well.
         """
         raise NotImplementedError
-
-
-def check_counts(rows: Rows, images: Tensor) -> None:
-    """Refuse images (P, 3, H, W) for B rows where P does not divide B.
-
-    Raises:
-        UserError: says how many there are.
-    """
-    if images.ndim != 4 or not len(images) or len(rows) % len(images):
-        raise UserError(
-            f"{plural(len(images), 'image')} for {plural(len(rows), 'row')}",
-            "Give images (P, 3, H, W), as many as rows or a part of them: row b is of image b * P // B.",
-        )
-
-
-def keep(rows: Rows, **values: Tensor) -> Rows:
-    """Return rows that also keep values of P images: row b of B those of image b * P // B."""
-    each = {name: value.repeat_interleave(len(rows) // len(value), 0) for name, value in values.items()}
-    return replace(rows, kept={**rows.kept, **each})

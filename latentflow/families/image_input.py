@@ -28,6 +28,16 @@ class ImageInputMixin:
         """True for a network that was trained to inpaint."""
         return False
 
+    @property
+    def control_kinds(self) -> tuple[str, ...]:
+        """Kinds of the control images that the network takes: "image" (edges, depth, ...), "labels" (label maps)."""
+        return ("image",) if self.image_input == "control" else ()
+
+    @property
+    def control_labels(self) -> tuple[tuple[str, str], ...]:
+        """(name, "#rrggbb" or "") of each label of the label maps that it takes, in the order of their ids."""
+        return ()
+
     def describe_condition(self) -> str:
         """Return what the checkpoint takes, as the second half of an error."""
         raise NotImplementedError
@@ -50,7 +60,7 @@ class ImageInputMixin:
             wrong = "this checkpoint fills the hole of an image, and does nothing else"
         elif self.image_input == "control" and control is None:
             wrong = "this checkpoint draws under a control image, and none is given"
-        elif self.image_input != "control" and control is not None:
+        elif not self.control_kinds and control is not None:
             wrong = "control_image is given, but this checkpoint takes no control image"
         if wrong:
             raise UserError(wrong, self.describe_condition())
@@ -66,6 +76,23 @@ class ImageInputMixin:
     def with_control(self, rows: Rows, images: Tensor) -> Rows:
         """See `Rows.with_control`."""
         raise UserError("this checkpoint takes no control image", self.describe_condition())
+
+    def with_layout(self, rows: Rows, layouts: Tensor) -> Rows:
+        """Return the rows of label maps that control what is drawn.
+
+        Args:
+            layouts: (P, H, W) integers, -1 = no label; row b is of map b * P // B.
+        """
+        raise UserError("this checkpoint takes no label maps", self.describe_condition())
+
+    def with_control_scale(self, rows: Rows, scale: float) -> Rows:
+        """Return the rows with another strength of their control images; 1 is what the network has learnt."""
+        if scale != 1.0:
+            raise UserError(
+                f"control_scale is {scale:g}, but this checkpoint does not draw without its control image",
+                "Leave it out: the scale leads away from what is drawn without.",
+            )
+        return rows
 
     def known_latents(self, rows: Rows) -> Tensor:
         """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""

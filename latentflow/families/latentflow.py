@@ -16,11 +16,12 @@ from ..autoencoder import latent_channels, mask_channels, masked_condition
 from ..errors import UserError, lookup, unknown
 from ..flow import CONSISTENCY_STEPS, COUPLINGS, PATHS, PREDICTIONS, CondOT, make
 from ..flow.tensors import require_finite
-from ..models import Condition, encode_text
+from ..models import Condition, ControlInputs, encode_text
 from ..models.text import START
 from ..utils.names import as_spelled
+from .control import CONTROL, ControlledModel
 from .few_steps import FewSteps
-from .model import FlowModel, Rows, Size
+from .model import Rows, Size
 from .training_defaults import TrainingDefaults
 
 #: steps of an ordinary network, and of one of average velocities, where nothing else is asked for
@@ -30,12 +31,13 @@ NAMED_STEPS = 20
 USUAL_GUIDANCE = 4.0
 
 
-class LatentFlowModel(FlowModel):
+class LatentFlowModel(ControlledModel):
     """The flow model of latentflow's own checkpoints.
 
     What a checkpoint is conditioned on is read from its network's config: ``text_dim`` set means captions,
     ``num_classes`` classes, neither nothing. Its rows have text (B, L, D) with text_mask (B, L), class_labels (B,) and
-    drop (B,), see ``latentflow.models.Condition``; they keep sizes (B, 6) and channels (B, C', h, w).
+    drop (B,), see ``latentflow.models.Condition``; they keep sizes (B, 6), channels (B, C', h, w), control
+    (B, C, h, w), layout (B, H, W) and control_scale (B, 1, 1, 1).
 
     Raises:
         UserError: the pipeline's settings are none, or do not belong together.
@@ -81,6 +83,11 @@ class LatentFlowModel(FlowModel):
     def takes_masks(self) -> bool:
         """True for a network that was trained to inpaint."""
         return self.vae is not None and self.setting("condition_channels") == mask_channels(self.vae)
+
+    @property
+    def control_inputs(self) -> ControlInputs:
+        """The control images that the network takes."""
+        return ControlInputs.of(self.setting("control"))
 
     @property
     def takes_sizes(self) -> bool:
@@ -223,7 +230,7 @@ class LatentFlowModel(FlowModel):
         if condition.drop is None:
             values["drop"] = torch.zeros(count, dtype=torch.bool, device=self.device)
         given = {name: value for name, value in values.items() if value is not None}
-        kept = {name: given.pop(name) for name in [*given] if name in ("channels", "sizes")}
+        kept = {name: given.pop(name) for name in [*given] if name in ("channels", "sizes", *CONTROL)}
         return Rows(self, given, kept)
 
     def embed_text(self, prompts: list[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError, plural
+
 if TYPE_CHECKING:
     from .model import FlowModel
 
@@ -94,6 +96,25 @@ class Rows:
     def _map(self, function: Callable[[Values], Values]) -> Rows:
         values = {name: function(value) for name, value in self.values.items()}
         return replace(self, values=values, kept={name: function(value) for name, value in self.kept.items()})
+
+
+def check_counts(rows: Rows, images: Tensor) -> None:
+    """Refuse images (P, 3, H, W) for B rows where P does not divide B.
+
+    Raises:
+        UserError: says how many there are.
+    """
+    if images.ndim != 4 or not len(images) or len(rows) % len(images):
+        raise UserError(
+            f"{plural(len(images), 'image')} for {plural(len(rows), 'row')}",
+            "Give images (P, 3, H, W), as many as rows or a part of them: row b is of image b * P // B.",
+        )
+
+
+def keep(rows: Rows, **values: Tensor) -> Rows:
+    """Return rows that also keep values of P images: row b of B those of image b * P // B."""
+    each = {name: value.repeat_interleave(len(rows) // len(value), 0) for name, value in values.items()}
+    return replace(rows, kept={**rows.kept, **each})
 
 
 def _pick(value: Values, places: list[int]) -> Values:

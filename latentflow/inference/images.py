@@ -8,16 +8,18 @@ import math
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import RunError, UserError, printable, reason
+from ..errors import RunError, UserError, plural, printable, reason
 from ..utils.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from ..families import FlowModel
 
 
 def enlarge(image: Image, scale: int) -> Image:
@@ -186,6 +188,46 @@ def read_opaque(path: str) -> Image:
             "%s has transparent parts: they become white, and all of the result is opaque", printable(path)
         )
     return to_rgb(image)
+
+
+def control_files(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the kind ("" where none is named) and the file of each word, FILE or KIND=FILE; refuse what is no image.
+
+    Raises:
+        UserError: see ``read_image``.
+    """
+    found = []
+    for word in words:
+        kind, _, path = word.partition("=")
+        named = kind in ("image", "labels") and bool(path)
+        found.append((kind, path) if named else ("", word))
+        read_image(found[-1][1])
+    return found
+
+
+def read_controls(files: Sequence[tuple[str, str]], model: FlowModel) -> list[Any]:
+    """Read control images as a model takes them: label maps in their own mode, others upright on white.
+
+    Args:
+        files: kind, or "", and path of each.
+
+    Returns:
+        Images, or where kinds are named one dictionary of an image for each kind.
+
+    Raises:
+        UserError: see ``read_image``; some files name a kind and others do not, or two the same.
+    """
+    from ..data.images import decode_image
+
+    kinds = [kind for kind, _ in files]
+    if any(kinds) and ("" in kinds or len({*kinds}) < len(kinds)):
+        raise UserError(
+            f"--control: {plural(len(files), 'file')} of the kinds {', '.join(kind or 'none' for kind in kinds)}",
+            "Name the kind of each, one file for a kind: --control image=sketch.png labels=layout.png",
+        )
+    own = model.control_kinds[0] if len(model.control_kinds) == 1 else ""
+    images = [decode_image(path) if (kind or own) == "labels" else read_opaque(path) for kind, path in files]
+    return [dict(zip(kinds, images, strict=True))] if any(kinds) else images
 
 
 def is_transparent(image: Image) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import SamplingConfig
-from ..errors import UserError, few, finite, printable, whole
+from ..errors import UserError, few, finite, plural, printable, whole
 from ..utils.files import (
     check_types,
     read_settings,
@@ -206,6 +206,23 @@ def conditions(
     ]
     ids = pipe.class_ids(numbers_or_names) if classes else []
     return [{"class_labels": number} for number in ids] or [{}]
+
+
+def with_control(rows: list[Condition], controls: Sequence[Any]) -> list[Condition]:
+    """Return the conditions with their control images, one for all of them or one for each.
+
+    Raises:
+        UserError: there are more or fewer.
+    """
+    if not controls:
+        return rows
+    if len(controls) not in (1, len(rows)):
+        raise UserError(
+            f"--control: {plural(len(controls), 'file')} for {plural(len(rows), 'prompt')}",
+            "Give one for all prompts, or one for each.",
+        )
+    each = [*controls] * (len(rows) // len(controls))
+    return [{**row, "control_image": image} for row, image in zip(rows, each, strict=True)]
 
 
 def note_unquoted(prompts: Sequence[str]) -> None:

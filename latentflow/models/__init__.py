@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .control import ControlInputs
 from .dit import BLOCKS, DIT_PRESETS, DiT, dit_config
 from .inputs import Condition
 from .text import (
@@ -22,6 +23,7 @@ __all__ = [
     "DIT_PRESETS",
     "MODELS",
     "Condition",
+    "ControlInputs",
     "DiT",
     "UNet",
     "check_vocabulary",

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError, lookup
 from ..utils.components import Checked
+from .control import ControlEmbed, ControlInputs
 from .inputs import (
     Condition,
     LabelEmbed,
+    PatchConv,
     PatchEmbed,
     SizeEmbed,
     TextEmbed,
@@ -225,6 +227,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         size_conditioning: take ``sizes`` in the condition.
         interval_conditioning: take the end of an interval, and predict the average velocity up to there.
         rope_base: base of the rotary positions' frequencies; LightningDiT (arXiv:2501.01423) has 10000.
+        control: control images that it takes, see `ControlInputs`; None = none.
 
     Raises:
         UserError: the configuration contradicts itself, or names something unknown.
@@ -257,6 +260,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         size_conditioning: bool = False,
         interval_conditioning: bool = False,
         rope_base: float = 100.0,
+        control: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -273,6 +277,12 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(in_channels, condition_channels, width, patch_size)
+        self.control_embedder: ControlEmbed | None = None
+        if control is not None:
+            self.control_embedder = ControlEmbed(
+                ControlInputs.of(control),
+                lambda count: PatchConv(count, width, patch_size, patch_size, bias=False),
+            )
         self.t_embedder = TimeEmbed(width, time_scale)
         self.y_embedder = LabelEmbed(num_classes, width) if num_classes is not None else None
         self.text_embedder = TextEmbed(text_dim, width) if text_dim is not None else None
@@ -351,7 +361,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
             raise ValueError(
                 "end is given, but the network has no interval_conditioning: it predicts velocities at t only"
             )
-        tokens = self._embed_latent(x, cond.channels, height, width)
+        tokens = self._embed_latent(x, cond, height, width)
         registers, rope = tokens.shape[1] - height * width, None
         if self.position == "rope":
             head_dim, place = tokens.shape[-1] // self.heads, (x.device, tokens.dtype)
@@ -376,10 +386,12 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
             return WithFeatures(velocity, seen)
         return Transformer2DModelOutput(sample=velocity) if return_dict else velocity
 
-    def _embed_latent(self, x: Tensor, channels: Tensor | None, height: int, width: int) -> Tensor:
+    def _embed_latent(self, x: Tensor, cond: Condition, height: int, width: int) -> Tensor:
         """Return the tokens of a latent, (B, registers + height * width, D)."""
-        x = with_channels(x.to(get_parameter_dtype(self.x_embedder)), channels, self.condition_channels)
+        x = with_channels(x.to(get_parameter_dtype(self.x_embedder)), cond.channels, self.condition_channels)
         tokens: Tensor = self.x_embedder(x)
+        if self.control_embedder is not None:
+            tokens = tokens + self.control_embedder(cond.control, cond.layout, x).flatten(2).transpose(1, 2)
         stored = self.pos_embed if self.grid == (height, width) else None
         table = sincos_table(height, width, tokens.shape[-1], x.device) if stored is None else stored
         tokens = tokens + table.to(tokens.dtype)

@@ -27,17 +27,20 @@ class Condition:
         text: (B, L, D) token embeddings of a text encoder.
         text_mask: (B, L) bool, True = token, False = padding. None = every position is a token.
         channels: (B, C', H, W), placed beside the channels of the latent (masks, masked images, ...).
+        control: (B, C", H, W), latents of control images; a row of zeros has none.
+        layout: (B, H f, W f) integers, label maps in pixels, f pixels to a cell; a row of -1 has none.
         sizes: (B, 6), in pixels: height and width of the original image; what was cut off at the top and on the left
             after resizing; height and width of the result (arXiv:2307.01952, section 2.2).
         drop: (B,) bool. True = the class and the text of this row are replaced, inside the network, by its
-            learned null (classifier-free guidance, arXiv:2207.12598). ``channels`` and ``sizes`` are never
-            dropped.
+            learned null (classifier-free guidance, arXiv:2207.12598). The other fields are never dropped.
     """
 
     class_labels: Tensor | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
     channels: Tensor | None = None
+    control: Tensor | None = None
+    layout: Tensor | None = None
     sizes: Tensor | None = None
     drop: Tensor | None = None
 
@@ -55,9 +58,9 @@ class Condition:
         """The rows of ``a``, then those of ``b``; the shorter text is padded (and masked) to the longer.
 
         Raises:
-            ValueError: only one of the two has class labels, text, channels or sizes.
+            ValueError: only one of the two has class labels, text, channels, control images, label maps or sizes.
         """
-        for name in ("class_labels", "text", "channels", "sizes"):
+        for name in ("class_labels", "text", "channels", "control", "layout", "sizes"):
             if (getattr(a, name) is None) != (getattr(b, name) is None):
                 raise ValueError(
                     f"only one of the two conditions has {name}: give it to both, "
@@ -79,7 +82,7 @@ class Condition:
         return self._map(lambda value: value[index])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """Move to ``device``; cast text and channels to ``dtype``, but not sizes, which half precision would change."""
+        """Move to ``device``; cast to ``dtype``, but not sizes, which half precision would change."""
         moved = self._map(lambda value: value.to(device, dtype if value.is_floating_point() else None))
         return moved if self.sizes is None else replace(moved, sizes=self.sizes.to(device))
 
@@ -141,21 +144,27 @@ def check_inputs(config: Any, x: Tensor, cond: Condition, multiple: int = 1) -> 
     batch, _, height, width = x.shape
     if height % multiple or width % multiple:
         raise ValueError(f"a latent of {height}x{width} does not divide into patches of {multiple}: pad it")
+    control = config.control or {}
     needs = {
-        "class_labels": "num_classes",
-        "text": "text_dim",
-        "channels": "condition_channels",
-        "sizes": "size_conditioning",
+        "class_labels": ("num_classes", config.num_classes),
+        "text": ("text_dim", config.text_dim),
+        "channels": ("condition_channels", config.condition_channels),
+        "control": ("control images", control.get("image")),
+        "layout": ("labels of control images", control.get("labels")),
+        "sizes": ("size_conditioning", config.size_conditioning),
     }
-    for name, key in needs.items():
-        if getattr(cond, name) is not None and not getattr(config, key):
+    for name, (key, needed) in needs.items():
+        if getattr(cond, name) is not None and not needed:
             raise ValueError(f"the condition has {name}, but the network has no {key}: leave {name} out")
+    cell = control.get("cell", 1)
     expected = {
         "class_labels": (batch,),
         "drop": (batch,),
         "text": (batch, None, config.text_dim),
         "text_mask": (batch, None if cond.text is None else cond.text.shape[1]),
         "channels": (batch, config.condition_channels, height, width),
+        "control": (batch, control.get("image"), height, width),
+        "layout": (batch, height * cell, width * cell),
         "sizes": (batch, 6),
     }
     for name, shape in expected.items():

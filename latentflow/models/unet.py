@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..utils.components import Checked
+from .control import ControlEmbed, ControlInputs, ControlledConv
 from .inputs import (
     Condition,
     LabelEmbed,
@@ -43,7 +44,7 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
 
     Args:
         in_channels, out_channels, num_classes, text_dim, condition_channels, time_scale, sample_size,
-            size_conditioning: as in `DiT`.
+            size_conditioning, control: as in `DiT`.
         channels: one number per resolution, each half the previous one; multiples of ``head_dim``.
         layers_per_block: residual blocks per resolution.
         head_dim: channels of one attention head.
@@ -75,6 +76,7 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         time_scale: float = 1000.0,
         sample_size: int | Sequence[int] | None = None,
         size_conditioning: bool = False,
+        control: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -119,6 +121,14 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         nn.init.zeros_(self.unet.conv_out.bias)
         with torch.no_grad():
             self.unet.conv_in.weight[:, in_channels:] = 0.0
+        if control is not None:
+            embed = ControlEmbed(
+                ControlInputs.of(control),
+                lambda count: nn.Conv2d(count, channels[0], 3, padding=1, bias=False),
+            )
+            self.unet.conv_in = ControlledConv(self.unet.conv_in, embed)
+            skipped = [*self._skip_layerwise_casting_patterns, "conv_in"]
+            self._skip_layerwise_casting_patterns = skipped  # type: ignore[misc]
 
     def forward(
         self, x: Tensor, t: Tensor | float, cond: Condition | None = None, return_dict: bool = False
@@ -137,6 +147,9 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         latent = with_channels(
             x.to(get_parameter_dtype(self.unet.conv_in)), cond.channels, self.condition_channels
         )
+        if isinstance(self.unet.conv_in, ControlledConv):
+            control = self.unet.conv_in.control.channels(cond.control, cond.layout, latent)
+            latent = torch.cat([latent, control], dim=1)
         latent = F.pad(latent, (0, -width % self.multiple, 0, -height % self.multiple))
         tokens = {} if text is None else {"encoder_hidden_states": text, "encoder_attention_mask": mask}
         (out,) = self.unet(latent, times, class_labels=vector, return_dict=False, **tokens)

@@ -272,6 +272,7 @@ CHECKS: dict[str, Check] = {
     "sigmas": lambda name, value: checked_sigmas(value),
     "guidance_scale": _finite(),
     "source_guidance_scale": _finite(),
+    "control_scale": _finite(),
     "guidance_interval": _interval,
     "num_images_per_prompt": _whole(1, 10**9),
     "frames": _whole(2, fix="Ask for at least 2, the first and the last."),
@@ -338,6 +339,7 @@ class ConditionArguments:
     generator: Generators | None = None
     latents: Tensor | None = None
     control_image: Any = None
+    control_scale: float = 1.0
     #: the images that prompts draw from: one list for all prompts, or one for each
     references: list[list[Tensor]] | None = None
 

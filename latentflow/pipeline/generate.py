@@ -48,6 +48,7 @@ class GenerateCall(CallMixin):
         crops_coords_top_left: Size = (0, 0),
         target_size: Size | None = None,
         control_image: Images = None,
+        control_scale: float = 1.0,
         **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Draw images.
@@ -89,9 +90,15 @@ class GenerateCall(CallMixin):
             original_size, crops_coords_top_left, target_size: (height, width) or (top, left) in pixels, for checkpoints
                 trained with ``--size-conditioning``: an image that was so large and cropped there. Default: of the
                 size that is drawn, uncropped.
-            control_image: for checkpoints that draw under an image (edges, depth, what is to be edited), which need
-                one: a PIL image, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1], resized to what is
-                drawn. One for all prompts, or one for each.
+            control_image: for checkpoints that draw under an image (edges, depth, what is to be edited): a PIL image,
+                an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1], resized to what is drawn. One for all
+                prompts, or one for each. Pretrained checkpoints of this kind need one; ours, trained with
+                ``--control``, draw without as well, and take label maps where they were trained with them: PIL images
+                (palettes or ids, 255 = no label), or whole numbers ((B,) H, W); resized to the nearest pixel. Of a
+                checkpoint that takes both: {"image": ..., "labels": ...}.
+            control_scale: guidance over the control image, for checkpoints that draw without as well: v(without) +
+                control_scale (v(with) - v(without)), under every prompt, before the guidance over prompts. 1: as it
+                was trained; 0: without; more follows it harder. Values but these two double the evaluations.
             joint_attention_kwargs, attention_kwargs, cross_attention_kwargs: ``{"scale": s}`` multiplies the weights of
                 all loaded adapters by s during this call, as ``set_adapters`` does for all that follow. The three
                 mean the same, and are the names that diffusers' pipelines have for it.

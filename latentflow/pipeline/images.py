@@ -38,7 +38,7 @@ def read_images(
     Raises:
         UserError: not images; values outside [0, 1]; several sizes where none is asked for.
     """
-    rows = [row for image in _listed(images, name) for row in _rgb(image)]
+    rows = [row for image in sized_list(images, name) for row in _rgb(image)]
     if height and width:
         require_memory(f"{len(rows)} images of {width} x {height} pixels", 12 * len(rows) * width * height)
     rows = [resized(row[None], (height or row.shape[1], width or row.shape[2]))[0] for row in rows]
@@ -62,7 +62,7 @@ def transparent_again(images: list[Image.Image], inputs: Images, painted: Tensor
         inputs: P ``Images`` as `read_images` takes them; image b belongs to input b * P // B.
         painted: (M, 1, H, W) in [0, 1], the share of every pixel that was painted; of image b row b * M // B.
     """
-    originals = [row for value in _listed(inputs, "image") for row in _rgba(value)]
+    originals = [row for value in sized_list(inputs, "image") for row in _rgba(value)]
     count, result = len(images), []
     for number, image in enumerate(images):
         original = originals[number * len(originals) // count]
@@ -94,7 +94,7 @@ def read_masks(masks: Images, size: Size) -> Tensor:
         UserError: not masks; values outside [0, 1].
     """
     rows = []
-    for mask in _listed(masks, "mask_image"):
+    for mask in sized_list(masks, "mask_image"):
         if isinstance(mask, Image.Image):
             grey = read_mask(mask, (size[1], size[0]))
             rows.append(torch.from_numpy(np.array(grey))[None, None].float() / 255.0)
@@ -103,7 +103,12 @@ def read_masks(masks: Images, size: Size) -> Tensor:
     return torch.cat(rows)
 
 
-def _listed(values: Images, name: str) -> list[Any]:
+def sized_list(values: Images, name: str) -> list[Any]:
+    """Return one or several images as a list.
+
+    Raises:
+        UserError: there is none, or something else among them; it is called by ``name``.
+    """
     rows = list(values) if isinstance(values, list | tuple) else [values]
     kinds = (Image.Image, np.ndarray, Tensor)
     for value in rows:

@@ -44,6 +44,8 @@ class ImageToImageCall(CallMixin):
         negative_prompt_attention_mask: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
+        control_image: Images = None,
+        control_scale: float = 1.0,
         **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Draw images anew. Arguments that are not listed here are those of ``LatentFlowPipeline``.

@@ -18,6 +18,7 @@ from .adapter_scale import AdapterScale
 from .arguments import TUNED, ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
 from .calls import CallMixin
+from .control import read_control
 from .images import Images, transparent_again
 from .inpaint_batch import read_batch
 from .sampling import AfterStep, BindVelocity, RunningCall, Sampler
@@ -66,6 +67,8 @@ class InpaintCall(CallMixin):
         method: str | None = None,
         feather: float = 0,
         seamless: bool = True,
+        control_image: Images = None,
+        control_scale: float = 1.0,
         **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Fill holes. Arguments that are not listed here are those of ``LatentFlowPipeline``.
@@ -100,6 +103,7 @@ class InpaintCall(CallMixin):
             feather: blend over so many pixels around the hole, which are then no longer the image's own.
             seamless: shift the colours of what is drawn to meet those around the hole (``match_border``). False:
                 leave it as it is drawn.
+            control_image, control_scale: as of ``LatentFlowPipeline``; it lies on the image as ``mask_image`` does.
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple. Pixels where the (feathered) mask is 0 are the
@@ -122,7 +126,11 @@ class InpaintCall(CallMixin):
             )
         # 2. The condition, one row per image
         asked = ConditionArguments.of(locals())
-        call = self.start_call(asked, *batch.canvas, images=len(batch.images), fills=True)
+        controls = None
+        if control_image is not None:
+            size = (batch.images.shape[2], batch.images.shape[3])
+            controls = batch.network_controls(read_control(self.model, control_image, size))
+        call = self.start_call(asked, *batch.canvas, images=len(batch.images), fills=True, controls=controls)
         # 3. The noise, what is known, and how to go from one to the other
         noise = self.prepare_noise(len(call.rows), *batch.canvas, generator, latents)
         device = self._execution_device

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..families.model import Size
 from .calls import CallMixin
+from .control import Controls
 from .images import Images, padded, read_images, read_masks, resized
 from .seam import match_border
 
@@ -116,6 +117,28 @@ class InpaintBatch:
             for hole, window in zip(self.holes, self.windows, strict=True)
         ]
         return torch.cat([padded(view, self.canvas) for view in views])
+
+    def network_controls(self, controls: Controls) -> Controls:
+        """Return control images of the size of the images as the network sees them, each through its image's window.
+
+        Raises:
+            UserError: there are others than one, or one for each image.
+        """
+        count, seen = len(self.images), {}
+        for kind, values in controls.items():
+            if len(values) not in (1, count):
+                raise UserError(
+                    f"{len(values)} control images for {count} images", "Pass one for all, or one for each."
+                )
+            views = []
+            for value, window in zip(values.expand(count, *values.shape[1:]), self.windows, strict=True):
+                if kind == "labels":
+                    part = F.interpolate(window.cut(value[None].double()), window.size, mode="nearest-exact")
+                    views.append(padded(part, self.canvas)[:, 0].long())
+                else:
+                    views.append(padded(resized(window.cut(value), window.size), self.canvas))
+            seen[kind] = torch.cat(views)
+        return seen
 
     def paste_back(self, drawn: Tensor) -> Tensor:
         """Return the images (B, 3, H, W) in [0, 1] with their holes filled from ``drawn`` (B, 3, *canvas) in [0, 1].

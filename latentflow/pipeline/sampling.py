@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from .arguments import (
     labels,
 )
 from .tuned import TunedSolver, fitting, required
+
+if TYPE_CHECKING:
+    from .control import Controls
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +154,14 @@ class SamplingMixin:
             warnings.warn(UnknownWords(unknown_words_text(self.tokenizer, words)), stacklevel=stacklevel + 1)
 
     def start_call(
-        self, asked: ConditionArguments, height: int, width: int, images: int = 1, *, fills: bool = False
+        self,
+        asked: ConditionArguments,
+        height: int,
+        width: int,
+        images: int = 1,
+        *,
+        fills: bool = False,
+        controls: Controls | None = None,
     ) -> RunningCall:
         """Check how the arguments fit one another and encode the condition, one row per image.
 
@@ -162,6 +172,7 @@ class SamplingMixin:
             height, width: in pixels, of what is drawn.
             images: how many images the call brings; one prompt serves them all, and one image all prompts.
             fills: the call fills the hole of an image.
+            controls: the control images, where they are read already; None: those of ``asked``.
 
         Raises:
             UserError: before anything is computed: see `FlowModel.check_image_input` and `check_inputs`, or more
@@ -169,12 +180,21 @@ class SamplingMixin:
         """
         model, drawn = self.model, (height, width)
         model.check_image_input(asked.control_image, fills, asked.refers)
-        control = None
+        if asked.control_image is None and asked.control_scale != 1.0:
+            raise UserError(
+                f"control_scale is {asked.control_scale:g}, and there is no control image",
+                "Give one, control_image, or leave the scale out.",
+            )
         if asked.control_image is not None:
-            from .images import read_images  # which imports the readers of data
+            from .control import read_control  # which imports the readers of data
 
-            control = read_images(asked.control_image, height, width)
-            images = len(control)
+            controls = controls or read_control(model, asked.control_image, drawn)
+            led = len(next(iter(controls.values())))
+            if images > 1 < led != images:
+                raise UserError(
+                    f"{led} control images for {images} images", "Pass one for all, or one for each."
+                )
+            images = max(images, led)
         count = check_inputs(model, asked, height, width, images)
         self.require_room(count, height, width)
 
@@ -189,8 +209,10 @@ class SamplingMixin:
             log.warning("guidance_scale %g is ignored by the checkpoint: %s", asked.guidance_scale, why)
         warn_of_guidance(model, self._guidance_scale)
         rows, negative = self.encode_rows(asked, count, drawn)
-        if control is not None:
-            rows = model.with_control(rows, 2.0 * control.to(self._execution_device) - 1.0)
+        if controls is not None:
+            from .control import add_control
+
+            rows = add_control(rows, controls, asked.control_scale)
         callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
         call = RunningCall(self, rows, negative, *callback, asked.guidance_interval)
         call.usual_scale = self._guidance_scale if asked.guidance_scale is None else None

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -22,7 +23,7 @@ from ..autoencoder import (
     measure_statistics,
 )
 from ..autoencoder.latents import Autoencoder
-from ..config import DataConfig, FramingConfig, LoopConfig
+from ..config import ControlConfig, DataConfig, FramingConfig, LoopConfig
 from ..data import (
     Cropping,
     LazyTable,
@@ -38,14 +39,16 @@ from ..data import (
     split,
 )
 from ..data.cache.store import digests
-from ..data.cache.tensors import Encoding, latent_transform
+from ..data.cache.tensors import Encoding, LatentTable, latent_transform
+from ..data.control import cached_layouts, control_images, with_control_checked
+from ..data.labels import read_label_file
 from ..data.sources.kinds import is_latent_folder
 from ..errors import UserError, few, lookup
 from ..families import FlowModel
 from ..utils.files import check_types, read_settings, read_yaml
 from ..utils.memory import memory_phase
 from ..utils.names import composed
-from .fine_tune.base import base_classes, base_resolution, with_base_classes
+from .fine_tune.base import base_classes, base_labels, base_resolution, with_base_classes
 from .fine_tune.defaults import held_out_share
 from .loop.data_order import Stream, seeded
 from .loop.distributed import process_state
@@ -81,6 +84,7 @@ def load_data(
     seed: int,
     vae: str | None = None,
     checkpoint: str | None = None,
+    control: ControlConfig | None = None,
 ) -> DataSplits:
     """Find and split the images.
 
@@ -89,13 +93,18 @@ def load_data(
         seed: of the split.
         vae: the autoencoder that is given.
         checkpoint: the pipeline that a fine-tune starts from.
+        control: the control images.
 
     Raises:
-        UserError: there are none, or they do not fit the checkpoint.
+        UserError: there are none, or they do not fit the checkpoint; control images are missing or cannot be used.
     """
     if checkpoint:
         base_classes(checkpoint)  # refuses what is no checkpoint, before every image is looked at
-    source = readable(find_source(data.data, **data.wanted()))
+    control = control or ControlConfig()
+    source = readable(find_source(data.data, **data.wanted(), **control.wanted()))
+    if control.control != "none":
+        labels = read_label_file(control.control_labels) if control.control_labels else source.labels
+        source = with_control_checked(source, labels or base_labels(checkpoint))
     data, autoencoder = source.adopt(data), vae or checkpoint or source.autoencoder
     if checkpoint:
         source = with_base_classes(source, checkpoint)
@@ -287,18 +296,21 @@ class LatentCache:
         return count * (1 + self.data.random_flip)
 
     def _sized(self, part: Source, size: tuple[int, int]) -> BucketData:
+        control: LatentTable | None = None
         views: dict[str, Tensor | LazyTable] = {}
         if self.needs_pixels:
             views["pixels"] = cached_pixels(part, size, self.data.background)
         if self.has_masks:
             own = cached_masks(part, size)
             views |= {"masks": own.masks, "has_mask": own.has_mask}
+        if part.control == "labels":
+            views["layout"] = cached_layouts(part, size)
         state = process_state()
         with memory_phase("encode"), state.main_process_first():
-            table = cached_latents(
-                part,
-                self.model.vae,
-                size,
+            latents = partial(
+                cached_latents,
+                vae=self.model.vae,
+                resolution=size,
                 own_encoding=self._own_encoding,
                 batch_size=self.encode_batch,
                 background=self.data.background,
@@ -306,7 +318,10 @@ class LatentCache:
                 device=state.device,
                 progress=state.is_main_process,
             )
-        return BucketData(table, views)
+            table = latents(part)
+            if part.control == "image":
+                control = latents(control_images(part))
+        return BucketData(table, views, control)
 
 
 def shown_by(source: Source, rows: list[int], model: FlowModel) -> list[str]:

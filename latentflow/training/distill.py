@@ -103,6 +103,11 @@ class Teacher:
             raise UserError(f"{name} draws {kind}, and the data have none", f"Give images with {kind}.")
         if source.has_masks and not model.takes_masks:
             raise UserError(f"the data have masks, and {name} does not inpaint", "Add --masks none.")
+        if source.control != "none":
+            raise UserError(
+                f"--control {source.control}: a student learns what its teacher draws without control images",
+                "Leave it out.",
+            )
         if size_conditioning != model.takes_sizes:
             raise UserError(
                 f"--size-conditioning must be as {name} has it",

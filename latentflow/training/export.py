@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import Source, cached_pixels, to_pil
+from ..data.control import cut_control
 from ..data.masks import DEFAULT_SHAPES, random_masks
 from ..families import FlowModel
 from ..families.pretrained import PretrainedModel
@@ -103,6 +104,7 @@ def pipeline_facts(pipeline: Any, where: str, example: str = "") -> CardFacts:
         classes=tuple(model.classes),
         parts={name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)},
         inpaints=model.takes_masks,
+        control=() if isinstance(model, PretrainedModel) else model.control_kinds,
         sample_steps=preview_steps(model),
         few_steps=model.few_steps,
         resolution=model.native_side,
@@ -137,6 +139,11 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     else:
         texts = shown_by(source, rows, model)
     condition = model.call_arguments(texts)
+    if source.control != "none":
+        size = model.native_size
+        assert size is not None  # a run's network says it
+        cut = partial(cut_control, size=size, kind=source.control, labels=source.labels)
+        condition["control_image"] = {source.control: [cut(source.examples[row]) for row in rows]}
     encoder = pipe.text_encoder
     home = None if encoder is None else encoder.device  # the CPU, if the encoder is not trained along
     if encoder is not None:

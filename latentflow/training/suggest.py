@@ -195,8 +195,8 @@ def _fine_tunes(
         shlex.join([*start, "-o", output, *flags]),
         reasons | {"steps": steps_line, "time": _duration(seconds, machine)},
     )
-    if report.masks and checkpoint != _EMOJI:
-        return  # it has not learned to inpaint, and an adapter cannot bring the input channels
+    if report.controls or (report.masks and checkpoint != _EMOJI):
+        return  # it has not learned that, and an adapter cannot bring the input channels
     steps_line, seconds = _fine_tune_cost(report.images, checkpoint, machine, adapter=True)
     adapter = "only small factors beside the weights are trained: a file of 2 to 3 MB"
     if importlib.util.find_spec("peft") is None:

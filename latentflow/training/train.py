@@ -83,7 +83,12 @@ def train(
         refuse_own_result(named, output)
         config = replace(config, init_from=starting_checkpoint(named, None if dry_run else output))
     splits = load_data(
-        config.data, given_keys, seed=config.loop.seed, vae=config.vae, checkpoint=config.init_from
+        config.data,
+        given_keys,
+        seed=config.loop.seed,
+        vae=config.vae,
+        checkpoint=config.init_from,
+        control=config.control,
     )
     source, training, validation = splits.source, splits.training, splits.validation
     refuse_renumbered_classes(output / "pipeline", source)
@@ -285,6 +290,7 @@ def _description(
         "data": splits.training.fingerprint(),
         "data_order": splits.training.order(),
         **{name: asdict(section) for name, section in optional.items() if section != type(section)()},
+        **config.control.describe(),
         **({"latents_as_is": True} if config.latents_as_is else {}),
         "batch": model.batch,
         "seed": config.loop.seed,

@@ -19,13 +19,21 @@ from ..config import NetworkConfig, RunConfig, TextConfig
 from ..data import Source
 from ..errors import UserError, few
 from ..families import FlowModel
-from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
+from ..models import (
+    ControlInputs,
+    DiT,
+    UNet,
+    dit_config,
+    load_text_encoder,
+    small_text_encoder,
+    train_tokenizer,
+)
 from ..pipeline.generate import LatentFlowPipeline
 from ..utils.words import known_words, missing_words
 from .fine_tune.adapters import Adapter
 from .fine_tune.base import open_base, refuse_other_flow
 from .loop.distributed import process_state
-from .losses import flow_loss
+from .losses import ControlImages, flow_loss
 from .losses.alignment import Routing, make_alignment
 from .losses.flow import FlowLoss, Masking
 from .recipe import Recipe
@@ -140,6 +148,11 @@ def build(
         Masking(vae, flow.shapes(source.has_masks), loop.seed) if model.takes_masks else None,
         Routing(config.routing, network, (samples, batch)) if config.routing.route_share else None,
         make_alignment(config.alignment, network) if config.alignment.alignment else None,
+        control=None
+        if source.control == "none"
+        else ControlImages(
+            ControlInputs.of(network.config["control"]), config.control.control_dropout, loop.seed
+        ),
         samples=samples,
         samples_per_step=batch,
         random_numbers=loop.random_numbers,
@@ -184,6 +197,7 @@ def new_networks(
         "condition_channels": mask_channels(vae) if inpainting else 0,
         "sample_size": latent_size,
         "size_conditioning": size_conditioning,
+        "control": control_inputs(source, vae).plain(),
     }
     with torch.device(device):
         if network.network == "unet":
@@ -199,6 +213,15 @@ def new_networks(
                 chosen |= {"interval_conditioning": True, "time_scale": 1.0}
             built = DiT(**dit_config(network.network_preset, network.block, **arguments, **chosen))
     return _components(built, encoder, tokenizer, source.classes)
+
+
+def control_inputs(source: Source, vae: Autoencoder) -> ControlInputs:
+    """Return the control images that a network takes for those of ``source``."""
+    return ControlInputs(
+        image=latent_channels(vae) if source.control == "image" else 0,
+        labels=source.labels if source.control == "labels" else (),
+        cell=downscale_factor(vae),
+    )
 
 
 def networks_from(
@@ -217,8 +240,9 @@ def networks_from(
     Nothing else changes: latents of another size get the positions that belong to them, which are computed.
 
     With ``inpainting`` a network that has not learnt it gets the channels for it, their weights zero, and likewise
-    with ``size_conditioning``: its samples are exactly those from before. With ``intervals``, to learn average
-    velocities, it gets the length of the interval in the same way: at first every average is the velocity.
+    with ``size_conditioning`` and for control images: its samples are exactly those from before. With ``intervals``,
+    to learn average velocities, it gets the length of the interval in the same way: at first every average is the
+    velocity.
 
     Args:
         checkpoint: where ``base`` was opened.
@@ -230,7 +254,8 @@ def networks_from(
         Arguments of ``LatentFlowPipeline``: transformer, text_encoder, tokenizer, id2label.
 
     Raises:
-        UserError: the network is conditioned on something else than the source, or cannot learn averages.
+        UserError: the network is conditioned on something else than the source, knows other labels of control images,
+            or cannot learn averages.
     """
     old, config = base.network, dict(base.network.config)
     if not {"text": base.takes_text, "class": base.takes_classes}.get(source.kind, True):
@@ -246,21 +271,30 @@ def networks_from(
         changes["condition_channels"] = mask_channels(base.vae)
     if size_conditioning:
         changes["size_conditioning"] = True
+    if source.control != "none":
+        known = ControlInputs.of(config.get("control"))
+        changes["control"] = known.joined(control_inputs(source, base.vae)).plain()
     if intervals:
         if not isinstance(old, DiT):
             raise _no_intervals(f"{checkpoint}, a {type(old).__name__},")
         changes["interval_conditioning"] = True
     if latent_size not in (None, config["sample_size"]):
         changes["sample_size"] = latent_size
-    network = old
-    if any(config.get(name) != value for name, value in changes.items()):
-        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-        network = type(old)(**(arguments | changes))
-        _copy_weights(old, network)
+    network = extended(old, **changes)
     tokenizer, encoder = base.pipeline.tokenizer, base.pipeline.text_encoder
     if source.kind == "text" and base.trains_text and not fixed_text:
         tokenizer, encoder = _extended_text(tokenizer, encoder, [*chain.from_iterable(source.all_captions())])
     return _components(network, encoder, tokenizer, source.classes or base.classes)
+
+
+def extended(old: Any, **changes: Any) -> Any:
+    """Return a network with other settings and the weights of ``old``, which is itself returned where none differs."""
+    arguments = {key: value for key, value in old.config.items() if not key.startswith("_")}
+    if all(arguments.get(name) == value for name, value in changes.items()):
+        return old
+    network = type(old)(**(arguments | changes))
+    _copy_weights(old, network)
+    return network
 
 
 def _components(network: nn.Module, encoder: Any, tokenizer: Any, classes: Sequence[str]) -> dict[str, Any]:

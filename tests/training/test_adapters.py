@@ -211,7 +211,9 @@ def test_another_resolution_is_no_missing_input(tmp_path) -> None:
         AdapterConfig(lora_rank=2),
         str(tmp_path),
     )
-    with pytest.raises(UserError, match="lacks the inputs for --inpainting or --size-conditioning"):
+    with pytest.raises(
+        UserError, match="lacks the inputs for --inpainting, --size-conditioning or --control"
+    ):
         wider = LatentFlowPipeline(None, DiT(**arguments, sample_size=8, condition_channels=3))
         Adapter(wider.model, AdapterConfig(lora_rank=2), str(tmp_path))
 

@@ -209,7 +209,7 @@ def cached_pixels(
         UserError: an image cannot be decoded (run the source through ``readable`` first), or the cache
             would lie inside the data.
     """
-    transform = pixel_transform(_size(resolution), background)
+    transform = pixel_transform(size_of(resolution), background)
     pixels = index_images(source, transform, progress=progress).table("pixels")
     assert pixels is not None
     return pixels
@@ -221,7 +221,7 @@ def cached_masks(source: Source, resolution: Resolution) -> MaskTable:
     Raises:
         UserError: a file is no mask or cannot be read, or the cache would lie inside the data.
     """
-    size = _size(resolution)
+    size = size_of(resolution)
     if source.has_masks:
         index = index_images(source, mask_transform(size))
         if (masks := index.table("masks")) is not None:
@@ -251,7 +251,9 @@ def cached_latents(
     Raises:
         UserError: as for ``cached_pixels``.
     """
-    transform = latent_transform(_size(resolution), background, vae, flips, batch_size, device, own_encoding)
+    transform = latent_transform(
+        size_of(resolution), background, vae, flips, batch_size, device, own_encoding
+    )
     index = index_images(source, transform, progress=progress)
     mean = index.table("mean")
     assert mean is not None
@@ -271,7 +273,7 @@ def cached_text(
     @torch.no_grad()
     def encode(texts: list[str]) -> Iterator[Tables]:
         encoder.to("cpu")
-        for batch in _batches(iter(texts), batch_size):
+        for batch in batches(iter(texts), batch_size):
             embeds, mask = encode_text(tokenizer, encoder, batch)
             yield {"embeds": (embeds.float() * mask[..., None]).cpu(), "mask": mask.cpu()}
 
@@ -324,7 +326,7 @@ def pixel_transform(size: tuple[int, int], background: str) -> Transform[Example
     """Return the transform of images to ``pixels`` (3, H, W) uint8."""
 
     def encode(examples: list[Example]) -> Iterator[Tables]:
-        for batch in _batches(read_pixels(examples, size, background), 64):
+        for batch in batches(read_pixels(examples, size, background), 64):
             yield {"pixels": torch.stack(batch)}
 
     settings: Settings = {
@@ -338,7 +340,7 @@ def mask_transform(size: tuple[int, int]) -> Transform[Example]:
     """Return the transform of images to the user's own ``masks`` (1, H, W) uint8, and whether one was ``found``."""
 
     def encode(examples: list[Example]) -> Iterator[Tables]:
-        for batch in _batches(map_threaded(partial(_mask, size=size), examples), 64):
+        for batch in batches(map_threaded(partial(_mask, size=size), examples), 64):
             masks, found = zip(*batch, strict=True)
             yield {"masks": torch.stack(masks), "found": torch.tensor(found)}
 
@@ -361,7 +363,7 @@ def latent_transform(
 
     def encode(examples: list[Example]) -> Iterator[Tables]:
         vae.to(device)
-        for batch in _batches(read_pixels(examples, size, background), batch_size):  # several threads decode
+        for batch in batches(read_pixels(examples, size, background), batch_size):  # several threads decode
             mean, std = _posteriors(vae, torch.stack(batch), flips, device, own_encoding)
             yield {"mean": mean} if std is None else {"mean": mean, "std": std}
 
@@ -383,7 +385,8 @@ def index_images(
     """
     if shards is None:
         shards = source.shards(transform.kind, transform.settings)
-    keys = source.masked_keys if transform.kind == "masks" else source.pixel_keys
+    by_kind = {"masks": source.masked_keys, "layouts": source.controlled_keys}
+    keys: Callable[[], Iterable[str | None]] = by_kind.get(transform.kind, source.pixel_keys)
     return _index_rows(shards, transform, source.examples, keys, progress)
 
 
@@ -486,12 +489,14 @@ def _posteriors(
     return torch.stack(means, 1), torch.stack(stds, 1) if stds else None
 
 
-def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+def batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """Yield the items as lists of ``size``, the last of which may be shorter."""
     while batch := list(islice(items, size)):
         yield batch
 
 
-def _size(resolution: Resolution) -> tuple[int, int]:
+def size_of(resolution: Resolution) -> tuple[int, int]:
+    """Return (height, width)."""
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 

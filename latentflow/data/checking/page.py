@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ...errors import one_line, plural
+from ...errors import UserError, one_line, plural
 from ...utils.html_page import Page
 from ..cache.tensors import map_threaded
 from ..dataset import Example, Source
@@ -55,9 +56,22 @@ def _thumbnail(example: Example, cell: int) -> Image.Image:
     with example.open() as image:
         image.draft(None, (cell, cell))
         rgb = to_rgb(image)
+    if example.has_control:
+        rgb = _beside_its_control(rgb, example)
     scale = cell / max(rgb.size)
     size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
     return rgb.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+
+
+def _beside_its_control(rgb: Image.Image, example: Example) -> Image.Image:
+    """Return an image with its control image on the right; a grey area where that cannot be read."""
+    pair = Image.new("RGB", (2 * rgb.width, rgb.height), (128, 128, 128))
+    pair.paste(rgb, (0, 0))
+    with suppress(UserError):
+        control = example.open_control()
+        assert control is not None
+        pair.paste(to_rgb(control).resize(rgb.size, Image.Resampling.NEAREST), (rgb.width, 0))
+    return pair
 
 
 def choose_evenly(source: Source, most: int) -> list[Example]:

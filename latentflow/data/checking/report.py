@@ -16,7 +16,9 @@ from PIL import Image
 
 from ...errors import UserError, few, one_line, plural
 from ...utils.names import composed
+from ..control import inspect_controls
 from ..dataset import Example, Source
+from ..labels import Labels
 from ..sources.kinds import MissingCaption, find_source
 from ..splits import near_groups
 from .inspect_images import (
@@ -154,6 +156,8 @@ class Report:
     unreadable: Mapping[str, str] = field(default_factory=dict)
     masks: int = 0
     unreadable_masks: Mapping[str, str] = field(default_factory=dict)
+    controls: int = 0
+    labels: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, ...], ...] = ()
     near_duplicates: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
@@ -203,6 +207,10 @@ class Report:
             yield profile_line(self.profiles)
         if self.masks:
             yield f"images with a mask of their own: {self.masks} of {self.images}"
+        if self.controls:
+            yield f"images with a control image: {self.controls} of {self.images}"
+        if self.labels:
+            yield f"{plural(len(self.labels), 'label')} of the control images: {few(self.labels, 10)}"
 
     def _reached(self) -> str:
         reached = [f"{count} of at least {side} px" for side, count in self.reach.items() if count]
@@ -220,12 +228,12 @@ class Report:
 
 
 def check_data(
-    data: str, *, missing_caption: MissingCaption = "error", **request: Any
+    data: str, *, missing_caption: MissingCaption = "error", labels: Labels = (), **request: Any
 ) -> tuple[Report, Source | None]:
     """Return the report on ``data``, and its images that can be used; None where they cannot be found.
 
-    ``request`` are further settings of ``find_source``. Where captions or classes are missing, that is a problem, and
-    the rest is checked all the same.
+    ``labels`` are those of label maps, ``request`` further settings of ``find_source``. Where captions or classes are
+    missing, that is a problem, and the rest is checked all the same.
     """
     problems: list[str] = []
     source = None
@@ -241,7 +249,7 @@ def check_data(
         problems = [*problems[:1], *source.damage()]
         report = Report(data, source.kind, images=len(source), notes=source.notes, problems=tuple(problems))
         return report, None
-    return _report(source, problems[:1])
+    return _report(source, problems[:1], labels)
 
 
 def check_source(data: str, **settings: Any) -> Report:
@@ -252,7 +260,7 @@ def check_source(data: str, **settings: Any) -> Report:
     return check_data(data, **settings)[0]
 
 
-def _report(source: Source, problems: list[str]) -> tuple[Report, Source]:
+def _report(source: Source, problems: list[str], labels: Labels) -> tuple[Report, Source]:
     infos = {
         example.name: info for example, info in zip(source.examples, inspect_images(source), strict=True)
     }
@@ -264,9 +272,10 @@ def _report(source: Source, problems: list[str]) -> tuple[Report, Source]:
     bad_masks = {name: info.mask_error for name, info in infos.items() if info.mask_error}
     profiles, unusable_profiles = profiles_of(infos)
     near = _groups(infos, near_groups(list(infos.values())).tolist())
-    mask_problems = []
+    beside = []
     if bad_masks:
-        mask_problems = [f"{plural(len(bad_masks), 'mask')} cannot be used: {few(bad_masks.values())}"]
+        beside = [f"{plural(len(bad_masks), 'mask')} cannot be used: {few(bad_masks.values())}"]
+    controls = inspect_controls(good, labels)
     report = Report(
         source.name,
         source.kind,
@@ -293,8 +302,11 @@ def _report(source: Source, problems: list[str]) -> tuple[Report, Source]:
         duplicates=tuple(_groups(infos, [info.key for info in infos.values()])),
         near_duplicates=tuple(group for group in near if len({infos[name].key for name in group}) > 1),
         notes=source.notes,
-        problems=(*problems, *unreadable_problems(unreadable, len(source)), *mask_problems),
+        problems=(*problems, *unreadable_problems(unreadable, len(source)), *beside, *controls.problems),
+        controls=sum(example.has_control for example in good.examples),
+        labels=tuple(name for name, _ in controls.labels),
     )
+    good = dataclasses.replace(good, labels=controls.labels)
     return dataclasses.replace(report, warnings=tuple(_warnings(report, good.examples, infos))), good
 
 

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from ...errors import UserError, did_you_mean, few, nearest, plural, shown
 from ...utils.files import refuse_no_text
 from ...utils.names import Listings, as_spelled, composed, find_path
-from ..dataset import Colours, Example, FileExample, Kind, Source
+from ..dataset import Colours, Control, Example, FileExample, Kind, Source
 from .files import File, Member
 
 Condition = Literal["auto", "none", "class", "text"]
@@ -26,7 +26,8 @@ MissingCaption = Literal["error", "empty", "skip"]
 Masks = Literal["auto", "none", "alpha"]
 
 HEAVIEST = 1e6  # weight of an image's loss: more only ends in updates that are not finite
-COLUMNS = ("image", "file_name", "text", "label", "mask", "weight")
+COLUMNS = ("image", "file_name", "text", "label", "mask", "control", "weight")
+IMAGE_COLUMNS = ("image", "mask", "control")  # that may hold the bytes of images
 # Other words for our columns. Our own are among them, since a table may have them in upper case.
 _IMAGE_SYNONYMS = (
     "file_name", "image", "path", "image_path", "file", "filename", "img", "picture", "image_file", "images",
@@ -220,18 +221,47 @@ class DataRequest:
     masks: Masks = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     colours: Colours = "srgb"
+    control: Control = "none"
+    control_folder: str | None = None
 
     @property
     def unused_masks(self) -> str:
         """The end of a note on masks that were found: empty where they are used."""
         return "" if self.masks == "auto" else f", not used (--masks {self.masks})"
 
+    def refuse_control(self, what: str) -> None:
+        """Refuse to look for control images where ``what`` the data are has none.
 
-def annotated_example(name: str, image: File, mask: File | None, annotation: RowAnnotation) -> FileExample:
+        Raises:
+            UserError: some are asked for.
+        """
+        if self.control != "none":
+            raise UserError(
+                f"--control {self.control}: control images are not read from {what}",
+                "Give a folder with cat-control.png beside cat.png, or a table with a column control.",
+            )
+
+    def used_columns(self, ours: Mapping[str, str]) -> dict[str, str]:
+        """Return our names of a table's columns without that of control images where none are asked for: it may hold
+        anything."""
+        known = {"control": "control, not used"} if self.control == "none" else {}
+        return {theirs: known.get(name, name) for theirs, name in ours.items()}
+
+
+def annotated_example(
+    name: str, image: File, mask: File | None, annotation: RowAnnotation, control: File | None = None
+) -> FileExample:
     """Return the example of an image file with its annotation."""
     first, *more = annotation.texts or (None,)
     return FileExample(
-        name, first, annotation.label, path=image, mask=mask, texts=tuple(more), weight=annotation.weight
+        name,
+        first,
+        annotation.label,
+        path=image,
+        mask=mask,
+        control=control,
+        texts=tuple(more),
+        weight=annotation.weight,
     )
 
 
@@ -262,12 +292,12 @@ def table_examples(
             row["label"] = class_name(class_names, row.get("label"), where)
         files = {
             name: members[name] if name in members else _path_in(row, name, folder, where, listings)
-            for name in (image, "mask")
+            for name in (image, "mask", "control")
         }
         if (file := files[image]) is None:
             raise UserError(f"{where} holds no image", "Give its image, or leave the row out.")
         name = f"row {number:08d}" if image in members else str(row[image])
-        yield annotated_example(name, file, files["mask"], parse_row(row, where))
+        yield annotated_example(name, file, files["mask"], parse_row(row, where), files["control"])
 
 
 def _path_in(
@@ -352,6 +382,8 @@ def source_of_rows(
     kind, kind_notes = choose_condition(found, request, data, lacks)
     masks = sum(example.mask is not None for example in examples)
     mask_notes = [f"masks of {plural(masks, 'image')}{request.unused_masks}"] if masks else []
+    controls = sum(example.control is not None for example in examples)
+    mask_notes += [f"control images of {plural(controls, 'image')}"] * bool(controls)
     return build_source(data, examples, kind, request, [*notes, *kind_notes, *mask_notes], root)
 
 
@@ -394,7 +426,7 @@ def build_source(
         notes.append(f"{plural(several, 'image')} with several captions: each use draws one of them")
     if weighted := sum(example.weight != 1 for example in kept):
         notes.append(f"{plural(weighted, 'image')} with a weight other than 1, which multiplies the loss")
-    return Source(data, tuple(kept), kind, classes, tuple(notes), root)
+    return Source(data, tuple(kept), kind, classes, tuple(notes), root, request.control)
 
 
 def _refuse_equal_names(examples: Iterable[Example]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -25,13 +25,12 @@ from .annotations import (
     text_in,
     unused_columns,
 )
+from .beside import MASK_ENDING, choose_files, files_beside, find_controls, stem_of
 from .files import (
     CAPTION_BYTES,
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
-    File,
     Folder,
-    file_key,
     list_folder,
     read_bytes,
     suffix_of,
@@ -40,7 +39,6 @@ from .records import read_records
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _LACKS = "metadata.jsonl (file_name, text, label), a .txt beside each image, or a subfolder for each class"
-_MASK_ENDING = "-mask"
 _FOREIGN = (".heic", ".heif", ".svg", ".psd", ".raw", ".cr2", ".nef", ".arw", ".dng", ".jxl", ".eps", ".pdf")
 _VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 _PACKED = (".tar", ".zip", ".parquet", ".arrow")
@@ -58,13 +56,14 @@ class Metadata:
     Attributes:
         name: the file's name.
         rows: annotations by the image's name, in the order of the file.
-        masks: names of masks by the image's name.
+        masks, controls: names of masks and of control images by the image's name.
         unused: columns that are not read.
     """
 
     name: str = ""
     rows: Mapping[str, RowAnnotation] = field(default_factory=dict)
     masks: Mapping[str, str] = field(default_factory=dict)
+    controls: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
 
     @property
@@ -72,13 +71,13 @@ class Metadata:
         return any(row.label for row in self.rows.values())
 
 
-def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
-    """Read the metadata file of a folder, if there is one; ``renamed`` are the columns of ``--columns``.
+def read_metadata(folder: Folder, request: DataRequest) -> Metadata:
+    """Read the metadata file of a folder, if there is one.
 
     Raises:
         UserError: there are two; a line cannot be read; a file is listed twice or does not exist.
     """
-    found = [name for name in METADATA_NAMES if folder.holds(name)]
+    found, renamed = [name for name in METADATA_NAMES if folder.holds(name)], request.columns
     if not found and renamed:
         raise UserError(
             f"--columns is given, but {folder.root} has no {' or '.join(METADATA_NAMES)}", "Leave it out."
@@ -90,9 +89,9 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
     path = folder.root / found[0]
     records = list(read_records(folder.file(found[0]), path, renamed.values()))
     columns = dict.fromkeys(name for _, record in records for name in record)
-    ours = our_columns(columns, renamed, str(path), image="file_name")
+    ours = request.used_columns(our_columns(columns, renamed, str(path), image="file_name"))
     rows: dict[str, RowAnnotation] = {}
-    masks: dict[str, str] = {}
+    beside: dict[str, dict[str, str]] = {"mask": {}, "control": {}}
     lines: dict[str, int] = {}
     for line, record in records:
         row, where = {ours[name]: value for name, value in record.items()}, f"{path}, line {line}"
@@ -101,21 +100,27 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
             both = f"lines {lines[name]} and {line}"
             raise UserError(f"{path} lists {name} twice, in {both}", "Keep one of the two lines.")
         lines[name], rows[name] = line, parse_row(row, where)
-        if mask := text_in(row, "mask", where):
-            masks[name] = _existing(folder, where, mask)
-            if masks[name] == name:
-                raise UserError(
-                    f"{where}: {name} is given as its own mask",
-                    "Name the mask's file, or use --masks alpha to read masks from the alpha channels.",
-                )
-    for names, what, column in ((rows, "file", "file_name"), (masks.values(), "mask", "mask")):
+        for column, files in beside.items():
+            if other := text_in(row, column, where):
+                files[name] = _existing(folder, where, other)
+        if beside["mask"].get(name) == name:
+            raise UserError(
+                f"{where}: {name} is given as its own mask",
+                "Name the mask's file, or use --masks alpha to read masks from the alpha channels.",
+            )
+    masks, controls = beside.values()
+    for names, what, column in (
+        (rows, "file", "file_name"),
+        (masks.values(), "mask", "mask"),
+        (controls.values(), "control image", "control"),
+    ):
         if absent := [name for name in names if not folder.holds(name)]:
             hint = did_you_mean(near_name(absent[0], folder.images))
             raise UserError(
                 f"{path} names {plural(len(absent), what)} that cannot be found: {few(absent)}",
                 f"{hint}{column} is relative to the folder of the metadata.",
             )
-    return Metadata(found[0], rows, masks, tuple(unused_columns(ours, "file_name")))
+    return Metadata(found[0], rows, masks, controls, tuple(unused_columns(ours, "file_name")))
 
 
 def _file_name(row: Mapping[str, object], where: str) -> str:
@@ -139,7 +144,7 @@ def _existing(folder: Folder, where: str, name: str) -> str:
     return folder.find(relative.as_posix()) or relative.as_posix()
 
 
-# ---------------------------------------------------------------- captions and masks beside the images
+# ---------------------------------------------------------------- captions beside the images
 
 
 @dataclass(frozen=True)
@@ -170,11 +175,11 @@ def read_sidecars(folder: Folder) -> Sidecars:
     sidecars = [name for name in folder.others if suffix_of(name) in CAPTION_SUFFIXES]
     described: dict[str, list[str]] = {}  # images by their name, and by their name without its suffix
     for image in folder.images if sidecars else ():
-        for stem in {composed(image), _stem(image)}:
+        for stem in {composed(image), stem_of(image)}:
             described.setdefault(stem, []).append(image)
     found: dict[str, dict[str, str]] = {}  # image -> file -> caption
     for name in sidecars:
-        if images := described.get(_stem(name)):
+        if images := described.get(stem_of(name)):
             raw = read_bytes(folder.file(name), CAPTION_BYTES)
             text = " ".join(decode(raw, str(folder.root / name)).split())
             for image in images:
@@ -190,51 +195,6 @@ def read_sidecars(folder: Folder) -> Sidecars:
     )
 
 
-def masks_beside(images: Iterable[str], listed: Container[str]) -> dict[str, list[str]]:
-    """Find the files among images that are named like another one with ``-mask`` added, by the name of that image.
-
-    What the metadata list as an image (``listed``) is one, whatever its name. Several masks of an image have different
-    formats.
-    """
-    by_stem: dict[str, list[str]] = {}
-    for name in images:
-        by_stem.setdefault(_stem(name), []).append(name)
-    stems: set[str] = set()  # of images
-    beside: dict[str, list[str]] = {}
-    for stem in sorted(by_stem, key=len):  # an image's stem is shorter than its mask's
-        base = stem.removesuffix(_MASK_ENDING)
-        if base != stem and base in stems and not any(name in listed for name in by_stem[stem]):
-            beside |= dict.fromkeys(by_stem[base], by_stem[stem])
-        else:
-            stems.add(stem)
-    return beside
-
-
-def choose_masks(
-    folder: Folder, listed: Mapping[str, str], beside: Mapping[str, list[str]]
-) -> dict[str, File]:
-    """Return the one mask of every image that has any, listed in the metadata or beside it.
-
-    Raises:
-        UserError: an image has several, and they differ.
-    """
-    found, root = dict(listed), folder.root
-    for name, masks in beside.items():
-        for mask in masks:
-            first = found.setdefault(name, mask)
-            if first != mask and file_key(folder.file(first)) != file_key(folder.file(mask)):
-                raise UserError(
-                    f"{root / name} has two masks that differ: {root / first} and {root / mask}",
-                    "Keep one of them (move the other away), or use --masks none.",
-                )
-    return {name: folder.file(mask) for name, mask in found.items()}
-
-
-def _stem(name: str) -> str:
-    """Return the name without its suffix, equal for all Unicode spellings of it."""
-    return os.path.splitext(composed(name))[0]  # noqa: PTH122 (a `Path` for each of many files takes long)
-
-
 # ---------------------------------------------------------------- the source
 
 
@@ -248,12 +208,13 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
 
     Raises:
         UserError: the folder is empty or of the wrong level; metadata cannot be understood or contradict the texts
-            beside the images; captions or classes are missing; an image has two different masks.
+            beside the images; captions or classes are missing; an image has two different masks or control images.
     """
-    metadata = read_metadata(folder, request.columns)
-    beside = masks_beside(folder.images, metadata.rows)
+    metadata = read_metadata(folder, request)
+    beside = files_beside(folder.images, metadata.rows, MASK_ENDING)
     named = sorted({mask for masks in beside.values() for mask in masks})
-    no_images = {*named, *metadata.masks.values()} - metadata.rows.keys()
+    controls = find_controls(folder, metadata.controls, metadata.rows, request)
+    no_images = {*named, *metadata.masks.values(), *controls.names} - metadata.rows.keys()
     folder = dataclasses.replace(folder, images=tuple(n for n in folder.images if n not in no_images))
     if not folder.images:
         raise _no_images(folder)
@@ -261,7 +222,7 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
     kind, notes = _decide(folder, metadata, sidecars, request)
     if kind == "text":
         _refuse_contradiction(metadata, sidecars)
-    masks = choose_masks(folder, metadata.masks, beside) if request.masks == "auto" else {}
+    masks = choose_files(folder, metadata.masks, beside, "mask") if request.masks == "auto" else {}
     captioned = any(row.texts for row in metadata.rows.values()) or bool(sidecars.texts)
     by_subfolder = not metadata.has_label and (kind == "class" or (kind == "text" and not captioned))
     examples = []
@@ -273,13 +234,14 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
             # A folder's name may be no text, which a class must be.
             label = storable(name.split("/")[0]) if "/" in name else None
             row = dataclasses.replace(row, label=label)
-        examples.append(annotated_example(name, folder.file(name), masks.get(name), row))
+        file, control = folder.file(name), controls.files.get(name)
+        examples.append(annotated_example(name, file, masks.get(name), row, control))
     if metadata.masks:
         notes.append(f"masks of {plural(len(metadata.masks), 'image')} in the metadata{request.unused_masks}")
     if named:
         what = f"{plural(len(named), 'mask')} in files beside the images"
         notes.append(f"{what}{request.unused_masks}: {few(named)}")
-    notes += _left_out(folder, metadata, sidecars)
+    notes += [*controls.notes, *_left_out(folder, metadata, sidecars)]
     hint = _stray_caption(
         folder, sidecars, [example.name for example in examples if kind == "text" and not example.text]
     )

@@ -13,6 +13,7 @@ from ...errors import UserError, plural, reading
 from ..dataset import Source
 from .annotations import (
     COLUMNS,
+    IMAGE_COLUMNS,
     DataRequest,
     holds_captions,
     lower_case,
@@ -101,7 +102,7 @@ def _source(data: str, rows: Any, request: DataRequest, root: Path | None) -> So
     import datasets
 
     ours, notes = _columns(data, rows.features, request)
-    images = {name: theirs for theirs, name in ours.items() if name in ("image", "mask")}
+    images = {name: theirs for theirs, name in ours.items() if name in IMAGE_COLUMNS}
     annotations = [theirs for theirs in ours if theirs not in images.values()]
     label = next((theirs for theirs, name in ours.items() if name == "label"), "")
     with reading(data, *_failures(), fix=_AGAIN):
@@ -149,7 +150,7 @@ def _columns(
     Raises:
         UserError: no column, or more than one, may hold the images.
     """
-    ours = rename(features, request.columns, data)
+    ours = request.used_columns(rename(features, request.columns, data))
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     words = {lower_case(name): name for name in sorted(features)}  # of two spellings the one in lower case
     inferred = []
@@ -163,7 +164,7 @@ def _columns(
         if chosen is not None and (meaning in ("text", "label") or chosen in images):
             ours[chosen] = meaning
             inferred.append(f"{meaning} from '{chosen}'")
-    chosen_images = [theirs for theirs, name in ours.items() if name in ("image", "mask")]
+    chosen_images = [theirs for theirs, name in ours.items() if name in IMAGE_COLUMNS]
     if "image" not in ours.values() or any(theirs not in images for theirs in chosen_images):
         listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
         raise UserError(

@@ -15,7 +15,7 @@ from ...errors import UserError, few, is_number, lookup, plural, shown, unknown,
 from ...utils.files import read_yaml
 from ...utils.names import composed, find_path, near_path
 from ..cache.store import refuse_inside
-from ..dataset import Colours, Example, Source, with_tag_orders
+from ..dataset import Colours, Control, Example, Source, with_tag_orders
 from .annotations import HEAVIEST, Condition, DataRequest, Masks, MissingCaption, build_source
 from .files import IMAGE_SUFFIXES, parquet_files
 from .folder import read_folder
@@ -53,6 +53,8 @@ def find_source(
     keep_tags: int = 0,
     colours: Colours = "srgb",
     caption: str | None = None,
+    control: Control = "none",
+    control_folder: str | None = None,
 ) -> Source:
     """Find the images of ``data``, which is of one of ``KINDS``, with their annotations (docs/reference/data.md).
 
@@ -65,11 +67,14 @@ def find_source(
         masks: "auto" takes the user's own masks (``mask`` columns and members; ``cat-mask.png`` beside ``cat.png``);
             "alpha" takes the alpha channel of every image (transparent is to be repainted; the image is then what its
             file holds beneath); "none" takes none. Files of masks are never images of the set.
-        columns: our names (image, file_name, text, label, mask, weight) to those of a table's columns.
+        columns: our names (image, file_name, text, label, mask, control, weight) to those of a table's columns.
         shuffle_tags: the number of orders that each caption's tags are trained in; 0: as written.
         keep_tags: the number of tags that stay in front.
         colours: "srgb" converts by colour profiles, "stored" takes the numbers of all images as they are.
         caption: of the images that have none; then classes are not used.
+        control: the kind of the control images that are read: "image", or "labels" of label maps (``control`` columns;
+            ``cat-control.png`` beside ``cat.png``). They are then never images of the set.
+        control_folder: a folder with control images that are named like the images, in the place of those beside them.
 
     Raises:
         UserError: the data are missing, empty, broken or of the wrong level; metadata cannot be understood or
@@ -81,6 +86,7 @@ def find_source(
         ("missing-caption", MissingCaption, missing_caption),
         ("masks", Masks, masks),
         ("colours", Colours, colours),
+        ("control", Control, control),
     ):
         lookup(dict.fromkeys(get_args(choices)), value, name)
     request = DataRequest(
@@ -89,7 +95,16 @@ def find_source(
         masks=masks,
         columns=dict(columns or {}),
         colours=colours,
+        control=control,
+        control_folder=control_folder,
     )
+    if control_folder is not None and (control == "none" or not Path(data).expanduser().is_dir()):
+        raise UserError(
+            f"--control-folder {control_folder}: {'no --control' if control == 'none' else data + ' is no folder'}",
+            "Say what it holds: --control image or labels."
+            if control == "none"
+            else "It goes with a folder of images; elsewhere name control images in a column control.",
+        )
     if caption is not None:
         if condition not in ("auto", "text"):
             raise UserError(f"--caption with --condition {condition}", "Leave one of the two out.")
@@ -168,7 +183,9 @@ def _read_shapes(data: str, request: DataRequest) -> Source:
             "'shapes' is both the procedural set and a folder here",
             "Write ./shapes for the folder, or run from another directory for the procedural set.",
         )
-    return train_source(request.condition)
+    if request.control == "image":
+        raise UserError("'shapes' has label maps, and no other control images", "Use --control labels.")
+    return train_source(request.condition, layouts=request.control == "labels")
 
 
 def _not_found(data: str) -> UserError:

@@ -42,6 +42,7 @@ def read_latent_folder(data: str, request: DataRequest) -> LatentFolder:
     Raises:
         UserError: it is not complete, was written by another version, or does not hold what is asked for.
     """
+    request.refuse_control("folders of latents")
     folder = Path(data).expanduser()
     description = read_description(folder)
     if not description["complete"]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import UserError
-from ..dataset import Example, Source
+from ..dataset import Example, Kind, Source
 from ..images import to_pil
+from ..labels import to_label_image
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -149,12 +150,27 @@ class ShapeExample(Example):
 
     spec: Spec = field(kw_only=True)
     seed: int = field(kw_only=True)
+    has_layout: bool = field(default=False, kw_only=True)
 
     def open(self) -> Image.Image:
         return render(self.spec, 64, self.seed)[0]
 
     def content_key(self) -> str:
         return hashlib.sha256(f"shapes {_VERSION} {self.spec} {self.seed}".encode()).hexdigest()
+
+    @property
+    def has_control(self) -> bool:
+        return self.has_layout
+
+    def open_control(self, size: tuple[int, int] | None = None) -> Image.Image | None:
+        from .shape_layouts import LABELS, label_map  # which reads images by this module
+
+        if not self.has_layout:
+            return None
+        return to_label_image(label_map(self.spec, size[0] if size else 64, self.seed), LABELS)
+
+    def control_key(self) -> str:
+        return self.content_key() if self.has_layout else ""
 
 
 def all_specs() -> list[Spec]:
@@ -294,10 +310,13 @@ def _related(first: Found, second: Found, relation: str) -> bool:
     return along >= APART and abs(across) < along / 2
 
 
-def train_source(condition: Literal["auto", "none", "class", "text"] = "auto") -> Source:
+def train_source(
+    condition: Literal["auto", "none", "class", "text"] = "auto", *, layouts: bool = False
+) -> Source:
     """Return the training set: every spec that is not held out, single ones with 12 jitters each, pairs with one.
 
-    With ``condition`` "class" only single objects, and "red circle" and the like as classes.
+    With ``condition`` "class" only single objects, and "red circle" and the like as classes. With ``layouts`` every
+    image has its exact label map as control image.
     """
     examples = []
     for spec in all_specs():
@@ -306,15 +325,22 @@ def train_source(condition: Literal["auto", "none", "class", "text"] = "auto") -
         text = caption(spec)
         label = f"{spec.colour} {spec.shape}" if isinstance(spec, Single) else None
         for seed in range(RENDERS_PER_SINGLE if isinstance(spec, Single) else 1):
-            examples.append(ShapeExample(f"{text} {seed}", text, label, spec=spec, seed=seed))
+            name = f"{text} {seed}"
+            examples.append(ShapeExample(name, text, label, spec=spec, seed=seed, has_layout=layouts))
     notes = (
         f"the procedural set of shapes: {len(examples)} images; "
         f"{len(held_out_captions())} captions are held out, combinations that training never shows",
     )
+    controls: dict[str, Any] = {}
+    if layouts:
+        from .shape_layouts import LABELS
+
+        controls = {"control": "labels", "labels": LABELS}
     if condition == "class":
         classes = tuple(sorted({example.label for example in examples if example.label}))
-        return Source("shapes", tuple(examples), "class", classes, notes)
-    return Source("shapes", tuple(examples), "unconditional" if condition == "none" else "text", (), notes)
+        return Source("shapes", tuple(examples), "class", classes, notes, **controls)
+    kind: Kind = "unconditional" if condition == "none" else "text"
+    return Source("shapes", tuple(examples), kind, (), notes, **controls)
 
 
 def train_captions() -> list[str]:
@@ -336,9 +362,11 @@ _UNIFORM = 0.8  # share of an object that must have its colour
 
 @dataclass(frozen=True)
 class Found(Placed):
-    """An object as measured; ``overlap`` is its intersection over union with the ideal shape of its area."""
+    """An object as measured; ``overlap`` is its intersection over union with the ideal shape of its area, ``pixels``
+    are those of the image (H, W) that it covers at least by half."""
 
     overlap: float
+    pixels: Mask = field(repr=False, compare=False)
 
 
 def find_objects(image: Image.Image) -> list[Found] | str:
@@ -346,6 +374,18 @@ def find_objects(image: Image.Image) -> list[Found] | str:
 
     A colour is the median inside an object, half the width follows from the area under that colour's soft
     mask, and the shape is the one of the four that overlaps best when drawn with that area at its place.
+    """
+    read = read_objects(image)
+    if isinstance(read, str):
+        return read
+    strange = next((item for item in read if isinstance(item, str)), None)
+    return strange or [item for item in read if not isinstance(item, str)]
+
+
+def read_objects(image: Image.Image) -> list[Found | str] | str:
+    """Return each object on the white ground, or the reason why it cannot be read; or why none can.
+
+    See `find_objects`.
     """
     from scipy import ndimage
 
@@ -365,14 +405,9 @@ def find_objects(image: Image.Image) -> list[Found] | str:
     ground = from_white[gap > 2 * pixel]
     if ground.size == 0 or ground.mean() > _GROUND:
         return "the ground is not white"
-    found = []
-    for label in kept:
-        region = (owner == label) & (gap <= 2 * pixel)
-        item = _identify(rgb, from_white, labels == label, region)
-        if isinstance(item, str):
-            return item
-        found.append(item)
-    return found
+    return [
+        _identify(rgb, from_white, labels == label, (owner == label) & (gap <= 2 * pixel)) for label in kept
+    ]
 
 
 def _identify(rgb: Array, from_white: Array, mask: Mask, region: Mask) -> Found | str:
@@ -399,7 +434,8 @@ def _identify(rgb: Array, from_white: Array, mask: Mask, region: Mask) -> Found 
         centre = y - SINK[shape] * half
         ideal_mask = coverage(shape, half, x, centre, side)
         overlap = np.minimum(soft, ideal_mask).sum() / np.maximum(soft, ideal_mask).sum()
-        candidates.append(Found(colour, shape, half, float(x), float(centre), float(overlap)))
+        place = half, float(x), float(centre), float(overlap)
+        candidates.append(Found(colour, shape, *place, pixels=soft >= 0.5))
     return max(candidates, key=lambda item: item.overlap)
 
 

@@ -18,6 +18,7 @@ from ...utils.names import near_path
 from ..dataset import FileExample, Source
 from .annotations import (
     COLUMNS,
+    IMAGE_COLUMNS,
     DataRequest,
     holds_captions,
     our_columns,
@@ -69,7 +70,12 @@ def read_table(data: str, request: DataRequest) -> Source:
             found = [dataclasses.replace(example, name=f"{prefix}/{example.name}") for example in found]
         examples += found
     notes = [f"{plural(len(examples), 'row')} of {few([path.name for path in paths])}"]
-    files = [file for example in examples for file in (example.path, example.mask) if isinstance(file, Path)]
+    files = [
+        file
+        for example in examples
+        for file in (example.path, example.mask, example.control)
+        if isinstance(file, Path)
+    ]
     if absent := [file for file in files if not file.is_file()]:
         start = paths[0].parent
         first = absent[0].relative_to(start) if absent[0].is_relative_to(start) else absent[0]
@@ -92,10 +98,11 @@ def _table(path: Path, request: DataRequest, unused: dict[str, None]) -> list[Fi
         if not records:
             return []
         ours, classes = our_columns(records[0][1], request.columns, str(path)), None
+        ours = request.used_columns(ours)
         rows: _Rows = ((f"{path}, line {line}", _stripped(record), {}) for line, record in records)
     else:
         file = _open_parquet(path)
-        ours = our_columns(file.schema_arrow.names, request.columns, str(path))
+        ours = request.used_columns(our_columns(file.schema_arrow.names, request.columns, str(path)))
         label = next((theirs for theirs, name in ours.items() if name == "label"), "")
         classes = _class_names(path, file).get(label)
         rows = _parquet_rows(path, file, ours)
@@ -163,9 +170,7 @@ def _parquet_rows(path: Path, file: Any, ours: Mapping[str, str]) -> _Rows:
     if file.metadata.num_rows > container.size:
         raise UserError(f"{path} claims {file.metadata.num_rows} rows in {container.size} bytes", _AGAIN)
     cells = {
-        name: theirs
-        for theirs, name in ours.items()
-        if name in ("image", "mask") and _holds_bytes(file, theirs)
+        name: theirs for theirs, name in ours.items() if name in IMAGE_COLUMNS and _holds_bytes(file, theirs)
     }
     read = [
         theirs

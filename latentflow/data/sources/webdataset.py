@@ -79,6 +79,7 @@ def read_shards(data: str, request: DataRequest) -> Source:
     """
     if request.columns:
         raise UserError("tar files have no columns", "Leave --columns out.")
+    request.refuse_control("tar files")
     folder = Path(data).expanduser()
     paths = sorted(folder.glob("*.tar")) if folder.is_dir() else many_paths(data)
     root, unread = common_folder(paths), dict[str, list[str]]()

@@ -179,8 +179,8 @@ def _check_same_inputs(base: nn.Module, network: nn.Module, checkpoint: str) -> 
     ]
     if shapes[0] != shapes[1]:
         raise UserError(
-            f"--lora-rank: {checkpoint} lacks the inputs for --inpainting or --size-conditioning, and an adapter "
-            "cannot bring them",
+            f"--lora-rank: {checkpoint} lacks the inputs for --inpainting, --size-conditioning or --control, and an "
+            "adapter cannot bring them",
             "Leave these out (data with masks: --masks none), or teach them to all weights first, without --lora-rank.",
         )
 

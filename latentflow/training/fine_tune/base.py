@@ -13,10 +13,11 @@ from typing import Any
 from ...autoencoder import downscale_factor, load_autoencoder
 from ...config import FineTuningConfig, FlowConfig
 from ...data import Source
+from ...data.labels import Labels
 from ...errors import UserError, few, reason, with_article
 from ...families import FlowModel
 from ...flow import OBJECTIVES
-from ...models import MODELS, DiT, UNet
+from ...models import MODELS, ControlInputs, DiT, UNet
 from ...pipeline.generate import LatentFlowPipeline
 from ...utils.components import quiet_libraries
 from ...utils.files import CONFIG, check_settings, read_settings
@@ -51,6 +52,15 @@ def base_classes(checkpoint: str) -> tuple[str, ...]:
     names = _pipeline_config(checkpoint).get("id2label") or {}
     count = _network_config(checkpoint).get("num_classes") or 0
     return tuple(names.get(str(number), str(number)) for number in range(count))
+
+
+def base_labels(checkpoint: str | None) -> Labels:
+    """Return the labels of the label maps that a checkpoint takes, without loading weights; none without a checkpoint.
+
+    Raises:
+        UserError: ``checkpoint`` is no pipeline.
+    """
+    return () if checkpoint is None else ControlInputs.of(_network_config(checkpoint).get("control")).labels
 
 
 def base_resolution(checkpoint: str) -> int | None:

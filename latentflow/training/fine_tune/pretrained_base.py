@@ -233,6 +233,11 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
         UserError: there are none; or they lack what the model draws from.
     """
     data, shape = config.data, base.shape
+    if config.control.control != "none":
+        raise UserError(
+            f"--control {config.control.control}: {base.name} is a pretrained model, which learns no control images",
+            "They go with networks of our own; checkpoints that draw under control images open in `generate`.",
+        )
     if data.masks == "alpha":
         raise UserError(
             f"--masks alpha: masks weight the loss of {base.name}, and these are of what is transparent",

@@ -66,6 +66,7 @@ class Stream(IntEnum):
     MIXIN_ORDER = 5
     TEACHER_SAMPLES = 6  # samples of the prior, and pairs
     AUTOENCODER = 7
+    CONTROL = 11  # dropped control images, drawn by numpy; evaluation has 8 to 10 and 12
 
 
 @dataclass(frozen=True, kw_only=True)

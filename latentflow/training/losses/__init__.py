@@ -13,6 +13,7 @@ from torch import nn
 from ...config import FlowConfig
 from .alignment import AlignedFlowLoss, Alignment, Routing
 from .average_velocity import AverageVelocityLoss, ProgressiveLoss
+from .control import ControlImages as ControlImages
 from .flow import FlowLoss, Masking
 
 #: the losses of objectives that need more than `AverageVelocityLoss`

@@ -24,6 +24,7 @@ from ..loop.data_order import SampleUse, Stream, seeded
 from ..loop.loader import by_group, groups_of, load_batch, to_device
 from ..loop.random_numbers import RANDOM_NUMBERS, SampleRandom, sent
 from ..loop.trained_module import WeightAverage
+from .control import ControlImages
 from .latent_data import LatentData
 
 _VALIDATION_TIMES = 4  # noises and times per validation image
@@ -42,6 +43,7 @@ class FlowLoss(nn.Module):
         seed: of the run.
         text_encoder: encodes ``input_ids``; trained along.
         masking: hides a part of every image, for a network that learns to inpaint.
+        control: adds the control images, for a network that takes them.
         samples: samples that the whole run uses, of which ``config.time_uniform_from`` is a share.
         samples_per_step: samples of one step, over all processes.
         random_numbers: the generator of noise and times, a key of `RANDOM_NUMBERS`.
@@ -63,12 +65,13 @@ class FlowLoss(nn.Module):
         text_encoder: PreTrainedModel | None = None,
         masking: Masking | None = None,
         *,
+        control: ControlImages | None = None,
         samples: int | None = None,
         samples_per_step: int = 1,
         random_numbers: str = "philox",
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.control = network, control
         self.text_encoder = text_encoder
         self.config, self.seed, self.masking = config, seed, masking
         self._make_random = lookup(RANDOM_NUMBERS, random_numbers, "random_numbers")
@@ -146,8 +149,11 @@ class FlowLoss(nn.Module):
         return _compared_by(condition)
 
     def condition(self, batch: dict[str, Any], drop: Tensor | None = None) -> Condition:
-        """Return what the network is given beside the latents: prompts, and what a mask leaves of each image."""
+        """Return what the network is given beside the latents: prompts, control images, and what a mask leaves of each
+        image."""
         condition = self.prompts(batch, drop)
+        if self.control is not None:
+            condition = self.control(condition, batch, training=self.training)
         if self.masking is None:
             return condition
         return dataclasses.replace(condition, channels=self.masking(batch))

@@ -54,10 +54,12 @@ class BucketData:
         table: their latents.
         views: further rows of tensors; those that show the image, ``pixels`` (N, 3, H, W) and ``masks``
             (N, 1, H, W), are mirrored with it.
+        control: the latents of their control images.
     """
 
     table: LatentTable
     views: Mapping[str, Tensor | LazyTable] = field(default_factory=dict)
+    control: LatentTable | None = None
 
 
 class LatentData:
@@ -134,6 +136,8 @@ def _views(bucket: BucketData, places: list[int], flips: list[int]) -> dict[str,
     batch: dict[str, Any] = {"latents": mean}
     if std is not None:
         batch["latents_std"] = std
+    if bucket.control is not None:
+        batch["control"], _ = bucket.control.batch(places, flips)
     mirrored = torch.tensor(flips).view(-1, 1, 1, 1) > 0
     for name, values in bucket.views.items():
         view = values[places]

@@ -37,6 +37,7 @@ _TAGS = {
     "class": "unconditional-image-generation",  # the hub knows no other that takes no text
     "unconditional": "unconditional-image-generation",
 }
+_CONTROLS = {"image": "a control image", "labels": "a label map"}
 _SHOWN = (
     "resolution", "network", "network_preset", "width", "depth", "heads", "patch_size", "vae", "init_from", "lora_rank",
     "lora_alpha", "lora_layers", "quantize", "family_options", "prior_samples", "prior_prompts", "checkpoint", "method",
@@ -62,6 +63,7 @@ class CardFacts:
         classes: the names of all its classes.
         parts: name -> module, of the pipeline's modules that have parameters.
         inpaints: it was trained to inpaint.
+        control: kinds of the control images that it draws under.
         samples: number of images of a preview.
         sample_steps: numbers of steps with which previews are sampled, one after the other.
         few_steps: how it is sampled, if in few steps.
@@ -75,6 +77,7 @@ class CardFacts:
     example: str = ""
     classes: tuple[str, ...] = ()
     inpaints: bool = False
+    control: tuple[str, ...] = ()
     samples: int = 16
     sample_steps: tuple[int, ...] = (10,)
     few_steps: FewSteps = FewSteps()
@@ -213,6 +216,7 @@ def _values(facts: CardFacts, header: str) -> dict[str, Any]:
         "command": generate_command(kind, example, where),
         "stock": facts.stock,
         "inpaints": facts.inpaints,
+        "control": " and ".join(_CONTROLS[kind] for kind in facts.control),
         "parts": [
             (name, type(part).__name__, sum(weight.numel() for weight in part.parameters()))
             for name, part in facts.parts.items()

@@ -1,0 +1,118 @@
+"""Masks and control images in files that are named like their images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ...errors import UserError, few, plural
+from ...utils.names import composed, near_path
+from .annotations import DataRequest
+from .files import File, Folder, file_key, list_folder
+
+MASK_ENDING, CONTROL_ENDING = "-mask", "-control"
+
+
+def files_beside(images: Iterable[str], listed: Container[str], ending: str) -> dict[str, list[str]]:
+    """Find the files among images that are named like another one with ``ending`` added, by the name of that image.
+
+    What the metadata list as an image (``listed``) is one, whatever its name. Several such files of an image have
+    different formats.
+    """
+    by_stem: dict[str, list[str]] = {}
+    for name in images:
+        by_stem.setdefault(stem_of(name), []).append(name)
+    stems: set[str] = set()  # of images
+    beside: dict[str, list[str]] = {}
+    for stem in sorted(by_stem, key=len):  # an image's stem is shorter than its mask's
+        base = stem.removesuffix(ending)
+        if base != stem and base in stems and not any(name in listed for name in by_stem[stem]):
+            beside |= dict.fromkeys(by_stem[base], by_stem[stem])
+        else:
+            stems.add(stem)
+    return beside
+
+
+def choose_files(
+    folder: Folder, listed: Mapping[str, str], beside: Mapping[str, list[str]], what: str
+) -> dict[str, File]:
+    """Return the one file of every image that has any, listed in the metadata or beside it.
+
+    Args:
+        what: they are, in one word or two.
+
+    Raises:
+        UserError: an image has several, and they differ.
+    """
+    found, root = dict(listed), folder.root
+    for name, others in beside.items():
+        for other in others:
+            first = found.setdefault(name, other)
+            if first != other and file_key(folder.file(first)) != file_key(folder.file(other)):
+                flag = "--masks" if what == "mask" else "--control"
+                raise UserError(
+                    f"{root / name} has two {what}s that differ: {root / first} and {root / other}",
+                    f"Keep one of them (move the other away), or use {flag} none.",
+                )
+    return {name: folder.file(other) for name, other in found.items()}
+
+
+class ControlFiles(NamedTuple):
+    """The control images of a folder.
+
+    Attributes:
+        files: by the name of the image.
+        names: of files in the folder that are control images, and so no images of the set.
+        notes: lines for the user.
+    """
+
+    files: Mapping[str, File]
+    names: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def find_controls(
+    folder: Folder, listed: Mapping[str, str], rows: Container[str], request: DataRequest
+) -> ControlFiles:
+    """Find the control images that are asked for: those that the metadata list, else those of the folder of control
+    images, or in files beside the images.
+
+    Args:
+        listed: in the metadata, by the name of the image.
+        rows: names of images in the metadata.
+
+    Raises:
+        UserError: an image has two that differ; there is no such folder.
+    """
+    beside = files_beside(folder.images, rows, CONTROL_ENDING)
+    named = sorted({other for others in beside.values() for other in others})
+    if request.control == "none":
+        what = f"{plural(len(named), 'file')} named like control images are images of the set"
+        notes = (f"{what} (--control image or labels reads them as such): {few(named)}",) if named else ()
+        return ControlFiles({}, frozenset(), notes)
+    if request.control_folder is None:
+        files = choose_files(folder, listed, beside, "control image")
+        return ControlFiles(files, frozenset({*named, *listed.values()}), _counted(files))
+    root = Path(request.control_folder).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"there is no folder {root}", near_path(str(root)).strip() or "Check --control-folder."
+        )
+    other, (here, there) = list_folder(root), (root.resolve(), folder.root.resolve())
+    inside = f"{here.relative_to(there).as_posix()}/" if here.is_relative_to(there) else None
+    within = [name for name in folder.images if inside is not None and name.startswith(inside)]
+    own = {stem_of(name): other.file(name) for name in other.images}
+    files = {name: own[stem_of(name)] for name in folder.images if stem_of(name) in own}
+    files |= {name: folder.file(control) for name, control in listed.items()}
+    return ControlFiles(files, frozenset({*within, *named, *listed.values()}), _counted(files))
+
+
+def _counted(files: Mapping[str, File]) -> tuple[str, ...]:
+    return (f"control images of {plural(len(files), 'image')}",)
+
+
+def stem_of(name: str) -> str:
+    """Return the name without its suffix, equal for all Unicode spellings of it."""
+    return os.path.splitext(composed(name))[0]  # noqa: PTH122 (a `Path` for each of many files takes long)

@@ -1,0 +1,96 @@
+"""Flow models that draw under control images and, as a part of the samples was trained so, without them as well."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import flow
+from ..errors import UserError
+from ..models import ControlInputs
+from .model import FlowModel, Rows
+from .rows import check_counts, keep
+
+#: what rows keep of control images
+CONTROL = {"control", "layout"}
+
+
+class ControlledModel(FlowModel):
+    """The part of a flow model that takes control images, if it takes any.
+
+    Its rows keep control (B, C, h, w), the latents of images; layout (B, H, W), label maps; and control_scale
+    (B, 1, 1, 1).
+    """
+
+    @property
+    @abstractmethod
+    def control_inputs(self) -> ControlInputs:
+        """The control images that the network takes."""
+
+    @property
+    def control_kinds(self) -> tuple[str, ...]:
+        """Kinds of the control images that the network takes, all of which it also draws without."""
+        return self.control_inputs.kinds
+
+    @property
+    def control_labels(self) -> tuple[tuple[str, str], ...]:
+        """(name, "#rrggbb" or "") of each label of the label maps that it takes, in the order of their ids."""
+        return self.control_inputs.labels
+
+    def with_control(self, rows: Rows, images: Tensor) -> Rows:
+        """See `Rows.with_control`."""
+        if "image" not in self.control_kinds:
+            return super().with_control(rows, images)
+        check_counts(rows, images)
+        return keep(rows, control=self.encode(images.to(self.device)))
+
+    def with_layout(self, rows: Rows, layouts: Tensor) -> Rows:
+        """See `ImageInputMixin.with_layout`.
+
+        Raises:
+            UserError: the network takes no label maps; numbers of maps and rows that do not fit; labels beyond those
+                that the network knows.
+        """
+        if "labels" not in self.control_kinds:
+            return super().with_layout(rows, layouts)
+        check_counts(rows, layouts[:, None])
+        if not -1 <= int(layouts.min()) <= int(layouts.max()) < len(self.control_labels):
+            raise UserError(
+                f"the label maps have labels from {int(layouts.min())} to {int(layouts.max())}",
+                f"This checkpoint knows 0 to {len(self.control_labels) - 1}; -1 is a pixel without a label.",
+            )
+        return keep(rows, layout=layouts.to(self.device))
+
+    def with_control_scale(self, rows: Rows, scale: float) -> Rows:
+        """Return the rows with guidance over their control images: 0 leaves them out, 1 is what was learnt.
+
+        Two guidance scales, w over the condition c (``guidance_scale``) and s over the control images, lead to
+
+            V(null) + w (V(c) - V(null)),    V(c) = v(c, without) + s (v(c, control) - v(c, without))
+
+        where v is the network's velocity. More than 1 follows them harder; every s but 0 and 1 doubles the evaluations.
+        """
+        if scale == 1.0 or not CONTROL & rows.kept.keys():
+            return rows
+        if scale == 0.0:
+            return _uncontrolled(rows)
+        return keep(rows, control_scale=torch.full((len(rows), 1, 1, 1), scale, device=self.device))
+
+    def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> flow.Velocity:
+        """Return the velocity under ``rows`` alone; with a scale of their control images, see `with_control_scale`."""
+        kept = dict(rows.kept)
+        strength = kept.pop("control_scale", None)
+        under = super()._bound(replace(rows, kept=kept), times, scale)
+        if not isinstance(strength, Tensor):
+            return under
+        without = super()._bound(_uncontrolled(rows), times, scale)
+        return lambda x, t: torch.lerp(without(x, t), under(x, t), strength.to(x))
+
+
+def _uncontrolled(rows: Rows) -> Rows:
+    """Return the rows without their control images."""
+    left = {name: value for name, value in rows.kept.items() if name not in {*CONTROL, "control_scale"}}
+    return replace(rows, kept=left)
