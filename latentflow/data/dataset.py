@@ -126,7 +126,7 @@ class Example(ABC):
         image = decode_image(self.control)
         with decoding(name := name_of(image)):
             turned = ImageOps.exif_transpose(image)
-        turned.filename = name  # type: ignore[attr-defined]  # for later messages
+        turned.filename, turned.format = name, image.format  # type: ignore[attr-defined]  # for later messages
         return turned
 
     def control_key(self) -> str:

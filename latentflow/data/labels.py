@@ -75,9 +75,12 @@ def read_label_ids(image: Image.Image, labels: Labels = ()) -> NDArray[np.uint8]
         labels: that there are; empty: any.
 
     Raises:
-        UserError: the image has labels beyond these, colours that are none of theirs, or cannot be decoded.
+        UserError: the image has labels beyond these or colours that are none of theirs, is a JPEG, or cannot be
+            decoded.
     """
     name = name_of(image)
+    if image.format in ("JPEG", "MPO"):
+        raise UserError(f"{name} is a JPEG, whose compression changes labels", "Save label maps as PNG.")
     loaded(image)
     with decoding(name):
         upright = ImageOps.exif_transpose(image)

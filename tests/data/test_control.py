@@ -157,6 +157,9 @@ def test_label_maps_are_read_in_every_form(tmp_path: Path) -> None:
         read_label_ids(Image.new("RGB", (2, 2)))
     with pytest.raises(UserError, match="has the label 300"):
         read_label_ids(Image.fromarray(np.full((2, 2), 300, np.int32)))
+    Image.fromarray(expected).save(tmp_path / "lossy.jpg")
+    with pytest.raises(UserError, match="is a JPEG"):
+        read_label_ids(Image.open(tmp_path / "lossy.jpg"))
     file = tmp_path / "labels.txt"
     file.write_text("ground #FFFFFF\nbig cat\ndog #00ff00\n")
     assert read_label_file(file) == (("ground", "#ffffff"), ("big cat", ""), ("dog", "#00ff00"))
