@@ -95,7 +95,7 @@ def test_a_page_of_a_killed_run_of_two_stages(killed: Path) -> None:
     html = report_page(killed).html()
     for text in (
         "not finished: step 6 of 8", "The autoencoder, trained first", "val_psnr", "20.5000 dB", "not finite: 1 (see",
-        "<td>0 s, 8 images per second</td>",  # the first stage has its own batch: 2 steps of 2
+        "<td>less than 1 s, 8 images per second</td>",  # the first stage has its own batch: 2 steps of 2
         "step-000005.png cannot be read", "&lt;b&gt;9&lt;/b&gt; images", "step 3</figcaption>",
     ):  # fmt: skip
         assert text in html, text
