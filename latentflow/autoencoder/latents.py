@@ -165,7 +165,7 @@ def _layout(vae: Autoencoder) -> tuple[int, int]:
     They are in the config where its names say them, and otherwise measured, once, by encoding an image of zeros.
     """
     config, cells = vae.config, _cells(vae)
-    channels = config.get("latent_channels")
+    channels = _raw_channels(vae)
     blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     if channels and blocks and isinstance(vae, (*_PLAIN, diffusers.AutoencoderKLFlux2)):
         return int(channels) * cells**2, int(2 ** (len(blocks) - 1)) * cells
@@ -175,6 +175,12 @@ def _layout(vae: Autoencoder) -> tuple[int, int]:
             latents = normalise(vae, posterior(vae, torch.zeros(1, 3, side, side))[0])
         _LAYOUTS[vae] = latents.shape[1], side // latents.shape[2]
     return _LAYOUTS[vae]
+
+
+def _raw_channels(vae: Autoencoder) -> int | None:
+    """Return the channels of raw latents by the config's names, if it says them."""
+    names = ("vq_embed_dim", "latent_channels", "z_dim")  # the first: of a VQModel's codes, where they are not equal
+    return next((vae.config[name] for name in names if vae.config.get(name)), None)
 
 
 def check_resolution(resolution: int, factor: int) -> None:
@@ -207,7 +213,7 @@ def check_statistics(vae: Autoencoder) -> None:
         UserError: a statistic is not finite, a deviation or the scaling factor is not above 0, their number is not that
             of the channels, or there are means without deviations or deviations without means.
     """
-    config, channels = vae.config, vae.config.get("latent_channels") or vae.config.get("z_dim")
+    config, channels = vae.config, _raw_channels(vae)
     if _normalises_itself(vae):
         return
     there = [name for name in ("latents_mean", "latents_std") if config.get(name) is not None]
@@ -256,12 +262,12 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
     video = of_videos(vae)
 
     def moments(rows: Tensor) -> tuple[Tensor, ...]:
-        placed = _placed(vae, rows / 2.0 + 0.5 if _normalises_itself(vae) else rows)
-        found = encoded(vae, placed.unsqueeze(2) if video else placed)
+        inputs = placed(vae, rows / 2.0 + 0.5 if _normalises_itself(vae) else rows)
+        found = encoded(vae, inputs.unsqueeze(2) if video else inputs)
         return tuple(part.squeeze(2).float() if video else part.float() for part in found)
 
     require_finite(images, "an image to encode", "Check where it comes from.")
-    mean, *std = _finite(vae, moments, images, "latent")
+    mean, *std = finite(vae, moments, images, "latent")
     return mean, std[0] if std else None
 
 
@@ -315,17 +321,17 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
         vae = DECODERS[vae]
 
     def images(rows: Tensor) -> tuple[Tensor, ...]:
-        placed, video = _placed(vae, rows), of_videos(vae)
-        decoded = vae.decode(placed.unsqueeze(2) if video else placed, return_dict=False)[0].float()
+        inputs, video = placed(vae, rows), of_videos(vae)
+        decoded = vae.decode(inputs.unsqueeze(2) if video else inputs, return_dict=False)[0].float()
         if _normalises_itself(vae):
             decoded = 2.0 * decoded - 1.0
         return (decoded.squeeze(2) if video else decoded,)
 
     with inner_phase("decode"):
-        return _finite(vae, images, denormalise(vae, latents.float()), "image")[0]
+        return finite(vae, images, denormalise(vae, latents.float()), "image")[0]
 
 
-def _finite(
+def finite(
     vae: Autoencoder, function: Callable[[Tensor], tuple[Tensor, ...]], values: Tensor, what: str
 ) -> tuple[Tensor, ...]:
     """Return ``function(values)``, with the rows that are not finite computed again in float32.
@@ -458,6 +464,6 @@ def of_videos(vae: Autoencoder) -> bool:
     return "z_dim" in vae.config  # Qwen-Image's and Wan's, whose classes have no other name in common
 
 
-def _placed(vae: Autoencoder, value: Tensor) -> Tensor:
+def placed(vae: Autoencoder, value: Tensor) -> Tensor:
     """Move a tensor to the device on which the autoencoder computes, in its precision."""
     return value.to(execution_device(vae), vae.dtype)
