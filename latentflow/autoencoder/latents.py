@@ -39,6 +39,8 @@ _OVERFLOWING: WeakSet[Any] = WeakSet()
 # What `_layout` has measured, and the side of the image that it encodes.
 _LAYOUTS: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 _SIDE = 64
+# Its names in pipelines; the last two are those of tokenizers (LDM, aMUSEd; Kandinsky 2).
+_PARTS = ("vae", "vqvae", "movq")
 # Classes whose config says channels and factor.
 _PLAIN = (diffusers.AutoencoderKL, diffusers.AutoencoderTiny, diffusers.AutoencoderDC, diffusers.VQModel)
 #: autoencoder -> another one that decodes its latents in its place; see ``decoders``
@@ -57,7 +59,8 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
     Args:
         name_or_path: a folder that `save_pretrained` wrote, a pipeline folder or hub id (its ``vae`` is taken), or a
             folder of the TAESD family, with encoder.safetensors and decoder.safetensors.
-        subfolder: folder of the autoencoder within; found automatically in a local pipeline folder.
+        subfolder: folder of the autoencoder within; found automatically in a local pipeline folder (`vae`, `vqvae` or
+            `movq`).
         kwargs: handed to the class's ``from_pretrained`` (``torch_dtype``, ``variant``, ``revision``...).
 
     Returns:
@@ -71,8 +74,8 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
     local = Path(name_or_path)
     if is_tiny(local):
         return load_tiny(local, kwargs.get("torch_dtype", kwargs.get("dtype", torch.float32)))
-    if subfolder is None and (local / "vae" / "config.json").is_file():
-        subfolder = "vae"
+    if subfolder is None:
+        subfolder = next((name for name in _PARTS if (local / name / CONFIG).is_file()), None)
     folder = local / (subfolder or "")
     shown = f"the autoencoder in '{name_or_path}'"
     fix = "Give a folder written by save_pretrained (config.json and *.safetensors) or a reachable hub id."

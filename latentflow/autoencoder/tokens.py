@@ -53,11 +53,12 @@ def detokenize(vae: Autoencoder, tokens: Tensor) -> Tensor:
 
     def images(rows: Tensor) -> tuple[Tensor, ...]:
         # As codes, and never again as the nearest to them: in half precision that may be another.
+        given, options = rows.to(codes.embeddings.device), {"force_not_quantize": True, "return_dict": False}
         if vae.config.get("lookup_from_codebook"):
-            shape, given = (*rows.shape, codes.embeddings.shape[1]), rows.to(codes.embeddings.device)
+            options["shape"] = (*rows.shape, codes.embeddings.shape[1])
         else:
-            shape, given = None, placed(vae, codes.embed(rows.to(codes.embeddings.device)))
-        return (vae.decode(given, force_not_quantize=True, return_dict=False, shape=shape)[0].float(),)
+            given = placed(vae, codes.embed(given))
+        return (vae.decode(given, **options)[0].float(),)
 
     with inner_phase("decode"):
         return finite(vae, images, tokens, "image")[0]
