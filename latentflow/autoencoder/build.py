@@ -103,9 +103,7 @@ def _nearest_widths(wanted: Sequence[int], latent_channels: int) -> tuple[int, .
 def _vq(config: AutoencoderConfig, resolution: int) -> VQModel:
     codes = None if config.autoencoder_class == "vq" else grid(config.fsq_levels)
     size, width = (config.codebook_size, config.codebook_width) if codes is None else codes.shape
-    vae = VQModel(
-        num_vq_embeddings=size, vq_embed_dim=width, **_convolutions(config, resolution)
-    )
+    vae = VQModel(num_vq_embeddings=size, vq_embed_dim=width, **_convolutions(config, resolution))
     if codes is not None:
         with torch.no_grad():
             vae.quantize.embedding.weight.copy_(codes)

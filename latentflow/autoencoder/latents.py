@@ -182,7 +182,11 @@ def _layout(vae: Autoencoder) -> tuple[int, int]:
 
 def _raw_channels(vae: Autoencoder) -> int | None:
     """Return the channels of raw latents by the config's names, if it says them."""
-    names = ("vq_embed_dim", "latent_channels", "z_dim")  # the first: of a VQModel's codes, where they are not equal
+    names = (
+        "vq_embed_dim",
+        "latent_channels",
+        "z_dim",
+    )  # the first: of a VQModel's codes, where they are not equal
     return next((vae.config[name] for name in names if vae.config.get(name)), None)
 
 

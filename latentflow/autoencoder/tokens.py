@@ -6,6 +6,8 @@ discrete flows, and latents for continuous ones (`encode`, `decode`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,8 @@ def detokenize(vae: Autoencoder, tokens: Tensor) -> Tensor:
 
     def images(rows: Tensor) -> tuple[Tensor, ...]:
         # As codes, and never again as the nearest to them: in half precision that may be another.
-        given, options = rows.to(codes.embeddings.device), {"force_not_quantize": True, "return_dict": False}
+        given = rows.to(codes.embeddings.device)
+        options: dict[str, Any] = {"force_not_quantize": True, "return_dict": False}
         if vae.config.get("lookup_from_codebook"):
             options["shape"] = (*rows.shape, codes.embeddings.shape[1])
         else:
@@ -107,7 +110,9 @@ def codebook_use(counts: Tensor, least: float = 0.0) -> dict[str, Tensor]:
 def count_tokens(tokens: Tensor, size: int) -> Tensor:
     """Return how often each of ``size`` codes is among tokens of any shape: (size,) int64."""
     flat = tokens.flatten()  # bincount waits for a GPU
-    return torch.zeros(size, dtype=torch.long, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    return torch.zeros(size, dtype=torch.long, device=flat.device).scatter_add_(
+        0, flat, torch.ones_like(flat)
+    )
 
 
 def _raw(vae: Autoencoder) -> Codebook:

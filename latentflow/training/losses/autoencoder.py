@@ -1,5 +1,5 @@
-"""The losses of an autoencoder: L1, KL where it has a posterior, the commitment where it has codes, a perceptual loss and
-a PatchGAN by choice."""
+"""The losses of an autoencoder: L1, KL where it has a posterior, the commitment where it has codes, a perceptual loss
+and a PatchGAN by choice."""
 
 from __future__ import annotations
 

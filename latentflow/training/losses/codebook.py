@@ -1,5 +1,7 @@
-"""Codes of a `VQModel` in training: averages of the latents that take them (van den Oord et al. 2017, arXiv:1711.00937,
-appendix A.1), and dead ones started again from latents of the batch (Dhariwal et al. 2020, arXiv:2005.00341, section 3.1).
+"""Codes of a `VQModel` in training: averages of the latents that take them, and dead ones started again.
+
+The averages are those of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1), the restarts from latents
+of the batch those of Jukebox (Dhariwal et al. 2020, arXiv:2005.00341, section 3.1).
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ class CodebookLoss(nn.Module):
         seed: of the latents from which dead codes start again.
 
     Attributes:
-        counts: (V,) moving average of how many latents of a step take a code.
-        sums: (V, E) moving average of their sum. A code is ``sums / counts``.
+        uses: (V,) moving average of how many latents of a step take a code.
+        counts: (V,) the same, but that a code which starts again is given the mean (learned codes only).
+        sums: (V, E) moving average of the sum of these latents: a code is ``sums / counts`` (learned codes only).
         steps: that were learnt from.
     """
 
+    uses: Tensor
     counts: Tensor
     sums: Tensor
     steps: Tensor
@@ -52,8 +56,10 @@ class CodebookLoss(nn.Module):
         embedding.requires_grad_(False)
         self._embedding = (embedding,)  # in a tuple: the autoencoder's, and no second name in checkpoints
         self._fixed, self._seed = fixed, seed
-        self.register_buffer("counts", torch.zeros(embedding.num_embeddings))
-        self.register_buffer("sums", torch.zeros(0 if fixed else embedding.num_embeddings, embedding.embedding_dim))
+        size, width = embedding.num_embeddings, embedding.embedding_dim
+        self.register_buffer("uses", torch.zeros(size))
+        self.register_buffer("counts", None if fixed else torch.zeros(size))
+        self.register_buffer("sums", None if fixed else torch.zeros(size, width))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self._seen: dict[int, Tensor] = {}  # sample -> its latents (positions, E)
         self._warned = False
@@ -68,9 +74,12 @@ class CodebookLoss(nn.Module):
         if self.training:
             rows = latents.detach().flatten(2).mT
             self._seen |= dict(zip(sample_ids, rows, strict=True))
-        counts = self.counts.lerp(count_tokens(tokens, len(self.counts)).float(), 1 - self._decay())
+        uses = self.uses.lerp(self._counted(tokens), 1 - self._decay())
         commitment = (latents - quantised).square().mean()
-        return latents + (quantised - latents).detach(), {"commitment": commitment, **codebook_use(counts, DEAD)}
+        return latents + (quantised - latents).detach(), {
+            "commitment": commitment,
+            **codebook_use(uses, DEAD),
+        }
 
     @torch.no_grad()
     def finish_step(self, skip: Tensor, step: int) -> None:
@@ -86,17 +95,22 @@ class CodebookLoss(nn.Module):
         latents = self._collected(weight.device)
         tokens = nearest(latents, weight)
         decay = self._decay()
-        counts = self.counts.lerp(count_tokens(tokens, len(self.counts)).float(), 1 - decay)
+        taken = self._counted(tokens)
         if not self._fixed:
+            counts = self.counts.lerp(taken, 1 - decay)
             sums = self.sums.lerp(torch.zeros_like(self.sums).index_add_(0, tokens, latents), 1 - decay)
             counts, sums = self._restarted(counts, sums, latents, step)
             codes = torch.where(counts[:, None] > 0, sums / counts[:, None], weight)
             weight.copy_(torch.where(skip, weight, codes))
+            self.counts.copy_(torch.where(skip, self.counts, counts))
             self.sums.copy_(torch.where(skip, self.sums, sums))
-        self.counts.copy_(torch.where(skip, self.counts, counts))
+        self.uses.copy_(torch.where(skip, self.uses, self.uses.lerp(taken, 1 - decay)))
         self.steps.add_((~skip).long())
         if (step + 1) % _CHECK_EVERY == 0:
             self._warn(step + 1)
+
+    def _counted(self, tokens: Tensor) -> Tensor:
+        return count_tokens(tokens, len(self.uses)).float()
 
     def _decay(self) -> Tensor:
         """Return the averages' decay in this step: it rises, so that the start does not rule them."""
@@ -120,20 +134,22 @@ class CodebookLoss(nn.Module):
         mean = counts.mean()
         dead = counts < DEAD * mean
         place = dead.cumsum(0) - 1
-        order = torch.randperm(len(latents), generator=seeded(self._seed, Stream.CODEBOOK, step)).to(place.device)
+        order = torch.randperm(len(latents), generator=seeded(self._seed, Stream.CODEBOOK, step)).to(
+            place.device
+        )
         fresh = latents[order[place.clamp(0, len(latents) - 1)]]
         restart = dead & (place < len(latents))
         return torch.where(restart, mean, counts), torch.where(restart[:, None], mean * fresh, sums)
 
     def _warn(self, step: int) -> None:
         """Say, once, that the codebook has collapsed."""
-        use = {name: float(value) for name, value in codebook_use(self.counts, DEAD).items()}
-        size = len(self.counts)
+        use = {name: float(value) for name, value in codebook_use(self.uses, DEAD).items()}
+        size = len(self.uses)
         collapsed = use["perplexity"] < max(COLLAPSED * size, 1.5)
         if collapsed and not self._warned and process_state().is_main_process:
             log.warning(
-                "the codebook has collapsed: at step %d %d of its %d codes are used (perplexity %.1f). Lower "
-                "--autoencoder-learning-rate; or take fewer codes (%s), which the images can fill",
+                "the codebook has collapsed: at step %d %d of its %d codes are used (perplexity %.1f). Begin a run "
+                "with a lower --autoencoder-learning-rate, or with fewer codes (%s)",
                 *(step, round(use["codebook_used"] * size), size, use["perplexity"]),
                 "--fsq-levels" if self._fixed else f"--codebook-size {max(2, size // 4)}",
             )
