@@ -27,3 +27,9 @@ from .masked import masked_condition as masked_condition
 from .masked import masked_latents as masked_latents
 from .masked import masked_source as masked_source
 from .tiling import use_tiles as use_tiles
+from .tokens import codebook as codebook
+from .tokens import codebook_use as codebook_use
+from .tokens import count_tokens as count_tokens
+from .tokens import detokenize as detokenize
+from .tokens import has_codebook as has_codebook
+from .tokens import tokenize as tokenize

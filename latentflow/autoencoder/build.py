@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from diffusers import AutoencoderDC, AutoencoderKL
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, VQModel
+from torch import Tensor
 
 from ..errors import UserError
 from .latents import Autoencoder, check_resolution
@@ -31,7 +33,11 @@ def build_autoencoder(config: AutoencoderConfig, resolution: int) -> Autoencoder
             "Give one entry for each resolution in all three.",
         )
     check_resolution(resolution, 2 ** (levels - 1))
-    return _dc(config) if config.autoencoder_class == "dc" else _kl(config, resolution)
+    if config.autoencoder_class == "dc":
+        return _dc(config)
+    if config.has_codebook:
+        return _vq(config, resolution)
+    return AutoencoderKL(**_convolutions(config, resolution))
 
 
 def _dc(config: AutoencoderConfig) -> AutoencoderDC:
@@ -94,16 +100,38 @@ def _nearest_widths(wanted: Sequence[int], latent_channels: int) -> tuple[int, .
     return min(chain for end, chain in chains.items() if end % latent_channels == 0)[1]
 
 
-def _kl(config: AutoencoderConfig, resolution: int) -> AutoencoderKL:
+def _vq(config: AutoencoderConfig, resolution: int) -> VQModel:
+    codes = None if config.autoencoder_class == "vq" else grid(config.fsq_levels)
+    size, width = (config.codebook_size, config.codebook_width) if codes is None else codes.shape
+    vae = VQModel(num_vq_embeddings=size, vq_embed_dim=width, **_convolutions(config, resolution))
+    if codes is not None:
+        with torch.no_grad():
+            vae.quantize.embedding.weight.copy_(codes)
+    return vae
+
+
+def grid(levels: Sequence[int]) -> Tensor:
+    """Return the codes (V, len(levels)) of finite scalar quantisation: even values of each channel from -1 to 1.
+
+    The token counts in the levels' mixed radix, the first channel fastest. To round each channel of a clamped latent to
+    its levels (Mentzer et al. 2023, arXiv:2309.15505; the bound and the even levels of Parker et al. 2024,
+    arXiv:2411.19842, section 3.2) is to take the nearest of these codes: so a `VQModel` holds it as it is.
+    """
+    axes = [torch.linspace(-1.0, 1.0, count) for count in reversed(levels)]
+    return torch.cartesian_prod(*axes).reshape(-1, len(levels)).flip(1)
+
+
+def _convolutions(config: AutoencoderConfig, resolution: int) -> dict[str, Any]:
+    """Return the arguments of the classes that are made of Stable Diffusion's encoder and decoder."""
     levels = len(config.autoencoder_widths)
-    return AutoencoderKL(
-        latent_channels=config.latent_channels,
-        block_out_channels=config.autoencoder_widths,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=max(1, *config.encoder_layers, *config.decoder_layers),
-        norm_num_groups=math.gcd(8, *config.autoencoder_widths),
-        mid_block_add_attention=False,
-        sample_size=resolution,
-        scaling_factor=1.0,
-    )
+    return {
+        "latent_channels": config.latent_channels,
+        "block_out_channels": config.autoencoder_widths,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": max(1, *config.encoder_layers, *config.decoder_layers),
+        "norm_num_groups": math.gcd(8, *config.autoencoder_widths),
+        "mid_block_add_attention": False,
+        "sample_size": resolution,
+        "scaling_factor": 1.0,
+    }

@@ -39,6 +39,8 @@ _OVERFLOWING: WeakSet[Any] = WeakSet()
 # What `_layout` has measured, and the side of the image that it encodes.
 _LAYOUTS: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 _SIDE = 64
+# Its names in pipelines; the last two are those of tokenizers (LDM, aMUSEd; Kandinsky 2).
+_PARTS = ("vae", "vqvae", "movq")
 # Classes whose config says channels and factor.
 _PLAIN = (diffusers.AutoencoderKL, diffusers.AutoencoderTiny, diffusers.AutoencoderDC, diffusers.VQModel)
 #: autoencoder -> another one that decodes its latents in its place; see ``decoders``
@@ -57,7 +59,8 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
     Args:
         name_or_path: a folder that `save_pretrained` wrote, a pipeline folder or hub id (its ``vae`` is taken), or a
             folder of the TAESD family, with encoder.safetensors and decoder.safetensors.
-        subfolder: folder of the autoencoder within; found automatically in a local pipeline folder.
+        subfolder: folder of the autoencoder within; found automatically in a local pipeline folder (`vae`, `vqvae` or
+            `movq`).
         kwargs: handed to the class's ``from_pretrained`` (``torch_dtype``, ``variant``, ``revision``...).
 
     Returns:
@@ -71,8 +74,8 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
     local = Path(name_or_path)
     if is_tiny(local):
         return load_tiny(local, kwargs.get("torch_dtype", kwargs.get("dtype", torch.float32)))
-    if subfolder is None and (local / "vae" / "config.json").is_file():
-        subfolder = "vae"
+    if subfolder is None:
+        subfolder = next((name for name in _PARTS if (local / name / CONFIG).is_file()), None)
     folder = local / (subfolder or "")
     shown = f"the autoencoder in '{name_or_path}'"
     fix = "Give a folder written by save_pretrained (config.json and *.safetensors) or a reachable hub id."
@@ -165,7 +168,7 @@ def _layout(vae: Autoencoder) -> tuple[int, int]:
     They are in the config where its names say them, and otherwise measured, once, by encoding an image of zeros.
     """
     config, cells = vae.config, _cells(vae)
-    channels = config.get("latent_channels")
+    channels = _raw_channels(vae)
     blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     if channels and blocks and isinstance(vae, (*_PLAIN, diffusers.AutoencoderKLFlux2)):
         return int(channels) * cells**2, int(2 ** (len(blocks) - 1)) * cells
@@ -175,6 +178,16 @@ def _layout(vae: Autoencoder) -> tuple[int, int]:
             latents = normalise(vae, posterior(vae, torch.zeros(1, 3, side, side))[0])
         _LAYOUTS[vae] = latents.shape[1], side // latents.shape[2]
     return _LAYOUTS[vae]
+
+
+def _raw_channels(vae: Autoencoder) -> int | None:
+    """Return the channels of raw latents by the config's names, if it says them."""
+    names = (
+        "vq_embed_dim",
+        "latent_channels",
+        "z_dim",
+    )  # the first: of a VQModel's codes, where they are not equal
+    return next((vae.config[name] for name in names if vae.config.get(name)), None)
 
 
 def check_resolution(resolution: int, factor: int) -> None:
@@ -207,7 +220,7 @@ def check_statistics(vae: Autoencoder) -> None:
         UserError: a statistic is not finite, a deviation or the scaling factor is not above 0, their number is not that
             of the channels, or there are means without deviations or deviations without means.
     """
-    config, channels = vae.config, vae.config.get("latent_channels") or vae.config.get("z_dim")
+    config, channels = vae.config, _raw_channels(vae)
     if _normalises_itself(vae):
         return
     there = [name for name in ("latents_mean", "latents_std") if config.get(name) is not None]
@@ -256,12 +269,12 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
     video = of_videos(vae)
 
     def moments(rows: Tensor) -> tuple[Tensor, ...]:
-        placed = _placed(vae, rows / 2.0 + 0.5 if _normalises_itself(vae) else rows)
-        found = encoded(vae, placed.unsqueeze(2) if video else placed)
+        inputs = placed(vae, rows / 2.0 + 0.5 if _normalises_itself(vae) else rows)
+        found = encoded(vae, inputs.unsqueeze(2) if video else inputs)
         return tuple(part.squeeze(2).float() if video else part.float() for part in found)
 
     require_finite(images, "an image to encode", "Check where it comes from.")
-    mean, *std = _finite(vae, moments, images, "latent")
+    mean, *std = finite(vae, moments, images, "latent")
     return mean, std[0] if std else None
 
 
@@ -315,17 +328,17 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
         vae = DECODERS[vae]
 
     def images(rows: Tensor) -> tuple[Tensor, ...]:
-        placed, video = _placed(vae, rows), of_videos(vae)
-        decoded = vae.decode(placed.unsqueeze(2) if video else placed, return_dict=False)[0].float()
+        inputs, video = placed(vae, rows), of_videos(vae)
+        decoded = vae.decode(inputs.unsqueeze(2) if video else inputs, return_dict=False)[0].float()
         if _normalises_itself(vae):
             decoded = 2.0 * decoded - 1.0
         return (decoded.squeeze(2) if video else decoded,)
 
     with inner_phase("decode"):
-        return _finite(vae, images, denormalise(vae, latents.float()), "image")[0]
+        return finite(vae, images, denormalise(vae, latents.float()), "image")[0]
 
 
-def _finite(
+def finite(
     vae: Autoencoder, function: Callable[[Tensor], tuple[Tensor, ...]], values: Tensor, what: str
 ) -> tuple[Tensor, ...]:
     """Return ``function(values)``, with the rows that are not finite computed again in float32.
@@ -458,6 +471,6 @@ def of_videos(vae: Autoencoder) -> bool:
     return "z_dim" in vae.config  # Qwen-Image's and Wan's, whose classes have no other name in common
 
 
-def _placed(vae: Autoencoder, value: Tensor) -> Tensor:
+def placed(vae: Autoencoder, value: Tensor) -> Tensor:
     """Move a tensor to the device on which the autoencoder computes, in its precision."""
     return value.to(execution_device(vae), vae.dtype)

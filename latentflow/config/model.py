@@ -70,18 +70,27 @@ class TextConfig:
 class AutoencoderConfig:
     """The autoencoder that is trained where no --vae is given."""
 
-    autoencoder_class: Literal["dc", "kl"] = "dc"
+    autoencoder_class: Literal["dc", "kl", "vq", "fsq"] = "dc"
     """Class of the autoencoder in diffusers. dc: AutoencoderDC with a space-to-channel stem (deterministic, and
-    cheaper for the same PSNR; see docs/measurements/autoencoder.md). kl: AutoencoderKL."""
+    cheaper for the same PSNR; see docs/measurements/autoencoder.md). kl: AutoencoderKL. vq: VQModel, whose images are
+    tokens of a learned codebook. fsq: VQModel whose codebook is a fixed grid (arXiv:2309.15505)."""
     latent_channels: int = 16
     """Number of latent channels."""
+    codebook_size: int = 1024
+    """Number of codes (vq only)."""
+    codebook_width: int = 8
+    """Channels of a code (vq only); few, so that many codes are used."""
+    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
+    """Values of each channel of a code; their product is the number of codes (fsq only)."""
+    commitment_weight: float = 0.25
+    """Weight of the mean squared distance between latents and their codes (vq and fsq only)."""
     autoencoder_widths: tuple[int, ...] = (16, 64, 128, 256)
     """Channels at each resolution, finest first; n numbers downscale by 2^(n-1). With dc each is 4 times a divisor
     of the one before."""
     encoder_layers: tuple[int, ...] = (0, 1, 1, 2)
     """Residual blocks of the encoder at each resolution; a leading 0 is the space-to-channel stem (dc only)."""
     decoder_layers: tuple[int, ...] = (1, 2, 2, 2)
-    """Residual blocks of the decoder at each resolution (kl uses the largest number everywhere)."""
+    """Residual blocks of the decoder at each resolution (all but dc use the largest number everywhere)."""
     autoencoder_steps: int | None = None
     """Optimiser steps. Default: --max-train-steps, but at most 3000."""
     autoencoder_batch_size: int = 16
@@ -121,17 +130,45 @@ class AutoencoderConfig:
                 f"--perceptual-features {self.perceptual_features} without --perceptual-weight",
                 "Add --perceptual-weight 0.1, or leave it out.",
             )
+        if self.codebook_size < 2 or self.codebook_width < 1:
+            raise UserError(
+                f"a codebook of {self.codebook_size} codes with {self.codebook_width} channels",
+                "Use --codebook-size 1024 --codebook-width 8, or others of at least 2 and 1.",
+            )
+        if not self.fsq_levels or min(self.fsq_levels) < 2 or math.prod(self.fsq_levels) > _MOST_CODES:
+            raise UserError(
+                f"--fsq-levels {' '.join(map(str, self.fsq_levels))}: each is at least 2, and their product at most "
+                f"{_MOST_CODES:,}",
+                "Usual are 8 5 5 5 (1,000 codes), 7 5 5 5 5 (4,375) and 8 8 8 5 5 5 (64,000).",
+            )
+        if not 0 <= self.commitment_weight < math.inf:
+            raise UserError(
+                f"--commitment-weight is {self.commitment_weight}", "It must be finite, and not negative."
+            )
+        if self.has_codebook and self.latent_noise:
+            raise UserError(
+                f"--latent-noise {self.latent_noise} with --autoencoder-class {self.autoencoder_class}",
+                "Leave it out: the decoder learns from codes, which have no noise.",
+            )
+
+    @property
+    def has_codebook(self) -> bool:
+        """Return True if images become tokens of a codebook."""
+        return self.autoencoder_class in ("vq", "fsq")
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that must not change when a run is resumed.
 
         Settings that earlier versions did not have are left out at their defaults, so that their runs resume.
         """
-        later = ("equivariance", "latent_noise", "perceptual_features")
+        later = ("equivariance", "latent_noise", "perceptual_features", *_OF_CODEBOOKS)
         unchanged = set(later) - changed(self)
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in unchanged}
 
 
+# Codes beyond these are more than the distances to them are worth.
+_MOST_CODES = 2**18
+_OF_CODEBOOKS = ("codebook_size", "codebook_width", "fsq_levels", "commitment_weight")
 # Settings that runs of earlier versions do not have, and their value in those runs.
 _LATER: dict[str, Any] = {"time_uniform_from": 1.0, "objective_options": {}}
 # Settings that name entries of tables and their options. The tables import torch: they are looked into only for what

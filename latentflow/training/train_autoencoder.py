@@ -10,7 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..autoencoder import Autoencoder, build_autoencoder, decode, encode, load_autoencoder, measure_statistics
+from ..autoencoder import (
+    Autoencoder,
+    build_autoencoder,
+    codebook_use,
+    count_tokens,
+    decode,
+    encode,
+    load_autoencoder,
+    measure_statistics,
+    tokenize,
+)
 from ..autoencoder.losses import PatchDiscriminator
 from ..config import AutoencoderConfig, DataConfig, LoopConfig
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
@@ -79,6 +89,10 @@ def train_autoencoder(
         figures = {"psnr": float(psnr(reconstruction, held_out).mean())}
         if data.resolution >= 11:
             figures["ssim"] = float(ssim(reconstruction, held_out).mean())
+        if config.has_codebook:
+            tokens = torch.cat([tokenize(vae, batch) for batch in held_out.split(32)])
+            use = codebook_use(count_tokens(tokens, vae.config.num_vq_embeddings))
+            figures |= {name: float(value) for name, value in use.items()}
         return figures
 
     def preview() -> Image.Image:

@@ -237,12 +237,14 @@ def test_runs_of_before_go_on_and_a_lever_is_no_small_change() -> None:
     assert ON.describe()["equivariance"] == 0.5 and ON.describe()["latent_noise"] == 0.5
 
 
-@pytest.fixture(scope="module", params=["dc", "kl"])
+@pytest.fixture(scope="module", params=["dc", "kl", "vq"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run of six steps, and one that resumes at its third."""
     source = train_source()
     train, validation = source.subset(list(range(0, 120, 4))), source.subset(list(range(1, 20, 4)))
-    config = dataclasses.replace(ON, autoencoder_class=request.param)
+    # With more codes than latents of a step: some are started again in every step.
+    vq = {"codebook_size": 600, "codebook_width": 2, "latent_noise": 0.0} if request.param == "vq" else {}
+    config = dataclasses.replace(ON, autoencoder_class=request.param, **vq)
     loop = LoopConfig(
         checkpointing_steps=3, preview_steps=0, lr_warmup_steps=1, log_steps=1, mixed_precision="no"
     )

@@ -20,6 +20,7 @@ from latentflow.training.loop.random_numbers import (
     MakeRandom,
     TwisterRandom,
     box_muller,
+    middles,
     philox,
 )
 
@@ -70,6 +71,8 @@ DRAWS = (
     lambda random: random.uniform(),
     lambda random: random.uniform(),
     lambda random: random.normal((5,)),
+    lambda random: random.uniforms((2, 3)),
+    lambda random: random.uniforms((3,)),
 )
 
 
@@ -80,7 +83,10 @@ def test_the_kinds_of_numbers_do_not_disturb_each_other() -> None:
     mixed.uniform(), mixed.uniform(), mixed.uniform()
     assert torch.equal(mixed.normal((9,))[:, :7], first)
     mixed.uniform()
+    mixed.uniforms((4,))
     assert torch.equal(mixed.normal((3,)), second[:, :3])
+    assert not torch.isclose(mixed.uniforms((4,)), CounterRandom(3, [1, 2]).uniforms((4,))).any()
+    assert torch.equal(CounterRandom(3, [1, 2]).uniforms((5,))[:, :3], plain.uniforms((3,)))
 
 
 def test_seeds_of_more_than_32_bits_count() -> None:
@@ -94,18 +100,26 @@ def test_distributions_over_samples_and_within_them(make: MakeRandom) -> None:
     random = make(7, list(range(4000)), "cpu")
     drawn, uniform = random.normal((64,)).double(), torch.stack([random.uniform() for _ in range(4)], 1)
     assert uniform.dtype == torch.float64 and uniform.min() > 0 and uniform.max() < 1
-    for numbers, name in ((drawn, "norm"), (uniform, "uniform")):
+    tokens = random.uniforms((3, 3)).flatten(1)
+    assert tokens.dtype == torch.float64 and tokens.min() > 0 and tokens.max() < 1
+    for numbers, name in ((drawn, "norm"), (uniform, "uniform"), (tokens, "uniform")):
         for part in (numbers[:, 0], numbers[:, -1], numbers.flatten()):
             assert stats.kstest(part.numpy(), name).pvalue > 1e-3
     size = drawn.numel()
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
         assert abs(float(drawn.pow(power).mean()) - moment) < 4.5 * math.sqrt(variance / size), power
-    for numbers in (drawn, torch.from_numpy(stats.norm.ppf(uniform.numpy()))):
+    for numbers in (drawn, *(torch.from_numpy(stats.norm.ppf(part.numpy())) for part in (uniform, tokens))):
         places = torch.corrcoef(numbers.T)
         places.fill_diagonal_(0)  # of the numbers of a sample with one another
         assert float(places.abs().max()) < 4.5 / math.sqrt(len(numbers))
         neighbours = float((numbers[:-1] * numbers[1:]).mean())  # of samples that follow one another
         assert abs(neighbours) < 4.5 / math.sqrt(numbers[1:].numel())
+
+
+def test_uniform_numbers_never_reach_an_end() -> None:
+    for library in (np.array, torch.tensor):
+        ends = middles(library([0, 2**32 - 1]), library([0, 2**32 - 1]))
+        assert ends.tolist() == [2.0**-53, 1 - 2.0**-53]
 
 
 def test_neighbouring_seeds_are_independent() -> None:

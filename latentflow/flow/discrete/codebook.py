@@ -25,6 +25,14 @@ from .categorical import Logits, parts
 from .simulate import Posterior, as_logits
 
 
+def nearest(latents: Tensor, embeddings: Tensor) -> Tensor:
+    """Return the numbers (B, ...) int64 of those of ``embeddings`` (V, E) that are nearest to latents (B, E, ...)."""
+    rows = latents.movedim(1, -1)
+    flat, e = rows.reshape(-1, rows.shape[-1]).float(), embeddings.to(latents.device).float()
+    found = [torch.cdist(flat[part], e).argmin(1) for part in parts(len(flat), len(e))]
+    return torch.cat(found).reshape(rows.shape[:-1])
+
+
 @dataclass(frozen=True, eq=False)
 class Codebook:
     """The embeddings (V, E) of a vocabulary, and what leads from tokens (B, ...) to latents (B, E, ...) and back.
@@ -49,15 +57,12 @@ class Codebook:
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Return the token whose embedding is nearest to each of the latents (B, E, ...): (B, ...) int64."""
-        rows = latents.movedim(1, -1)
-        flat, e = rows.reshape(-1, rows.shape[-1]).float(), self.embeddings.to(latents.device).float()
-        if flat.shape[1] != e.shape[1]:
+        if latents.shape[1] != self.embeddings.shape[1]:
             raise UserError(
-                f"latents of {flat.shape[1]} channels, but the codebook has {e.shape[1]}",
+                f"latents of {latents.shape[1]} channels, but the codebook has {self.embeddings.shape[1]}",
                 "They belong to different tokenizers.",
             )
-        found = [torch.cdist(flat[part], e).argmin(1) for part in parts(len(flat), len(e))]
-        return torch.cat(found).reshape(rows.shape[:-1])
+        return nearest(latents, self.embeddings)
 
     def mean(self, logits: Tensor | Logits, temperature: float = 1.0) -> Tensor:
         """Return the mean embedding under softmax(logits / temperature), (B, ..., V) -> (B, E, ...); differentiable.

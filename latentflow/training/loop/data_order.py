@@ -67,6 +67,7 @@ class Stream(IntEnum):
     TEACHER_SAMPLES = 6  # samples of the prior, and pairs
     AUTOENCODER = 7
     CONTROL = 11  # dropped control images, drawn by numpy; evaluation has 8 to 10 and 12
+    CODEBOOK = 13  # the latents that dead codes start from again
 
 
 @dataclass(frozen=True, kw_only=True)

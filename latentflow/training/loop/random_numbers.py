@@ -28,6 +28,9 @@ class SampleRandom(Protocol):
     def uniform(self, device: Device | None = None) -> Tensor:
         """Draw (B,) float64, in the open interval (0, 1); on ``device``, by default that of the batch."""
 
+    def uniforms(self, shape: Shape) -> Tensor:
+        """Draw (B, *shape) float64, in the open interval (0, 1), on the device of the batch: for tokens."""
+
 
 #: (seed, ids of the samples, device of the batch) -> their random numbers
 MakeRandom = Callable[[int, list[int], Device], SampleRandom]
@@ -40,6 +43,7 @@ Words = TypeVar("Words", np.ndarray[Any, Any], Tensor)
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85  # added to the key in each round
 _LOW = 0xFFFFFFFF
+_TOKENS = 1 << 31  # draws of tokens are counted from here
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> list[Words]:
@@ -73,12 +77,18 @@ def box_muller(first: Words, second: Words) -> tuple[Words, Words]:
     return radius * xp.cos(angle), radius * xp.sin(angle)
 
 
+def middles(high: Words, low: Words) -> Tensor:
+    """Map pairs of 32-bit words to float64 in (0, 1): the middles of 2^52 equal intervals."""
+    return torch.as_tensor(high << 20 | low >> 12).double().add(0.5).mul(2.0**-52)
+
+
 class CounterRandom:
     """`SampleRandom` by `philox`, of which every number is drawn by itself; normal numbers on the batch's device.
 
-    The key is the seed; a counter is the number's place among four times as many, the number of the draw (0: uniform
-    ones), and the sample's id. So how often the other kind was drawn before changes nothing. Uniform numbers have the
-    same bits on every device, normal ones differ by the rounding of logarithm and cosine.
+    The key is the seed; a counter is the number's place among four (normal) or two (uniform) times as many, the number
+    of the draw (0: single uniform ones; those of `uniforms` count from 2^31 on), and the sample's id. So how often
+    other kinds were drawn before changes nothing. Uniform numbers have the same bits on every device, normal ones
+    differ by the rounding of logarithm and cosine.
 
     Args:
         seed: of the run.
@@ -90,30 +100,40 @@ class CounterRandom:
         self._key = seed & _LOW, (seed >> 32) & _LOW
         self._ids: Any = np.array(sample_ids, dtype=np.int64)[:, None]
         self._device = torch.device(device)
-        self._normals = self._uniforms = 0
+        self._normals = self._uniforms = self._tokens = 0
         self._ready: list[Tensor] = []
 
     def normal(self, shape: Shape) -> Tensor:
         """Draw (B, *shape) standard normal float32, on the device of the batch."""
         self._normals += 1
         size = math.prod(shape)
+        a, b, c, d = self._words(-(-size // 4), self._normals)
+        rows = torch.stack([torch.as_tensor(part) for part in (*box_muller(a, b), *box_muller(c, d))], -1)
+        return rows.flatten(1)[:, :size].reshape(-1, *shape)
+
+    def uniforms(self, shape: Shape) -> Tensor:
+        """Draw (B, *shape) float64, in the open interval (0, 1), on the device of the batch: for tokens."""
+        self._tokens += 1
+        size = math.prod(shape)
+        a, b, c, d = self._words(-(-size // 2), _TOKENS + self._tokens)
+        return torch.stack([middles(a, b), middles(c, d)], -1).flatten(1)[:, :size].reshape(-1, *shape)
+
+    def _words(self, count: int, draw: int) -> list[Any]:
+        """Return four words (B, count) of the draw with this number, on the batch's device."""
         xp: Any = np
         ids = self._ids
         if self._device.type != "cpu":
             xp, ids = torch, sent(torch.from_numpy(ids), self._device)
-        blocks = xp.arange(-(-size // 4), **({"device": self._device} if xp is torch else {}))[None]
-        a, b, c, d = philox((blocks, blocks[:, :1] * 0 + self._normals, ids & _LOW, ids >> 32), self._key)
-        rows = torch.as_tensor(xp.stack([*box_muller(a, b), *box_muller(c, d)], -1))
-        return rows.flatten(1)[:, :size].reshape(-1, *shape)
+        blocks = xp.arange(count, **({"device": self._device} if xp is torch else {}))[None]
+        return philox((blocks, blocks[:, :1] * 0 + draw, ids & _LOW, ids >> 32), self._key)
 
     def uniform(self, device: Device | None = None) -> Tensor:
         """Draw (B,) float64, in the open interval (0, 1); on ``device``, by default that of the batch."""
         if not self._ready:  # four words are two numbers
             block = np.full((1, 1), self._uniforms)
             words = philox((block, block * 0, self._ids & _LOW, self._ids >> 32), self._key)
-            for high, low in (words[:2], words[2:]):  # the middles of 2^52 equal intervals
-                middles = ((high << 20 | low >> 12) + 0.5) * 2.0**-52
-                self._ready.append(torch.from_numpy(middles[:, 0]))
+            for high, low in (words[:2], words[2:]):
+                self._ready.append(middles(high, low)[:, 0])
             self._uniforms += 1
         return sent(self._ready.pop(0), torch.device(device or self._device))
 
@@ -141,6 +161,11 @@ class TwisterRandom:
         for row, generator in zip(rows, self._generators, strict=True):
             row.normal_(generator=generator)
         return rows.to(self._device, non_blocking=True)
+
+    def uniforms(self, shape: Shape) -> Tensor:
+        """Draw (B, *shape) float64, in the open interval (0, 1), on the device of the batch: for tokens."""
+        rows = [torch.rand(shape, dtype=torch.float64, generator=generator) for generator in self._generators]
+        return torch.stack(rows).clamp(1e-9, 1 - 1e-9).to(self._device, non_blocking=True)
 
     def uniform(self, device: Device | None = None) -> Tensor:
         """Draw (B,) float64, in the open interval (0, 1); on ``device``, by default that of the batch."""

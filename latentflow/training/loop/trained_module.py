@@ -120,6 +120,7 @@ class TrainedModule:
     """A module with its optimisers and its weight average. Most runs have one, an adversarial run two.
 
     A module with a true ``learns_from_average`` is given its average (``use_average``), to call while it is applied.
+    One that learns without gradients as well has a ``finish_step(skip)``, which each step ends with in every process.
 
     Attributes:
         module: the module as the loop got it, and callbacks see it.
@@ -249,6 +250,8 @@ class TrainedModule:
                     optimizer.optimizer.found_inf = skip.float()
                 if by_itself or not skip:
                     optimizer.step()
+        if finish_step := getattr(self.module, "finish_step", None):
+            finish_step(skip)
         self.trained.zero_grad()
 
     def update_averages(self, step: int) -> None:

@@ -1,4 +1,5 @@
-"""The losses of an autoencoder: L1, KL where it has a posterior, a perceptual loss and a PatchGAN by choice."""
+"""The losses of an autoencoder: L1, KL where it has a posterior, the commitment where it has codes, a perceptual loss
+and a PatchGAN by choice."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from ...models.vision import load_vision_network
 from ..loop.data_order import Stream, seeded
 from ..loop.distributed import process_state
 from ..loop.random_numbers import RANDOM_NUMBERS, SampleRandom
+from .codebook import CodebookLoss
 
 _ENOUGH_STEPS = 3000  # 64 px images are beyond 33 dB by then
 
@@ -53,6 +55,8 @@ class FeatureDistance(nn.Module):
 class AutoencoderLoss(nn.Module):
     """The loss of the autoencoder: L1, and by choice the KL divergence, a perceptual loss and an adversarial term.
 
+    That of a `VQModel` decodes the codes of its latents, adds the commitment, and moves the codes when a step ends.
+
     A batch holds ``images`` (B, 3, H, W) in [-1, 1] and ``sample_ids``.
     """
 
@@ -68,6 +72,11 @@ class AutoencoderLoss(nn.Module):
         self.vae = vae
         self._config, self._seed = config, seed
         self._make_random = RANDOM_NUMBERS[random_numbers]
+        self.codes: CodebookLoss | None = None
+        if config.has_codebook:
+            fixed = config.autoencoder_class == "fsq"
+            self.codes = CodebookLoss(vae.quantize.embedding, fixed=fixed, seed=seed)
+        self._step_now = 0  # 0-based
         perceptual = None
         if config.perceptual_weight:
             lpips = config.perceptual_features == "lpips"
@@ -86,10 +95,19 @@ class AutoencoderLoss(nn.Module):
         if self.training and self._config.latent_noise:
             level = self._config.latent_noise * random.uniform()
             latents = noisy(latents.float(), level, random.normal(latents.shape[1:]))
-        reconstruction = self.vae.decode(latents).sample.float()
+        self._step_now = self._step(batch["sample_ids"][0])
+        if self.codes is None:
+            of_codes = {}
+            reconstruction = self.vae.decode(latents).sample.float()
+        else:
+            latents, of_codes = self.codes(latents, batch["sample_ids"])
+            reconstruction = self.vae.decode(latents, force_not_quantize=True).sample.float()
         per_sample = (reconstruction - images).abs().flatten(1).mean(1)
         loss = l1 = per_sample.mean()
         values = {"l1": l1.detach(), "per_sample": per_sample.detach()}
+        values |= {name: value.detach() for name, value in of_codes.items()}
+        if of_codes:
+            loss = loss + self._config.commitment_weight * of_codes["commitment"]
         if kl is not None:
             values["kl"] = kl.detach() / pixels
             loss = loss + self._config.kl_weight * kl / pixels
@@ -98,7 +116,7 @@ class AutoencoderLoss(nn.Module):
             apart = perceptual.to(images.device)(reconstruction, images).mean()
             values["lpips" if self._config.perceptual_features == "lpips" else "perceptual"] = apart.detach()
             loss = loss + self._config.perceptual_weight * apart
-        started = self._step(batch["sample_ids"][0]) >= self._config.adversarial_start
+        started = self._step_now >= self._config.adversarial_start
         if discriminator is not None and self.training and started:
             self.pairs = (images, reconstruction.detach())
             adversarial = -_frozen(discriminator, reconstruction).mean()
@@ -107,11 +125,16 @@ class AutoencoderLoss(nn.Module):
             values["adversarial"] = adversarial.detach()
         return values | {"loss": loss}
 
+    def finish_step(self, skip: Tensor) -> None:
+        """Let the codes learn from the step's latents, unless ``skip``, a bool scalar."""
+        if self.codes is not None:
+            self.codes.finish_step(skip, self._step_now)
+
     def _encode(self, images: Tensor, random: SampleRandom) -> tuple[Tensor, Tensor | None]:
         """Return raw latents, and the KL divergence to N(0, I) in nats per image (None if deterministic)."""
         encoded = self.vae.encode(images)
         if not hasattr(encoded, "latent_dist"):
-            return encoded.latent, None
+            return encoded.latent if self.codes is None else encoded.latents, None
         posterior = encoded.latent_dist
         noise = random.normal(posterior.mean.shape[1:])
         return posterior.mean + posterior.std * noise, posterior.kl().mean()

@@ -276,6 +276,9 @@ _TITLES = {
     "kl": "KL divergence, nats per value",
     "lpips": "LPIPS",
     "perceptual": "distance of features, 0 to 4",
+    "commitment": "squared distance of latents from their codes",
+    "codebook_used": "share of the codes that are used",
+    "perplexity": "perplexity of the codes; their number: all used alike",
 }
 
 
