@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from latentflow import LatentFlowPipeline, cli, flow
+from latentflow.autoencoder import build_autoencoder
+from latentflow.config import AutoencoderConfig
 from latentflow.flow import discrete
 from latentflow.utils.flags import flags_of
 
@@ -231,6 +233,18 @@ def test_code_of_the_page_on_tokens_runs() -> None:
     run_python("docs/reference/discrete.md", names)
     assert names["loss"].isfinite() and names["x"].max() < 16  # type: ignore[union-attr]
     assert names["tokens"].shape == (2, 4, 4)  # type: ignore[union-attr]
+
+
+def test_code_of_the_page_on_autoencoders_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoencoderConfig(
+        autoencoder_class="fsq", autoencoder_widths=(8, 8), encoder_layers=(1, 1), decoder_layers=(1, 1)
+    )
+    build_autoencoder(config, 16).save_pretrained(tmp_path / "RUN" / "autoencoder")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"images": torch.zeros(2, 3, 16, 16)}
+    with torch.no_grad():
+        run_python("docs/reference/autoencoder.md", names)
+    assert names["images"].shape == (2, 3, 16, 16) and names["codes"].shape == (1000, 4)
 
 
 def run_python(page: str, names: dict[str, Any]) -> None:
