@@ -207,7 +207,7 @@ def test_memory_that_runs_out_while_decoding_is_told_apart(tmp_path: Path) -> No
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latents, "denormalise", lambda vae, values: values)
-        patch.setattr(latents, "_placed", lambda vae, values: values)
+        patch.setattr(latents, "placed", lambda vae, values: values)
         with pytest.raises(torch.OutOfMemoryError) as caught:  # from Python its type is what it was
             latents.decode(Decoder(), torch.zeros(1))  # type: ignore[arg-type]
     with pytest.raises(OutOfMemory, match="phase: decode") as told, memory_phase("preview"):
