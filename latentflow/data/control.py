@@ -140,7 +140,7 @@ def with_control_checked(source: Source, labels: Labels = ()) -> Source:
         labels: the table; empty: it is made from the label maps.
 
     Raises:
-        UserError: control images are missing or cannot be used; count and first names are told.
+        UserError: control images are missing or cannot be used; the error counts them and gives the first names.
     """
     report = inspect_controls(source, labels)
     if report.problems:

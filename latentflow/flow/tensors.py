@@ -129,6 +129,19 @@ def require_graph(value: Tensor, velocity: Callable[[Tensor], Tensor], x: Tensor
         )
 
 
+def _paired(x: Tensor, generators: Sequence[torch.Generator]) -> list[tuple[Tensor, torch.Generator]]:
+    """Return each row of ``x`` with its generator.
+
+    Raises:
+        ValueError: there is not one for each row.
+    """
+    if len(generators) != len(x):
+        raise ValueError(
+            f"{len(generators)} generators for {len(x)} rows: pass one for each row, or a single one"
+        )
+    return [*zip(x, generators, strict=True)]
+
+
 def normal_like(x: Tensor, generator: Generators) -> Tensor:
     """Draw standard normal numbers in the shape and dtype of ``x``, on the generator's device.
 
@@ -136,11 +149,7 @@ def normal_like(x: Tensor, generator: Generators) -> Tensor:
         ValueError: there are several generators, but not one for each row.
     """
     if isinstance(generator, Sequence):
-        if len(generator) != len(x):
-            raise ValueError(
-                f"{len(generator)} generators for {len(x)} rows: pass one for each row, or a single one"
-            )
-        return torch.stack([normal_like(row, source) for row, source in zip(x, generator, strict=True)])
+        return torch.stack([normal_like(row, source) for row, source in _paired(x, generator)])
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
@@ -152,13 +161,7 @@ def uniform_like(x: Tensor, generator: Generators, count: int) -> Tensor:
         ValueError: there are several generators, but not one for each row.
     """
     if isinstance(generator, Sequence):
-        if len(generator) != len(x):
-            raise ValueError(
-                f"{len(generator)} generators for {len(x)} rows: pass one for each row, or a single one"
-            )
-        return torch.stack(
-            [uniform_like(row, source, count) for row, source in zip(x, generator, strict=True)], 1
-        )
+        return torch.stack([uniform_like(row, source, count) for row, source in _paired(x, generator)], 1)
     device = x.device if generator is None else generator.device
     drawn = torch.rand((count, *x.shape), generator=generator, dtype=time_dtype(device), device=device)
     return drawn.to(x.device)

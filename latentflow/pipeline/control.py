@@ -58,6 +58,16 @@ def read_control(model: FlowModel, given: Images, size: Size) -> Controls:
     return {kind: value.expand(most, *value.shape[1:]) for kind, value in found.items()}
 
 
+def check_number(given: int, images: int) -> None:
+    """Refuse another number of control images than one for all images, or one for each.
+
+    Raises:
+        UserError: says both numbers.
+    """
+    if given not in (1, images):
+        raise UserError(f"{given} control images for {images} images", "Pass one for all, or one for each.")
+
+
 def read_label_maps(maps: Images, labels: tuple[tuple[str, str], ...], size: Size) -> Tensor:
     """Return label maps as (N, H, W) int64, -1 = no label; resized to ``size`` by the nearest pixel.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..families.model import Size
 from .calls import CallMixin
-from .control import Controls
+from .control import Controls, check_number
 from .images import Images, padded, read_images, read_masks, resized
 from .seam import match_border
 
@@ -126,10 +126,7 @@ class InpaintBatch:
         """
         count, seen = len(self.images), {}
         for kind, values in controls.items():
-            if len(values) not in (1, count):
-                raise UserError(
-                    f"{len(values)} control images for {count} images", "Pass one for all, or one for each."
-                )
+            check_number(len(values), count)
             views = []
             for value, window in zip(values.expand(count, *values.shape[1:]), self.windows, strict=True):
                 if kind == "labels":

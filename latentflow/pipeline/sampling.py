@@ -186,14 +186,12 @@ class SamplingMixin:
                 "Give one, control_image, or leave the scale out.",
             )
         if asked.control_image is not None:
-            from .control import read_control  # which imports the readers of data
+            from .control import check_number, read_control  # which imports the readers of data
 
             controls = controls or read_control(model, asked.control_image, drawn)
             led = len(next(iter(controls.values())))
-            if images > 1 < led != images:
-                raise UserError(
-                    f"{led} control images for {images} images", "Pass one for all, or one for each."
-                )
+            if images > 1:
+                check_number(led, images)
             images = max(images, led)
         count = check_inputs(model, asked, height, width, images)
         self.require_room(count, height, width)

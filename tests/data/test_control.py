@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     for number in range(4):
         colours = np.random.default_rng(10 + number).integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8)
         Image.fromarray(colours).save(root / f"{number}.png")
-        (root / f"{number}.txt").write_text(f"picture {number}")
+        (root / f"{number}.txt").write_text(f"image {number}")
         to_label_image(ids(number), LABELS).save(root / f"{number}-control.png")
     return root
 

@@ -70,6 +70,10 @@ class Metadata:
     def has_label(self) -> bool:
         return any(row.label for row in self.rows.values())
 
+    @property
+    def has_text(self) -> bool:
+        return any(row.texts for row in self.rows.values())
+
 
 def read_metadata(folder: Folder, request: DataRequest) -> Metadata:
     """Read the metadata file of a folder, if there is one.
@@ -223,7 +227,7 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
     if kind == "text":
         _refuse_contradiction(metadata, sidecars)
     masks = choose_files(folder, metadata.masks, beside, "mask") if request.masks == "auto" else {}
-    captioned = any(row.texts for row in metadata.rows.values()) or bool(sidecars.texts)
+    captioned = metadata.has_text or bool(sidecars.texts)
     by_subfolder = not metadata.has_label and (kind == "class" or (kind == "text" and not captioned))
     examples = []
     for name in folder.images:
@@ -265,7 +269,7 @@ def _decide(
     folder: Folder, metadata: Metadata, sidecars: Sidecars, request: DataRequest
 ) -> tuple[Kind, list[str]]:
     """Choose what to condition on, and write notes on where it comes from and what is not used."""
-    described, auto = any(row.texts for row in metadata.rows.values()), request.condition == "auto"
+    described, auto = metadata.has_text, request.condition == "auto"
     labelled = metadata.has_label
     origins = [metadata.name] * described
     origins += [f"{sidecars.endings} files beside the images"] * bool(sidecars.texts)
