@@ -71,13 +71,7 @@ class MaskedModel(PretrainedModel):
         """
         if not self.takes_masks:
             return super().with_known(rows, images, masks, known)
-        check_counts(rows, images)
-        if masks.shape != (len(images), 1, *images.shape[2:]):
-            raise UserError(
-                f"masks have shape {tuple(masks.shape)}, images {tuple(images.shape)}",
-                "Give a mask (P, 1, H, W) for each image, of the same size.",
-            )
-        holes = (masks.to(self.device) >= 0.5).float()
+        holes = checked_holes(rows, images, masks).to(self.device)
         if known is None:
             known = self.encode(images.to(self.device) * (1.0 - holes))
         known = known.to(holes)
@@ -95,3 +89,18 @@ class MaskedModel(PretrainedModel):
             known: (P, C, h, w), which the pipelines' own functions take as well.
         """
         raise NotImplementedError
+
+
+def checked_holes(rows: Rows, images: Tensor, masks: Tensor) -> Tensor:
+    """Return masks (P, 1, H, W) as holes in {0, 1}.
+
+    Raises:
+        UserError: numbers or sizes of rows, images and masks that do not fit.
+    """
+    check_counts(rows, images)
+    if masks.shape != (len(images), 1, *images.shape[2:]):
+        raise UserError(
+            f"masks have shape {tuple(masks.shape)}, images {tuple(images.shape)}",
+            "Give a mask (P, 1, H, W) for each image, of the same size.",
+        )
+    return (masks >= 0.5).float()

@@ -10,19 +10,21 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .extra_channels import ControlModel, MaskedModel
+from .mask_input import MaskLearningModel
 from .model import Size, Values
 from .pretrained import PackedModel, PretrainedModel
 from .references import ReferenceModel
 from .training_defaults import TrainingDefaults
 
 
-class FluxModel(PackedModel):
+class FluxModel(MaskLearningModel, PackedModel):
     """Flow model of FLUX.1. Its rows have embeds (B, L, D) and pooled (B, D').
 
     FLUX.1 dev takes its guidance scale as an input; classifier-free guidance is added by the option
     ``true_cfg_scale``. FLUX.1 schnell has no guidance but that one.
     """
 
+    first_layer: str | None = "x_embedder"
     sampling_options: tuple[str, ...] = ("true_cfg_scale",)
     #: as in every command of diffusers' README_flux.md, also for Fill; its program's default, 3.5, is that of drawing
     training_guidance = 1.0
@@ -84,6 +86,7 @@ class FluxKontextModel(ReferenceModel, FluxModel):
     It edits an image by instruction: rows keep its tokens and those' places. Guidance is FLUX.1 dev's.
     """
 
+    first_layer = None  # its references would need the channels as well
     sampling_options = (*FluxModel.sampling_options, "max_area", "_auto_resize")
 
     @property
@@ -125,6 +128,7 @@ class FluxKontextModel(ReferenceModel, FluxModel):
 class FluxExtraModel(FluxModel):
     """Flow model of FLUX.1 whose network takes an image: its guidance is the network's input alone."""
 
+    first_layer = None
     sampling_options = ()
 
     def true_guidance(self, scale: float) -> float:

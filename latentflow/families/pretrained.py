@@ -64,6 +64,8 @@ class PretrainedModel(FlowModel):
     patch: int = 1
     #: what rows keep of images, (B, C', h, w) each, in the order in which the network takes them after its latent
     extra: tuple[str, ...] = ()
+    #: likewise, after those, where rows keep it: the network draws without as well
+    optional_extra: tuple[str, ...] = ()
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         super().__init__(text_to_image(pipeline))
@@ -319,7 +321,8 @@ class PretrainedModel(FlowModel):
                 if self.takes_masks
                 else "Add them: rows.with_control(images).",
             )
-        return {**rows.values, **{name: rows.kept[name] for name in self.extra}}
+        extra = [*self.extra, *(name for name in self.optional_extra if name in rows.kept)]
+        return {**rows.values, **{name: rows.kept[name] for name in extra}}
 
     def with_extra(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
         """Return x (B, C, h, w) and, in further channels, what the network takes of images.
@@ -327,7 +330,8 @@ class PretrainedModel(FlowModel):
         Raises:
             UserError: they are of another size than x.
         """
-        parts = [condition[name] for name in self.extra]
+        names = (*self.extra, *self.optional_extra)
+        parts = [condition[name] for name in names if name in condition]
         for part in parts:
             if part.shape[2:] != x.shape[2:]:
                 raise UserError(

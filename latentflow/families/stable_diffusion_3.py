@@ -10,12 +10,12 @@ from torch import Tensor
 from ..errors import UserError, shown
 from ..flow import LogitNormal, Velocity
 from .edit_defaults import EditDefaults
+from .mask_input import MaskLearningModel
 from .model import Rows, Values
-from .pretrained import PretrainedModel
 from .training_defaults import TrainingDefaults
 
 
-class StableDiffusion3Model(PretrainedModel):
+class StableDiffusion3Model(MaskLearningModel):
     """Flow model of Stable Diffusion 3 and 3.5. Its rows have embeds (B, L, D) and pooled (B, D').
 
     Guidance is classifier-free; the option ``skip_guidance_layers`` adds skip-layer guidance, which leads away from
@@ -23,6 +23,7 @@ class StableDiffusion3Model(PretrainedModel):
     """
 
     patch = 2
+    first_layer = "pos_embed.proj"
     sampling_options = (
         "skip_guidance_layers",
         "skip_layer_guidance_scale",
@@ -120,7 +121,7 @@ class StableDiffusion3Model(PretrainedModel):
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
         output: Tensor = self.evaluate(
-            hidden_states=x,
+            hidden_states=self.with_extra(x, condition),
             timestep=1000.0 * (1.0 - t),
             encoder_hidden_states=condition["embeds"],
             pooled_projections=condition["pooled"],
