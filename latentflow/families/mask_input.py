@@ -32,17 +32,19 @@ class MaskInput(nn.Module):
     Args:
         first: the network's first layer, linear or a convolution.
         ratio: new channels for each of the latent.
+
+    Attributes:
+        adapter: name of the adapter that it belongs to; None: it is the network's own.
     """
 
     def __init__(self, first: Any, ratio: float) -> None:
         super().__init__()
+        self.adapter: str | None = None
         base: Any = getattr(first, "base_layer", first)  # of an adapter
         convolves = isinstance(base, nn.Conv2d)
         self.own: int = base.in_channels if convolves else base.in_features
         self.stride: Any = base.stride if convolves else None
-        width, kernel = (
-            (base.out_channels, base.kernel_size) if convolves else (base.out_features, ())
-        )
+        width, kernel = (base.out_channels, base.kernel_size) if convolves else (base.out_features, ())
         shape = (width, round(ratio * self.own), *kernel)
         self.weight = nn.Parameter(torch.zeros(shape, device=base.weight.device))
 
@@ -91,14 +93,20 @@ class MaskLearningModel(PretrainedModel):
 
     @property
     def takes_masks(self) -> bool:
-        """True for a network that was trained to inpaint."""
-        return self.mask_input is not None
+        """True for a network that was trained to inpaint, by an adapter that is in effect."""
+        found = self.mask_input
+        if found is None or found.adapter is None:
+            return found is not None
+        layers = (layer for layer in self.network.modules() if hasattr(layer, "lora_A"))
+        layer: Any = next(layers, None)
+        return layer is not None and not layer.disable_adapters and found.adapter in layer.active_adapters
 
-    def add_mask_input(self, weight: Tensor | None = None) -> None:
+    def add_mask_input(self, weight: Tensor | None = None, adapter: str | None = None) -> None:
         """Give the network an input for masks, which learns.
 
         Args:
             weight: its trained weight, which is frozen; default: zero.
+            adapter: name of the adapter that brings it, and without which it has no effect.
 
         Raises:
             UserError: the network has one, or cannot have one; the weight is of another shape.
@@ -109,7 +117,7 @@ class MaskLearningModel(PretrainedModel):
                 f"{kind} cannot be given input channels for masks",
                 "Steer it: LatentFlowInpaintPipeline fills holes with every checkpoint.",
             )
-        if self.takes_masks:
+        if self.mask_input is not None:
             raise UserError(
                 "the network has input channels for masks already",
                 "Load one such adapter at a time: pipe.unload_lora_weights() takes it away.",
@@ -125,6 +133,7 @@ class MaskLearningModel(PretrainedModel):
                     "Load it onto the base that it was trained on.",
                 )
             made.weight = nn.Parameter(weight.to(made.weight), requires_grad=False)
+        made.adapter = adapter
         first.mask_input = made
         first.__class__ = _widened(type(first))
 

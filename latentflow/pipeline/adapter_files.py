@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from ..errors import UserError, reading, reason
 from ..families.few_steps import FewSteps
 from ..utils.components import about, is_finite, without_reports
-from ..utils.files import MEND, check_settings, check_types, parse_json, read_settings
+from ..utils.files import MEND, check_settings, check_types, parse_json, read_settings, save_tensors
 from .adapter_layouts import OWN_LAYOUT, in_peft_names, layer_of, layout_of, model_of
 
 Tensors: TypeAlias = dict[str, Tensor]
@@ -35,6 +37,7 @@ PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
 METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's metadata
 WORDS, CLASSES = "added.words", "added.classes"  # tensors (K, D) of a file
 INTERVALS = "added.intervals."  # and a parameter's name: of the embedder of an interval's length, which the base lacks
+MASKS = "added.masks"  # weight of input channels for masks, which the base lacks; see `latentflow.families.mask_input`
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of a file's settings those that say what its tensors mean. peft has others, some of which import what they name.
 _SETTINGS: dict[str, Any] = {
@@ -205,6 +208,33 @@ def read_facts(source: Any, shown: str, options: Mapping[str, Any]) -> AdapterFa
         return AdapterFacts()  # the family's own loader says what is wrong, or reads a file of another kind
     with about(shown):
         return facts_of(file_metadata)
+
+
+@contextmanager
+def without_masks(
+    source: Any, options: dict[str, Any]
+) -> Iterator[tuple[Any, dict[str, Any], Tensor | None]]:
+    """Yield an adapter as diffusers' own loaders take it, their options, and its weight of input channels for masks.
+
+    Args:
+        source, options: see `read_adapter`.
+    """
+    place = {name: options.get(name) for name in _PLACE}
+    try:
+        with without_reports():
+            tensors, _, metadata = _fetch(source if isinstance(source, Mapping) else str(source), place)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError, HTTPError):
+        tensors, metadata = {}, None  # as in `read_facts`
+    masks = tensors.get(MASKS)
+    rest = {name: value for name, value in tensors.items() if name != MASKS}
+    if masks is None:
+        yield source, options, None
+    elif isinstance(source, Mapping):
+        yield rest, options, masks
+    else:
+        with TemporaryDirectory() as folder:
+            save_tensors(rest, Path(folder) / LORA_WEIGHT_NAME_SAFE, metadata)
+            yield folder, {name: value for name, value in options.items() if name not in _PLACE}, masks
 
 
 def _fetch(source: Any, place: Mapping[str, Any]) -> tuple[Any, Any, Any]:

@@ -15,11 +15,12 @@ from functools import cache, partial
 from typing import Any, ClassVar, Self
 
 from diffusers.image_processor import VaeImageProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..autoencoder import downscale_factor
 from ..errors import UserError, few, with_article
 from ..families import FlowModel, Rows
+from ..families.mask_input import MaskLearningModel
 from ..families.model import Size
 from .arguments import ConditionArguments
 from .calls import CallMixin
@@ -83,12 +84,37 @@ class ModelPipeline(CallMixin):
         return self
 
     def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> None:
-        """Load an adapter by the stock pipeline's loader; see `load_adapter`.
+        """Load an adapter by the stock pipeline's loader, and its input channels for masks, if it has any; see
+        `load_adapter`.
 
         Raises:
             UserError: it cannot be read, has nothing for this model, or was made for another base.
         """
-        load_adapter(self.model.pipeline, source, adapter_name, **options)
+        take_masks = getattr(self.model, "add_mask_input", None)
+        load_adapter(self.model.pipeline, source, adapter_name, take_masks=take_masks, **options)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Forget these adapters, with their input channels for masks."""
+        model, names = self.model, [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        model.pipeline.delete_adapters(adapter_names)
+        if isinstance(model, MaskLearningModel) and model.mask_input and model.mask_input.adapter in names:
+            model.remove_mask_input()
+
+    def unload_lora_weights(self) -> None:
+        """Take the adapters away, with their input channels for masks; what is fused stays in the weights.
+
+        Raises:
+            UserError: an adapter with such channels is fused: the stock weights have no place for them.
+        """
+        model, parts = self.model, [part for part in self.components.values() if isinstance(part, nn.Module)]
+        if isinstance(model, MaskLearningModel) and model.mask_input:
+            if any(getattr(layer, "merged", False) for part in parts for layer in part.modules()):
+                raise UserError(
+                    "an adapter with input channels for masks is fused, and cannot be unloaded",
+                    "pipe.unfuse_lora() first.",
+                )
+            model.remove_mask_input()
+        model.pipeline.unload_lora_weights()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write the stock pipeline's folder; see ``DiffusionPipeline.save_pretrained``.

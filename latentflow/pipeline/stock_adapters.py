@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError, few, plural, with_article
 from ..families.text_encoders import text_encoders
-from ..utils.components import is_finite, library_reads, without_reports
+from ..utils.components import about, is_finite, library_reads, without_reports
 from ..utils.libraries import missing
 from .adapter_bases import fingerprint, is_other_base, other_base
-from .adapter_files import read_facts
+from .adapter_files import read_facts, without_masks
 from .adapter_layouts import model_of
 from .offloading import weights_in_place
 
@@ -40,6 +40,7 @@ def load_adapter(
     name: str | None,
     *,
     any_base: bool = False,
+    take_masks: Callable[[Tensor, str], None] | None = None,
     **options: Any,
 ) -> None:
     """Load an adapter into a stock pipeline; one that is refused leaves the pipeline as it was.
@@ -51,6 +52,7 @@ def load_adapter(
         source: file, folder, hub id, or tensors by name.
         name: what to call it; default: as diffusers does.
         any_base: accept one that was made for another base of the same family.
+        take_masks: is given the weight of input channels for masks, where the adapter brings any, and its name.
         options: of the pipeline's own ``load_lora_weights``.
 
     Raises:
@@ -73,7 +75,7 @@ def load_adapter(
     if not any_base:
         _check_base(pipeline, source, options)
     try:
-        _load(pipeline, source, name, options)
+        _load(pipeline, source, name, options, take_masks)
     except BaseException:
         if new := _adapter_names(pipeline) - before:
             pipeline.delete_adapters([*new])
@@ -120,7 +122,11 @@ def _check_base(
 
 
 def _load(
-    pipeline: Any, source: str | os.PathLike[str] | Mapping[str, Tensor], name: str | None, options: Any
+    pipeline: Any,
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    name: str | None,
+    options: Any,
+    take_masks: Callable[[Tensor, str], None] | None,
 ) -> None:
     """Load an adapter and check it; see `load_adapter`. An adapter that is refused may still be there afterwards."""
     shown, hint = "the adapter", ""
@@ -129,14 +135,15 @@ def _load(
     kind = type(pipeline).__name__
     fix = f"Give a LoRA that was trained for this model, {with_article(kind)}.{hint}"
     before = _adapter_names(pipeline)
-    with library_reads(shown, fix=fix), _absent_encoders_skipped(pipeline):
-        pipeline.load_lora_weights(source, adapter_name=name, **options)
+    with without_masks(source, options) as (stock, place, masks):
+        with library_reads(shown, fix=fix), _absent_encoders_skipped(pipeline):
+            pipeline.load_lora_weights(stock, adapter_name=name, **place)
+        with without_reports():
+            state = pipeline.lora_state_dict({**stock} if isinstance(stock, Mapping) else stock, **place)
     new = _adapter_names(pipeline) - before
     loaded = [(where, layer) for where, layer in _layers(pipeline) if new & {*layer.lora_A}]
     for _, layer in loaded:
         layer.lora_dropout.eval()  # a dropout that the file's settings name is loaded in training mode
-    with without_reports():
-        state = pipeline.lora_state_dict({**source} if isinstance(source, Mapping) else source, **options)
     keys = [key for key in (state[0] if isinstance(state, tuple) else state) if _FIRST_FACTOR.search(key)]
     absent = {part for part, value in pipeline.components.items() if value is None}
     skipped = [key for key in keys if key.partition(".")[0] in absent]
@@ -162,6 +169,13 @@ def _load(
         raise UserError(f"{shown} is not finite in {few(damaged, 3)}", "Copy or download it again.")
     if len(loaded) < asked:
         log.warning("left out for lack of a place in this %s: %s of %s", kind, left_out, shown)
+    if masks is not None:
+        if take_masks is None:
+            raise UserError(
+                f"{shown} brings input channels for masks, which {with_article(kind)} cannot be given", fix
+            )
+        with about(shown):
+            take_masks(masks, next(iter(new)))
 
 
 def _adapter_names(pipeline: Any) -> set[str]:

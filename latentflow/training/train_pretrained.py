@@ -17,6 +17,7 @@ import torch
 from ..config import RunConfig
 from ..data import Source
 from ..families.distilled import training_warning
+from ..families.mask_input import MaskLearningModel
 from ..families.pretrained import PretrainedModel
 from ..families.quantization import check_quantization, quantization
 from ..pipeline.adapter_files import weights_hash
@@ -37,7 +38,7 @@ from .loop.distributed import check_precision, process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
 from .loop.stopping import Stop
-from .losses.flow import validation_loss
+from .losses.flow import Masking, validation_loss
 from .losses.latent_data import Conditions, LatentData
 from .losses.pretrained import PretrainedLoss, in_batch
 from .pretrained_result import PretrainedResult
@@ -126,7 +127,7 @@ def train_pretrained(
         model=base.shape,
         trains_text=False,
         has_masks=splits.source.has_masks,
-        needs_pixels=False,
+        needs_pixels=config.flow.inpainting,
         seed=config.loop.seed,
         encode_batch=1,
     )
@@ -157,6 +158,12 @@ def train_pretrained(
         data = MixedData(own, drawn, config.fine_tuning.prior_share)
     torch.manual_seed(config.loop.seed)  # the adapter's first weights
     adapter = PretrainedAdapter(model, config.adapter) if config.adapter.lora_rank else None
+    masking = None
+    if config.flow.inpainting:
+        assert isinstance(model, MaskLearningModel)
+        model.add_mask_input()
+        shapes = config.flow.shapes(splits.source.has_masks)
+        masking = Masking(vae, shapes, config.loop.seed, model.mask_condition)
     if adapter is None:
         model.network.requires_grad_(True)
     for line in adapter.lines() if adapter else [f"all {base.size / 1e6:.0f} M parameters are trained"]:
@@ -168,6 +175,7 @@ def train_pretrained(
         model,
         config.flow,
         config.loop.seed,
+        masking=masking,
         outside=config.fine_tuning.outside_mask,
         samples=config.loop.max_train_steps * batch,
         samples_per_step=batch,

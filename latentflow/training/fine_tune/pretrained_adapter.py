@@ -21,7 +21,7 @@ from ...families.stored_weights import parameter_count
 from ...families.text_encoders import text_encoders
 from ...pipeline.adapter_bases import fingerprint, shared_name
 from ...pipeline.adapter_conversion import with_text_model
-from ...pipeline.adapter_files import AdapterFacts
+from ...pipeline.adapter_files import MASKS, AdapterFacts
 from ...pipeline.stock_adapters import adapted_encoders, adapted_part
 from ...utils.files import save_tensors
 from .adapters import ADAPTER, adapted_layers, inject, peft_settings, plan_line, trained_parameters
@@ -111,7 +111,11 @@ class PretrainedAdapter:
 
     def save(self, folder: Path) -> None:
         """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of the stock pipeline reads. Its
-        metadata name the base and hold the fingerprint."""
+        metadata name the base and hold the fingerprint.
+
+        With input channels for masks it holds those as well, which our pipelines read: diffusers' own loaders refuse
+        such a file, or read its layers alone.
+        """
         from peft.utils import get_peft_model_state_dict
 
         pipeline, given = self._model.pipeline, {}
@@ -127,7 +131,9 @@ class PretrainedAdapter:
                 given[f"{name}_lora_adapter_metadata"] = settings
         pipeline.save_lora_weights(folder, **given)
         facts = AdapterFacts(base=self.fingerprint, base_name=shared_name(pipeline.name_or_path or ""))
-        _add_metadata(folder / LORA_WEIGHT_NAME_SAFE, facts.metadata())
+        masks = getattr(self._model, "mask_input", None)
+        added = {} if masks is None else {MASKS: masks.weight.detach()}
+        _add(added, folder / LORA_WEIGHT_NAME_SAFE, facts.metadata())
 
 
 class _Factor(nn.Linear):
@@ -151,9 +157,9 @@ def compute_as_base(network: Any) -> None:
             layer.lora_A[ADAPTER].__class__ = layer.lora_B[ADAPTER].__class__ = _Factor
 
 
-def _add_metadata(file: Path, metadata: dict[str, str]) -> None:
-    """Add metadata to a safetensors file."""
+def _add(added: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Add tensors and metadata to a safetensors file."""
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  # no dict
         metadata = {**(opened.metadata() or {}), **metadata}
-    save_tensors(tensors, file, metadata)
+    save_tensors({**tensors, **added}, file, metadata)

@@ -238,10 +238,11 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
             f"--control {config.control.control}: {base.name} is a pretrained model, which learns no control images",
             "They go with networks of our own; checkpoints that draw under control images open in `generate`.",
         )
-    if data.masks == "alpha":
+    if data.masks == "alpha" and not config.flow.inpainting:
         raise UserError(
             f"--masks alpha: masks weight the loss of {base.name}, and these are of what is transparent",
-            "Leave it out, or put masks beside the images that are white where it should learn (cat-mask.png).",
+            "Leave it out, or put masks beside the images that are white where it should learn (cat-mask.png); with "
+            "--inpainting they are holes, and it learns to fill them.",
         )
     source = readable(find_source(data.data, **data.wanted()))
     if source.precomputed:

@@ -28,7 +28,9 @@ _USES = 740  # samples of one image; of n images the cube root of n times as man
 # values of --quantize whose weights autograd keeps in 16 bits as well; bitsandbytes makes them anew
 _WIDENED = ("int8", "float8")
 # settings of `FlowConfig` that do not belong to the network, and may be chosen
-_FREE = ("weighting", "weighting_options", "time_density", "time_options", "condition_dropout")
+_FREE = (
+    "weighting", "weighting_options", "time_density", "time_options", "condition_dropout", "inpainting", "mask_shapes"
+)  # fmt: skip
 
 
 def with_base_settings(
@@ -63,8 +65,30 @@ def with_base_settings(
         )
     if adapter.lora_rank:
         check_adapter(base.shape, adapter)
+    _check_inpainting(tuned, base)
     rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
     return replace(tuned, network=network, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
+
+
+def _check_inpainting(config: RunConfig, base: PretrainedBase) -> None:
+    if config.flow.mask_shapes and not config.flow.inpainting:
+        raise UserError(
+            "--mask-shapes without --inpainting: masks of the data weight the loss of a pretrained model",
+            "Add --inpainting to hide parts of the images, or leave --mask-shapes out.",
+        )
+    if not config.flow.inpainting:
+        return
+    if getattr(base.shape, "first_layer", None) is None:
+        raise UserError(
+            f"--inpainting: {base.name} is {with_article(type(base.shape.pipeline).__name__)}, which cannot be given "
+            "input channels for masks",
+            "Start from Stable Diffusion 3 or 3.5, FLUX.1 or Chroma; `latentflow inpaint` steers every checkpoint.",
+        )
+    if not config.adapter.lora_rank:
+        raise UserError(
+            f"--inpainting: {base.name} learns it in an adapter, and all weights are to be trained",
+            "Add --lora-rank 16: the adapter's file holds the input channels for masks as well.",
+        )
 
 
 def _check_quantised(config: RunConfig) -> None:

@@ -293,11 +293,19 @@ class Masking:
         vae: the frozen autoencoder.
         shapes: share of each of ``MASK_SHAPES``; "data" is the image's own mask, where it has one.
         seed: of the run.
+        condition: (images, masks) -> what the network is given of them; default: `masked_condition`.
     """
 
-    def __init__(self, vae: Autoencoder, shapes: Mapping[str, float], seed: int) -> None:
+    def __init__(
+        self,
+        vae: Autoencoder,
+        shapes: Mapping[str, float],
+        seed: int,
+        condition: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
         check_shapes(shapes, more=[OWN])
         self._vae, self._seed = vae, seed
+        self._condition = partial(masked_condition, vae) if condition is None else condition
         self._own = shapes.get(OWN, 0.0) / sum(shapes.values())
         drawn = {name: share for name, share in shapes.items() if name != OWN and share > 0}
         self._shapes = drawn or dict(DEFAULT_SHAPES)
@@ -323,4 +331,4 @@ class Masking:
         if "masks" in batch:
             rows = sent(own, pixels.device) & batch["has_mask"]
             masks = torch.where(rows[:, None, None, None], (batch["masks"] > 127).to(masks), masks)
-        return masked_condition(self._vae, pixels_to_images(pixels), masks)
+        return self._condition(pixels_to_images(pixels), masks)

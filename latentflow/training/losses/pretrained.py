@@ -15,6 +15,7 @@ from ...autoencoder import downscale_factor
 from ...config import FlowConfig
 from ...families.model import Rows, Values
 from ...families.pretrained import PretrainedModel
+from ...families.rows import keep
 from ...families.text_encoders import text_encoders
 from ...flow import PathSample
 from ..loop.random_numbers import SampleRandom
@@ -62,7 +63,8 @@ class PretrainedLoss(FlowLoss):
     A batch holds rows of the model, see `in_batch`, in the place of prompts; where text encoders learn, the prompts
     themselves: ``captions``, B texts. It may hold ``masks`` (B, 1, H, W) uint8 and ``has_mask`` (B,) bool: then the
     squared errors where a mask is 0 count ``outside`` times, and those of each image are divided by their mean factor,
-    so that a small mask weighs as much as a large one. See `FlowLoss` for the rest.
+    so that a small mask weighs as much as a large one. With ``config.inpainting`` they are holes instead, which
+    ``masking`` hides, and errors count everywhere. See `FlowLoss` for the rest.
 
     Where the config names no density of times and no weighting, those of the family count: see
     `FlowModel.training_density` and `FlowModel.loss_weight`.
@@ -113,6 +115,11 @@ class PretrainedLoss(FlowLoss):
         null = replace(null.repeat(len(rows)).to(batch["latents"].device), kept=rows.kept)
         return Rows.cat([rows, null])[places]
 
+    def condition(self, batch: dict[str, Any], drop: Tensor | None = None) -> Any:
+        """Return the rows of a batch, with what a mask leaves of each image where the network learns to inpaint."""
+        rows = self.prompts(batch, drop)
+        return rows if self.masking is None else keep(rows, channels=self.masking(batch))
+
     def dropped(self, random: SampleRandom) -> Tensor:
         """Draw the rows (B,) bool whose prompt is replaced by the empty one, on the CPU: a GPU is not waited for."""
         return random.uniform("cpu") < (self.config.condition_dropout if self.training else 0.0)
@@ -131,7 +138,7 @@ class PretrainedLoss(FlowLoss):
         self, output: Tensor, sample: PathSample, weight: Tensor | None, batch: dict[str, Any]
     ) -> Tensor:
         """Return the errors (B,) of the network's output, by the batch's masks where it has any."""
-        if "masks" in batch:
+        if "masks" in batch and not self.config.inpainting:
             cells = cell_factors(batch["masks"], batch["has_mask"], output.shape[2:], self._outside).sqrt()
             output, sample = output * cells, sample._replace(velocity=sample.velocity * cells)
         return super().error(output, sample, weight, batch)

@@ -1,0 +1,56 @@
+"""Adapters that teach pretrained models to inpaint, through the command line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentflow import LatentFlowInpaintPipeline
+from latentflow.inference.opening import open_pipeline
+
+from .command import call, losses
+from .pretrained import QUICK, adapter, base_flags, photos
+
+pytestmark = pytest.mark.usefixtures("no_memorisation")
+NAME = "StableDiffusion3Pipeline"
+
+
+def test_a_run_learns_to_inpaint_and_opens_at_any_time(
+    pretrained: Callable[[str], Path], cache: Path, tmp_path: Path
+) -> None:
+    data, run = photos(tmp_path / "photos", 16, 4), tmp_path / "run"
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:9, 3:12] = 255
+    Image.fromarray(mask).save(data / "0-mask.png")
+    line: list[Any] = [data, "-o", run, *base_flags(NAME, pretrained(NAME)), *QUICK, "--inpainting"]
+    refused = call(cache, *line, "--max-train-steps", 2, "--lora-rank", 0, expect=2)
+    assert "learns it in an adapter" in refused and "--lora-rank 16" in refused
+    said = call(cache, *line, "--max-train-steps", 2, "--lora-rank", 2, "--learning-rate", 0.01)
+    assert "1 mask in files beside the images" in said and len(losses(run)) == 2
+    assert adapter(run)["added.masks"].any()
+
+    open_run = tmp_path / "open"  # as between its last checkpoint and its result
+    shutil.copytree(run, open_run, ignore=shutil.ignore_patterns("adapter"))
+    image = Image.open(data / "1.png").convert("RGB")
+    drawn = []
+    for folder in (run, open_run):
+        pipe: Any = open_pipeline(LatentFlowInpaintPipeline, str(folder), "cpu")
+        assert pipe.takes_masks
+        [filled] = pipe(
+            "a red apple",
+            image,
+            Image.fromarray(mask),
+            method="trained",
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        drawn.append(np.asarray(filled))
+        assert np.array_equal(drawn[-1][mask == 0], np.asarray(image)[mask == 0])
+    assert np.array_equal(*drawn)
