@@ -5,23 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL.Image import Image
 from torch import Tensor
 
+from .mask_input import MaskLearningModel
 from .model import Size, Values
 from .references import ReferenceModel
 from .training_defaults import TrainingDefaults
 
 
-class Flux2Model(ReferenceModel):
+class Flux2Model(ReferenceModel, MaskLearningModel):
     """Flow model of FLUX.2. Its rows have embeds (B, L, D).
 
     FLUX.2 dev takes its guidance scale as an input, klein has classifier-free guidance, and none where it is
     step-distilled. It edits by instruction, and draws from several images: rows keep their tokens and those' places.
     """
 
+    first_layer = "x_embedder"
     prompt_options = ("max_sequence_length", "text_encoder_out_layers")
     most_images = None
     #: as in the commands of diffusers' README_flux2.md; the default of its program, 3.5, is that of drawing
@@ -66,10 +69,14 @@ class Flux2Model(ReferenceModel):
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
-        pipeline, embeds, tokens = self.pipeline, condition["embeds"], self.pipeline._pack_latents(x)
+        pipeline, embeds = self.pipeline, condition["embeds"]
+        tokens = pipeline._pack_latents(self.with_extra(x, condition))
+        further = tokens.shape[2] - x.shape[1]  # of known images, which references have not
         places = pipeline._prepare_latent_ids(x).to(x.device, non_blocking=True)
         output: Tensor = self.evaluate(
-            hidden_states=torch.cat([tokens, *condition["references"]], dim=1),
+            hidden_states=torch.cat(
+                [tokens, *(F.pad(seen, (0, further)) for seen in condition["references"])], dim=1
+            ),
             timestep=1.0 - t,
             guidance=torch.full_like(t, guidance_scale) if self.embeds_guidance else None,
             encoder_hidden_states=embeds,

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mask_input import MaskLearningModel
 from .model import Values
-from .pretrained import PretrainedModel
 from .training_defaults import TrainingDefaults
 
 
-class Lumina2Model(PretrainedModel):
+class Lumina2Model(MaskLearningModel):
     """Flow model of Lumina-Image 2.0. Its rows have embeds (B, L, D) and mask (B, L).
 
     A system prompt stands before a prompt, but not before a negative one. Each line of pixels of a guided latent is
@@ -22,6 +22,8 @@ class Lumina2Model(PretrainedModel):
     prompt_options = ("max_sequence_length", "system_prompt")
     sampling_options = ("cfg_normalization",)
     patch = 2
+    first_layer = "x_embedder"
+    cells_in_order = True
 
     @property
     def training_defaults(self) -> TrainingDefaults:
@@ -53,7 +55,7 @@ class Lumina2Model(PretrainedModel):
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
         output: Tensor = self.evaluate(
-            hidden_states=x,
+            hidden_states=self.with_extra(x, condition),
             timestep=t,
             encoder_hidden_states=condition["embeds"],
             encoder_attention_mask=condition["mask"],

@@ -32,14 +32,16 @@ class MaskInput(nn.Module):
     Args:
         first: the network's first layer, linear or a convolution.
         ratio: new channels for each of the latent.
+        cells: parts of a token that each hold all channels; 1: it holds one channel after the other.
 
     Attributes:
         adapter: name of the adapter that it belongs to; None: it is the network's own.
     """
 
-    def __init__(self, first: Any, ratio: float) -> None:
+    def __init__(self, first: Any, ratio: float, cells: int = 1) -> None:
         super().__init__()
         self.adapter: str | None = None
+        self.cells = cells
         base: Any = getattr(first, "base_layer", first)  # of an adapter
         convolves = isinstance(base, nn.Conv2d)
         self.own: int = base.in_channels if convolves else base.in_features
@@ -47,6 +49,14 @@ class MaskInput(nn.Module):
         width, kernel = (base.out_channels, base.kernel_size) if convolves else (base.out_features, ())
         shape = (width, round(ratio * self.own), *kernel)
         self.weight = nn.Parameter(torch.zeros(shape, device=base.weight.device))
+
+    def parted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the layer's own channels of its wide input, and the others."""
+        if self.stride is not None:
+            return x[:, : self.own], x[:, self.own :]
+        cells = x.unflatten(-1, (self.cells, -1))
+        own = self.own // self.cells
+        return cells[..., :own].flatten(-2), cells[..., own:].flatten(-2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C', h, w) or (B, N, C') -> features (B, width, h', w') or (B, N, width)."""
@@ -63,12 +73,12 @@ class _Widened:
         side, own = (-1 if self.mask_input.stride is None else 1), self.mask_input.own
         if x.shape[side] == own:
             return super().forward(x)  # type: ignore[misc,no-any-return]
-        plain, further = x.split([own, x.shape[side] - own], side)
+        plain, further = self.mask_input.parted(x)
         return super().forward(plain) + self.mask_input(further)  # type: ignore[misc,no-any-return]
 
 
 @cache
-def _widened(kind: type) -> type:
+def _widened(kind: Any) -> type:
     return type(kind.__name__, (_Widened, kind), {"__module__": kind.__module__})
 
 
@@ -80,8 +90,10 @@ class MaskLearningModel(PretrainedModel):
     """
 
     optional_extra = (CHANNELS,)
-    #: the network's layer that takes the noisy latent, whose tokens hold one channel after the other; None: it cannot
+    #: the network's layer that takes the noisy latent; None: it cannot
     first_layer: str | None = None
+    #: the network's tokens hold one cell after the other, each with all channels; else one channel after the other
+    cells_in_order: bool = False
 
     @property
     def mask_input(self) -> MaskInput | None:
@@ -124,7 +136,8 @@ class MaskLearningModel(PretrainedModel):
             )
         first: Any = self.network.get_submodule(self.first_layer)
         channels, *_ = self.latent_shape(self.size_multiple, self.size_multiple)
-        made = MaskInput(first, (self._cell**2 + channels) / channels)
+        cells = self.patch**2 if self.cells_in_order else 1
+        made = MaskInput(first, (self._cell**2 + channels) / channels, cells)
         if weight is not None:
             if weight.shape != made.weight.shape:
                 raise UserError(

@@ -9,18 +9,20 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
+from .mask_input import MaskLearningModel
 from .model import Rows, Size, Values
 from .pretrained import PackedModel, PretrainedModel
 from .references import ReferenceModel
 from .training_defaults import TrainingDefaults
 
 
-class QwenImageModel(PackedModel):
+class QwenImageModel(MaskLearningModel, PackedModel):
     """Flow model of Qwen-Image. Its rows have embeds (B, L, D) and mask (B, L) bool.
 
     Guided tokens are as long as those of the prompt alone.
     """
 
+    first_layer: str | None = "img_in"
     guidance_argument = "true_cfg_scale"
     sampling_options: tuple[str, ...] = ("true_cfg_scale",)
 
@@ -52,7 +54,7 @@ class QwenImageModel(PackedModel):
 
     def output(self, x: Tensor, t: Tensor, condition: dict[str, Any], shapes: list[Any]) -> Tensor:
         """Return what the network gives for x, shaped like it; ``shapes`` are its ``img_shapes``."""
-        tokens = self.pack(x)
+        tokens = self.pack(self.with_extra(x, condition))
         output = self.evaluate(
             hidden_states=torch.cat([tokens, *condition.get("references", ())], dim=1),
             timestep=1.0 - t,
@@ -70,6 +72,7 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
     too, beside the empty prompt that guidance leads away from as well, which rows keep for that reason.
     """
 
+    first_layer = None  # its references would need the channels as well
     needs_images = True
     text_sees_images = True
 

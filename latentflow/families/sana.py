@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from .consistency import ConsistencyModel
+from .mask_input import MaskLearningModel
 from .model import Values
 from .pretrained import FixedShiftModel
 from .training_defaults import TrainingDefaults
 
 
-class SanaModel(FixedShiftModel):
+class SanaModel(MaskLearningModel, FixedShiftModel):
     """Flow model of Sana. Its rows have embeds (B, L, D) and mask (B, L).
 
     An instruction stands before a prompt, but not before a negative one.
     """
 
+    first_layer = "patch_embed.proj"
     prompt_options = ("max_sequence_length", "clean_caption", "complex_human_instruction")
 
     @property
@@ -39,7 +41,7 @@ class SanaModel(FixedShiftModel):
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
         output: Tensor = self.evaluate(
-            x,
+            self.with_extra(x, condition),
             encoder_hidden_states=condition["embeds"],
             encoder_attention_mask=condition["mask"],
             timestep=1000.0 * (1.0 - t) * self.network.config.timestep_scale,

@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mask_input import MaskLearningModel
 from .model import Values
-from .pretrained import PretrainedModel
 from .training_defaults import TrainingDefaults
 
 
-class ZImageModel(PretrainedModel):
+class ZImageModel(MaskLearningModel):
     """Flow model of Z-Image. Its rows have embeds, a list of B tensors (L, D) of different lengths.
 
     Its guidance scale s means v + s (v - v_negative), which is 1 + s elsewhere; 0 is none.
     """
 
     patch = 2
-
+    first_layer: str | None = "all_x_embedder.2-1"
+    cells_in_order = True
     unguided = 0.0
 
     @property
@@ -41,12 +42,16 @@ class ZImageModel(PretrainedModel):
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
-        output: list[Tensor] = self.evaluate([*x.unsqueeze(2).unbind()], t, condition["embeds"])
+        output: list[Tensor] = self.evaluate(
+            [*self.with_extra(x, condition).unsqueeze(2).unbind()], t, condition["embeds"]
+        )
         return torch.stack(output).squeeze(2)
 
 
 class ZImageOmniModel(ZImageModel):
     """Flow model of Z-Image-Omni, without images in its prompts. Its rows are those of Z-Image."""
+
+    first_layer = None
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, _ = self.pipeline.encode_prompt(

@@ -23,8 +23,14 @@ from latentflow.training.losses.pretrained import PretrainedLoss, in_batch
 from .test_pretrained import seeded
 from .tiny import TINY, checkpoint
 
-NAMES = ("StableDiffusion3Pipeline", "FluxPipeline-dev")
-pytestmark = pytest.mark.parametrize("name", NAMES)
+#: two that differ in layout; the others are slow
+LAYOUTS = ("StableDiffusion3Pipeline", "FluxPipeline-dev")
+MORE = (
+    "ChromaPipeline", "Flux2KleinPipeline", "QwenImagePipeline", "ZImagePipeline", "SanaPipeline", "Lumina2Pipeline"
+)  # fmt: skip
+pytestmark = pytest.mark.parametrize(
+    "name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+)
 
 
 def opened(name: str) -> Any:
@@ -63,6 +69,8 @@ def test_the_base_to_the_last_bit_before_training(name: str) -> None:
 @torch.no_grad()
 def test_equals_a_network_with_a_wider_first_layer(name: str) -> None:
     """diffusers' own network with as many input channels, the two weights side by side in its first layer."""
+    if name == "ZImagePipeline":
+        pytest.skip("diffusers has no such network with other channels at its input than at its output")
     model, side = opened(name), TINY[name].side
     model.add_mask_input()
     nn.init.normal_(model.mask_input.weight, std=0.1, generator=torch.Generator().manual_seed(3))
@@ -70,16 +78,17 @@ def test_equals_a_network_with_a_wider_first_layer(name: str) -> None:
     x = model.noise(2, side, side, torch.Generator().manual_seed(2))
     ours = model.velocity(rows, 1.0)(x, torch.tensor(0.4))
 
-    weight, network = model.mask_input.weight.clone(), model.network
+    weight, network, parts = model.mask_input.weight.clone(), model.network, model.mask_input.cells
     first = f"{model.first_layer}.weight"
     model.remove_mask_input()
     state = network.state_dict()
-    state[first] = torch.cat([state[first], weight], 1)
+    own = state[first]
+    state[first] = torch.cat([each.unflatten(1, (parts, -1)) for each in (own, weight)], 2).flatten(1, 2)
     config = {key: value for key, value in network.config.items() if not key.startswith("_")}
     channels = config["in_channels"]
-    cells = weight.shape[1] * channels // (state[first].shape[1] - weight.shape[1])
+    more = weight.shape[1] * channels // own.shape[1]
     out = config.get("out_channels") or channels
-    wide = type(network)(**{**config, "in_channels": channels + cells, "out_channels": out}).eval()
+    wide = type(network)(**{**config, "in_channels": channels + more, "out_channels": out}).eval()
     wide.load_state_dict(state)
     model.pipeline.transformer = wide
     torch.testing.assert_close(model.velocity(rows, 1.0)(x, torch.tensor(0.4)), ours)

@@ -72,7 +72,7 @@ def without_weights(folder: Path, to: Path) -> Path:
         ("--text-width 16", "takes no --text-width\n"),
         ("--latent-channels 8", "takes no --latent-channels\n"),
         ("--inpainting", "StableDiffusionPipeline, which cannot be given input channels for masks"),
-        ("--mask-shapes ellipse=1", "--mask-shapes without --inpainting"),
+        ("--mask-shapes ellipse 1", "--mask-shapes without --inpainting"),
         ("--route-share 0.5", "takes no --route-share\n"),
         ("--size-conditioning", "takes no --size-conditioning\n"),
         ("--ema-lengths 0.1", "takes no --ema-lengths\n"),

@@ -82,7 +82,8 @@ def _check_inpainting(config: RunConfig, base: PretrainedBase) -> None:
         raise UserError(
             f"--inpainting: {base.name} is {with_article(type(base.shape.pipeline).__name__)}, which cannot be given "
             "input channels for masks",
-            "Start from Stable Diffusion 3 or 3.5, FLUX.1 or Chroma; `latentflow inpaint` steers every checkpoint.",
+            "Start from SD3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image, Sana or Lumina2; `latentflow inpaint` "
+            "steers every checkpoint.",
         )
     if not config.adapter.lora_rank:
         raise UserError(
