@@ -148,7 +148,8 @@ class MaskLearningModel(PretrainedModel):
             made.weight = nn.Parameter(weight.to(made.weight), requires_grad=False)
         made.adapter = adapter
         first.mask_input = made
-        first.__class__ = _widened(type(first))
+        plain: Any = type(first)
+        first.__class__ = _widened(plain)
 
     def remove_mask_input(self) -> None:
         """Take the input for masks away, if there is one: the network is as it was."""

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..autoencoder import downscale_factor
 from ..errors import UserError, few, with_article
 from ..families import FlowModel, Rows
-from ..families.mask_input import MaskLearningModel
 from ..families.model import Size
 from .arguments import ConditionArguments
 from .calls import CallMixin
@@ -95,10 +94,10 @@ class ModelPipeline(CallMixin):
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Forget these adapters, with their input channels for masks."""
-        model, names = self.model, [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        model.pipeline.delete_adapters(adapter_names)
-        if isinstance(model, MaskLearningModel) and model.mask_input and model.mask_input.adapter in names:
-            model.remove_mask_input()
+        names, masks = [adapter_names] if isinstance(adapter_names, str) else adapter_names, self._mask_input
+        self.model.pipeline.delete_adapters(adapter_names)
+        if masks is not None and masks.adapter in names:
+            self._forget_masks()
 
     def unload_lora_weights(self) -> None:
         """Take the adapters away, with their input channels for masks; what is fused stays in the weights.
@@ -106,15 +105,24 @@ class ModelPipeline(CallMixin):
         Raises:
             UserError: an adapter with such channels is fused: the stock weights have no place for them.
         """
-        model, parts = self.model, [part for part in self.components.values() if isinstance(part, nn.Module)]
-        if isinstance(model, MaskLearningModel) and model.mask_input:
+        if self._mask_input is not None:
+            parts = [part for part in self.components.values() if isinstance(part, nn.Module)]
             if any(getattr(layer, "merged", False) for part in parts for layer in part.modules()):
                 raise UserError(
                     "an adapter with input channels for masks is fused, and cannot be unloaded",
                     "pipe.unfuse_lora() first.",
                 )
-            model.remove_mask_input()
-        model.pipeline.unload_lora_weights()
+            self._forget_masks()
+        self.model.pipeline.unload_lora_weights()
+
+    @property
+    def _mask_input(self) -> Any:
+        """The input channels for masks that an adapter has brought; None: there are none."""
+        return getattr(self.model, "mask_input", None)
+
+    def _forget_masks(self) -> None:
+        model: Any = self.model
+        model.remove_mask_input()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write the stock pipeline's folder; see ``DiffusionPipeline.save_pretrained``.
