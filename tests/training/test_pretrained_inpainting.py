@@ -32,6 +32,8 @@ def test_a_run_learns_to_inpaint_and_opens_at_any_time(
     line: list[Any] = [data, "-o", run, *base_flags(NAME, pretrained(NAME)), *QUICK, "--inpainting"]
     refused = call(cache, *line, "--max-train-steps", 2, "--lora-rank", 0, expect=2)
     assert "learns it in an adapter" in refused and "--lora-rank 16" in refused
+    refused = call(cache, *line, "--lora-rank", 2, "--outside-mask", 0.5, expect=2)
+    assert "--outside-mask with --inpainting" in refused
     flags = ["--max-train-steps", 2, "--train-batch-size", 4, "--lora-rank", 2, "--learning-rate", 0.01]
     said = call(cache, *line, *flags)
     assert "1 mask in files beside the images" in said and len(losses(run)) == 2

@@ -65,12 +65,12 @@ def with_base_settings(
         )
     if adapter.lora_rank:
         check_adapter(base.shape, adapter)
-    _check_inpainting(tuned, base)
+    _check_inpainting(tuned, base, given)
     rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
     return replace(tuned, network=network, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
 
 
-def _check_inpainting(config: RunConfig, base: PretrainedBase) -> None:
+def _check_inpainting(config: RunConfig, base: PretrainedBase, given: Collection[str]) -> None:
     if config.flow.mask_shapes and not config.flow.inpainting:
         raise UserError(
             "--mask-shapes without --inpainting: masks of the data weight the loss of a pretrained model",
@@ -89,6 +89,11 @@ def _check_inpainting(config: RunConfig, base: PretrainedBase) -> None:
         raise UserError(
             f"--inpainting: {base.name} learns it in an adapter, and all weights are to be trained",
             "Add --lora-rank 16: the adapter's file holds the input channels for masks as well.",
+        )
+    if "outside_mask" in given:
+        raise UserError(
+            "--outside-mask with --inpainting: masks are then holes to fill, and errors count everywhere",
+            "Leave one of the two out.",
         )
 
 
