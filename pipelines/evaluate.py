@@ -90,6 +90,15 @@ class EvaluateConfig(AdapterChoice):
     """Words that distinguish captions, such as "light skin tone" "dark skin tone". An image is generated for every
     caption of --test (without it: of the held-out images) that contains one; it is right if, among the real images
     whose captions differ by that word only, the nearest is the one with the same word."""
+    probe: bool = False
+    """Also read the classes of unseen images from the network's features, by a linear probe and by the nearest
+    training images, behind some of its blocks and at some times."""
+    likelihood: bool = False
+    """Also the density of images' latents in bits per dimension: of training images, and of unseen ones."""
+    likelihood_images: int = 32
+    """Images of each set for --likelihood; each takes some hundred evaluations of the network."""
+    other: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    """Images of another kind: with --likelihood, how well the density tells them from unseen images of DATA."""
     fid: bool = False
     """Also FID in Inception's feature space (extra `metrics`; downloads weights)."""
     clip: str | None = None
@@ -101,6 +110,7 @@ class EvaluateConfig(AdapterChoice):
         for flag, value, least, most in (
             ("--steps", self.steps, 1, None),
             ("--batch-size", self.batch_size, 1, None),
+            ("--likelihood-images", self.likelihood_images, 2, MOST),
             ("--seed", self.seed, 0, LARGEST_SEED),
             ("--validation-seed", self.validation_seed, 0, LARGEST_SEED),
         ):
@@ -113,6 +123,8 @@ class EvaluateConfig(AdapterChoice):
             from latentflow.flow import SOLVERS
 
             lookup(SOLVERS, self.solver, "solver")
+        if self.other is not None and not self.likelihood:
+            raise UserError("--other without --likelihood", "Add --likelihood, or leave --other out.")
         if self.attributes and len(set(self.attributes)) < max(2, len(self.attributes)):
             raise UserError("--attributes must distinguish captions", "Give at least two, all different.")
 
@@ -128,8 +140,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from latentflow import metrics
-    from latentflow.evaluation import control, feature_figures, figures, report
-    from latentflow.evaluation.data import condition_kind, load_image_sets, open_source, run_settings
+    from latentflow.evaluation import control, feature_figures, figures, probing, report
+    from latentflow.evaluation.data import (
+        condition_kind,
+        load_image_sets,
+        load_images,
+        open_source,
+        run_settings,
+    )
     from latentflow.evaluation.lines import lines
     from latentflow.evaluation.sampler import HELD_OUT_CAPTIONS, TRAINING_CAPTIONS, Sampler
     from latentflow.families.latentflow import NAMED_STEPS
@@ -174,6 +192,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     real = metrics.real_split(order, config.n)
     beside, reference = train.rows(real.beside), train.rows(real.reference)
     notes = report.notes(model, source, test, kind, captions, real)
+    if config.probe and source.kind != "class":
+        raise UserError(f"--probe: {source.name} has no classes to read", "Leave it out.")
+    if config.likelihood and not model.has_velocity:
+        raise UserError("--likelihood: this checkpoint has no velocity", "Leave it out.")
+    other = None if config.other is None else open_source(config.other, settings | {"condition": "none"})
     if config.attributes and kind == "nothing":
         raise UserError("--attributes needs a checkpoint that takes captions or classes", "Leave it out.")
     if clip is not None and not any(captions):
@@ -202,6 +225,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "validation_loss": {name: figures.validation_loss(sampler, part) for name, part in unseen.items()},
     }
+
+    new_images = unseen.get("test") or unseen["held_out"]
+    if config.probe:
+        measured["probe"] = probing.probe(sampler, train, new_images)
+    if config.likelihood:
+        compared = {"train": train, **unseen}
+        if other is not None:
+            compared["other"] = load_images(model, other, settings["background"])
+        measured["likelihood"] = probing.likelihood(sampler, compared, config.likelihood_images)
 
     # ---------------------------------------------------------------- by sampling
     what = {"prompt": "training captions", "class_labels": "training classes"}.get(

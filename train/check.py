@@ -20,6 +20,9 @@ from latentflow.utils.html_page import refuse_existing
 if TYPE_CHECKING:
     from PIL import Image
 
+    from latentflow.data import Source
+    from latentflow.evaluation.classification import Doubt
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
@@ -44,6 +47,9 @@ class CheckConfig:
     """Text file of the labels of label maps, as for `latentflow train`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Rename table columns: pairs of our name and yours, such as `image photo text caption`."""
+    audit: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
+    """Also list the labels or captions that this checkpoint, which was trained on such images, doubts, and outliers.
+    --sheet shows the most doubtful then, each with its label and the one that fits better."""
     json: bool = False
     """Print the report as JSON."""
     sheet: str | None = None
@@ -86,10 +92,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         [text for example in source.examples for text in example.captions] if source is not None else []
     )
     suggestions = suggest(report, Machine.this(), training_flags(config), captions)
+    doubts = audited(config.audit, source) if config.audit is not None and source is not None else []
     if config.json:
         contents = report.as_dict()
         contents["suggestions"] = [dataclasses.asdict(suggestion) for suggestion in suggestions]
         contents["suggestion"] = next(iter(contents["suggestions"]), None)  # what scripts have read so far
+        if config.audit is not None:
+            contents["audit"] = [doubt._asdict() for doubt in doubts]
         text = json.dumps(contents, indent=2, ensure_ascii=False)
         # Characters that cannot be written, or would steer a terminal, are written in JSON's escapes.
         print("".join(char if char == printable(char) else json.dumps(char)[1:-1] for char in text))
@@ -98,8 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for suggestion in suggestions:
             print(f"\n{suggestion.title}:\n  {one_line(suggestion.command)}")
             print("\n".join(f"    {choice}: {one_line(why)}" for choice, why in suggestion.reasons.items()))
+        if doubts:
+            print("\n".join(doubt_lines(doubts)))
     if config.sheet is not None and source is not None and len(source):
-        save_sheet(contact_sheet(source), Path(config.sheet))
+        save_sheet(doubt_sheet(doubts, source) if doubts else contact_sheet(source), Path(config.sheet))
     if config.report is not None:
         report_page(report, source, suggestions).write(config.report, config.overwrite)
     for file in (config.sheet, config.report):
@@ -107,6 +118,42 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"written: {one_line(file)}", file=sys.stderr)
     if report.problems:
         sys.exit(1)
+
+
+def audited(checkpoint: str, source: Source) -> list[Doubt]:
+    """Return what a checkpoint makes of each label, the most doubtful first."""
+    from latentflow.evaluation.classification import Classifier, audit
+    from latentflow.inference.opening import check_checkpoint, open_pipeline
+    from latentflow.pipeline import LatentFlowPipeline
+
+    check_checkpoint(checkpoint)
+    pipe = open_pipeline(LatentFlowPipeline, checkpoint, "auto")
+    return audit(Classifier(model=pipe.model), source)
+
+
+def doubt_lines(doubts: Sequence[Doubt], most: int = 10) -> list[str]:
+    """Return lines on the most doubtful labels, and on the images that are least like the others."""
+    wrong = [doubt for doubt in doubts if doubt.log_ratio < 0]
+    lines = [
+        f"\n{len(wrong)} of {len(doubts):,} images are likelier with another label, the most doubtful first:"
+    ]
+    lines += [
+        f"  {one.image}: {one.label}; rather {one.rather} ({-one.log_ratio:.3g} nats)" for one in wrong[:most]
+    ]
+    far = sorted(doubts, key=lambda doubt: -doubt.surprise)[:most]
+    lines.append("least like the others (standard deviations of the loss above the mean):")
+    lines += [f"  {one.image}: {one.label} ({one.surprise:.1f})" for one in far]
+    return [printable(line) if line.startswith("  ") else line for line in lines]
+
+
+def doubt_sheet(doubts: Sequence[Doubt], source: Source, most: int = 80) -> Image.Image:
+    """Draw the most doubtful images, each with its label and the one that fits better."""
+    from latentflow.data.checking.page import labelled_sheet
+
+    found = {example.name: example for example in source.examples}
+    shown = doubts[:most]
+    texts = [f"{one.label} > {one.rather}" if one.log_ratio < 0 else one.label for one in shown]
+    return labelled_sheet([found[one.image] for one in shown], texts)
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:

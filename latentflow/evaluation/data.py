@@ -127,19 +127,24 @@ def load_image_sets(
             f"{source.name} is a data set of kind '{source.kind}', and --test {test.name} one of kind '{test.kind}'",
             "Give a --test whose images have captions or classes as those of DATA have.",
         )
-    train = _load(model, source.subset(kept), background)
+    train = load_images(model, source.subset(kept), background)
     if len(train.images.flatten(1).unique(dim=0)) < 2:
         raise UserError(
             f"{source.name} holds {len(kept)} training images, all of them equal",
             "Nothing can be compared with one image: give at least two different ones beside what is held out.",
         )
-    unseen = {"held_out": _load(model, source.subset(held_out), background)} if held_out else {}
+    unseen = {"held_out": load_images(model, source.subset(held_out), background)} if held_out else {}
     if test is not None:
-        unseen["test"] = _load(model, test, background)
+        unseen["test"] = load_images(model, test, background)
     return train, unseen
 
 
-def _load(model: FlowModel, source: Source, background: str) -> ImageSet:
+def load_images(model: FlowModel, source: Source, background: str) -> ImageSet:
+    """Load images at the checkpoint's size, each with its caption or class, "" where it has none.
+
+    Raises:
+        UserError: the checkpoint does not say its size.
+    """
     if source.kind == "text":
         captions = list(source.captions())
     else:  # an unconditional example may have a label all the same

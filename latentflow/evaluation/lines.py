@@ -18,6 +18,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         *_more(report),
         *_layouts(report),
         *_networks(report),
+        *_known(report),
     ]
 
 
@@ -109,6 +110,22 @@ def _networks(report: dict[str, Any]) -> Iterator[str]:
         error = "" if part.get("standard_error") is None else f" +- {part['standard_error']:.2g}"
         said = f"{_number(part, 'value')}{error} (lower is better, for one autoencoder and data set)"
         yield _figure("flow loss", f"{name.replace('_', ' ')}: {said}")
+
+
+def _known(report: dict[str, Any]) -> Iterator[str]:
+    if (probed := report.get("probe")) and (best := probed["best"]):
+        said = f"{_share(best['linear'])} by a linear probe behind block {best['block']} at t = {best['t']}"
+        yield _figure("classes read", f"{said}, {best['nearest']['share']:.1%} by the 5 nearest images there")
+    for name, part in report.get("likelihood", {}).items():
+        error = f" +- {part['standard_error']:.2g}" if part["standard_error"] is not None else ""
+        said = (
+            f"{name.replace('_', ' ')}: {part['bits_per_dim']:.4f}{error} bits per dimension of the latents"
+        )
+        if "auroc" in part:
+            said += (
+                f"; AUROC {part['auroc']:.3f} by the density, {part['auroc_of_typicality']:.3f} by typicality"
+            )
+        yield _figure("density", said)
 
 
 # ---------------------------------------------------------------- parts of lines

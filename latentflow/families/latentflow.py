@@ -16,7 +16,7 @@ from ..autoencoder import latent_channels, mask_channels, masked_condition
 from ..errors import UserError, lookup, unknown
 from ..flow import CONSISTENCY_STEPS, COUPLINGS, PATHS, PREDICTIONS, CondOT, make
 from ..flow.tensors import require_finite
-from ..models import Condition, ControlInputs, encode_text
+from ..models import Condition, ControlInputs, DiT, encode_text
 from ..models.text import START
 from ..utils.names import as_spelled
 from .control import CONTROL, ControlledModel
@@ -415,6 +415,35 @@ class LatentFlowModel(ControlledModel):
         interval = {} if end is None or not self.few_steps.average else {"end": end}
         output: Tensor = self.network(x, t, condition, **interval)
         return output
+
+    @torch.no_grad()
+    def features(
+        self, images: Tensor, block: int, t: float, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the mean (B, D) of a noisy image's tokens behind ``block`` blocks of the network, without a condition.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            block: 1 to the network's depth.
+            t: in [0, 1]; at 1 nothing of the image is noise.
+            generator: of the noise.
+
+        Raises:
+            UserError: the network is no `DiT`, or has no such block.
+        """
+        network = self.network
+        if not isinstance(network, DiT):
+            raise UserError(
+                f"a {type(network).__name__} has no blocks of tokens", "Features are those of a DiT."
+            )
+        if not 1 <= block <= len(network.blocks):
+            raise UserError(f"block {block} of {len(network.blocks)}", f"Use 1 to {len(network.blocks)}.")
+        x1 = self.encode(images.to(self.device))
+        noise = torch.randn(x1.shape, generator=generator).to(x1)
+        x = self.path.scale_input(self.path.sample(noise, x1, t).xt, t).to(self.dtype)
+        found = network(x, t, self.prepare(self.null(len(x))), features=block, only_features=True)
+        tokens: Tensor = found.features
+        return tokens.float().mean(1)
 
     def velocity(
         self,

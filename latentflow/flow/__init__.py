@@ -10,6 +10,9 @@ from ..errors import make as make
 from .bridges import BridgeSample as BridgeSample
 from .bridges import SchrodingerBridge as SchrodingerBridge
 from .bridges import bridge_matching_loss as bridge_matching_loss
+from .classification import Comparison as Comparison
+from .classification import ConditionalVelocity as ConditionalVelocity
+from .classification import compare_conditions as compare_conditions
 from .couplings import COUPLINGS as COUPLINGS
 from .couplings import ConditionalOptimalTransport as ConditionalOptimalTransport
 from .couplings import Coupling as Coupling

@@ -30,10 +30,13 @@ def contact_sheet(source: Source, most: int = _SHOWN, columns: int = 10, cell: i
         columns: of the sheet.
         cell: pixels, the longer side of each image.
     """
-    return _sheet(choose_evenly(source, most), columns, cell)
+    return labelled_sheet(choose_evenly(source, most), columns=columns, cell=cell)
 
 
-def _sheet(examples: Sequence[Example], columns: int = 10, cell: int = 112) -> Image.Image:
+def labelled_sheet(
+    examples: Sequence[Example], texts: Sequence[str] = (), columns: int = 10, cell: int = 112
+) -> Image.Image:
+    """Draw images, each with a text below it; default: its caption, class or name. See `contact_sheet`."""
     columns = max(1, min(columns, len(examples)))
     rows = math.ceil(len(examples) / columns)
     width, height = cell + _GAP, cell + _GAP + _TEXT
@@ -44,7 +47,7 @@ def _sheet(examples: Sequence[Example], columns: int = 10, cell: int = 112) -> I
     for index, (example, image) in enumerate(zip(examples, images, strict=True)):
         x, y = _GAP + index % columns * width, _GAP + index // columns * height
         sheet.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))
-        text = shortened = one_line(example.text or example.label or example.name)
+        text = shortened = one_line(texts[index] if texts else example.text or example.label or example.name)
         while shortened and pen.textlength(text, font) > cell:
             shortened = shortened[:-1]
             text = shortened + "…"
@@ -125,7 +128,7 @@ def report_page(report: Report, source: Source | None, suggestions: Sequence[Sug
         examples = {example.name: example for example in source.examples}
         for names in report.near_duplicates[:_GROUPS]:
             shown = [examples[name] for name in names[:8]]
-            page.image(_sheet(shown, cell=88), one_line(" = ".join(names[:8])), "webp")
+            page.image(labelled_sheet(shown, cell=88), one_line(" = ".join(names[:8])), "webp")
     _file_lists(page, report)
     return page
 

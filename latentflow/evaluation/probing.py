@@ -1,0 +1,148 @@
+"""Classes in the features of a trained network, and images in its density: what `evaluate --probe` and `--likelihood`
+measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import metrics
+from ..families.latentflow import LatentFlowModel
+from ..flow import bits_per_dim, log_likelihood
+from ..training.loop.data_order import seeded
+from ..utils.progress import progress_bar
+from .data import ImageSet
+from .figures import missing, share
+from .sampler import PROBES, Sampler
+
+#: times and shares of the blocks at which features are taken
+TIMES, DEPTHS = (0.3, 0.6, 0.9), (0.25, 0.5, 0.75, 1.0)
+#: evaluations of a likelihood are four a step
+STEPS = 8
+_MOST = 2000  # training images
+
+
+def probe(sampler: Sampler, train: ImageSet, unseen: ImageSet) -> dict[str, Any]:
+    """Measure how well classes are read from the network's features, by a linear probe and by the 5 nearest images.
+
+    Args:
+        train: images with their classes, of which up to 2,000 are used.
+        unseen: those whose classes are read.
+    """
+    model = sampler.model
+    if not isinstance(model, LatentFlowModel) or not hasattr(model.network, "blocks"):
+        return missing("best", "features are those of a DiT of our own")
+    train = train.rows([*range(len(train))][:: max(1, len(train) // _MOST)])
+    names = sorted({*train.captions})
+    labels = torch.tensor([names.index(caption) for caption in train.captions])
+    depth = len(model.network.blocks)
+    blocks = sorted({max(1, round(share * depth)) for share in DEPTHS})
+    table = []
+    for block in progress_bar(blocks, desc="features"):
+        for t in TIMES:
+            rows = [_features(sampler, part.images, block, t) for part in (train, unseen)]
+            mean, std = rows[0].mean(0), rows[0].std(0).clamp(min=1e-6)
+            seen, new = ((part - mean) / std for part in rows)
+            read = linear_probe(seen, labels, len(names))(new).argmax(1).tolist()
+            near = metrics.neighbour_labels(new, seen, train.captions)
+            found = {"linear": [names[number] for number in read], "nearest": near}
+            table.append(
+                {"block": block, "t": t}
+                | {
+                    name: share(sum(map(str.__eq__, said, unseen.captions)), len(unseen))
+                    for name, said in found.items()
+                }
+            )
+    best = max(table, key=lambda entry: float(entry["linear"]["share"]))
+    return {"best": best, "table": table, "train": len(train), "classes": len(names)}
+
+
+def _features(sampler: Sampler, images: Tensor, block: int, t: float) -> Tensor:
+    model = sampler.model
+    assert isinstance(model, LatentFlowModel)
+    generator = seeded(sampler.seed, PROBES, 0)
+    return torch.cat(
+        [model.features(part, block, t, generator).cpu() for part in images.split(sampler.batch_size)]
+    )
+
+
+def linear_probe(rows: Tensor, labels: Tensor, classes: int, decay: float = 1e-3) -> nn.Linear:
+    """Fit a multinomial logistic regression to rows (N, D) of labels (N,); ``decay`` is on half the squared weights."""
+    layer = nn.Linear(rows.shape[1], classes)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(layer(rows), labels) + 0.5 * decay * layer.weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return layer.requires_grad_(False)
+
+
+def likelihood(sampler: Sampler, sets: dict[str, ImageSet], count: int) -> dict[str, Any]:
+    """Measure the density of images' latents, in bits per dimension, under their own conditions.
+
+    Args:
+        sets: "train", sets that were not trained on, and perhaps "other": images of another kind, which have no
+            condition and are therefore compared without one.
+        count: images of each set.
+    """
+    found = {
+        name: _bits(
+            sampler, part.rows([*range(len(part))][:: max(1, len(part) // count)][:count]), "other" in sets
+        )
+        for name, part in sets.items()
+    }
+    report: dict[str, Any] = {
+        name: {"bits_per_dim": float(bits.mean()), "standard_error": _error(bits), "n": len(bits)}
+        for name, bits in found.items()
+    }
+    if "other" in found:
+        new = found["test"] if "test" in found else found["held_out"]
+        typical = found["train"].mean()
+        report["other"] |= {
+            "auroc": auroc(found["other"], new),
+            "auroc_of_typicality": auroc((found["other"] - typical).abs(), (new - typical).abs()),
+        }
+    return report
+
+
+def _bits(sampler: Sampler, part: ImageSet, without_condition: bool) -> Tensor:
+    model, bits = sampler.model, []
+    for start in progress_bar(range(0, len(part), sampler.batch_size), desc="likelihoods"):
+        each = slice(start, start + sampler.batch_size)
+        with torch.no_grad():
+            x1 = model.encode(part.images[each].to(model.device)).float()
+            rows = model.null(len(x1)) if without_condition else sampler.rows(part.captions[each])
+        logp = log_likelihood(
+            model.velocity(rows, 1.0),
+            x1,
+            "hutchinson",
+            solver="rk4",
+            times=torch.linspace(1.0, 0.0, STEPS + 1).tolist(),
+            generator=seeded(sampler.seed, PROBES, 1 + start),
+        )
+        bits.append(bits_per_dim(logp.double().cpu(), x1.shape[1:]))
+    return torch.cat(bits)
+
+
+def _error(values: Tensor) -> float | None:
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def auroc(higher: Tensor | Sequence[float], lower: Tensor | Sequence[float]) -> float:
+    """Return the probability that a value of the first set is above one of the second; ties count half."""
+    from scipy.stats import mannwhitneyu
+
+    a, b = torch.as_tensor(higher).tolist(), torch.as_tensor(lower).tolist()
+    return float(mannwhitneyu(a, b).statistic) / (len(a) * len(b))

@@ -1,0 +1,180 @@
+"""Generators as classifiers: against the exact posterior of Gaussians, through `classify` and `check --audit`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentflow.data import find_source
+from latentflow.errors import UserError
+from latentflow.evaluation.classification import Classifier, audit, calibrate, calibration_error
+
+from .conftest import NAMES, GaussianFlow
+
+KINDS = [*NAMES.values()]
+
+
+def photos(folder: Path, count: int = 12, labelled: bool = True) -> Path:
+    """Images of random colours, in folders of the three classes."""
+    pixels = torch.randint(0, 256, (count, 8, 8, 3), generator=torch.Generator().manual_seed(0))
+    for number, image in enumerate(pixels.to(torch.uint8).numpy()):
+        place = folder / KINDS[number % 3] if labelled else folder
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{number}.png")
+    return folder
+
+
+def exact(model: Any, x1: Tensor) -> Tensor:
+    """log p(x1 | class), (N, 3), less that of the best class, of `GaussianFlow`."""
+    apart = (x1[:, None] - model.network.means[:, :, None, None]).double().flatten(2).square().sum(2)
+    found = -0.5 * apart / GaussianFlow.SPREAD**2
+    return found - found.amax(1, keepdim=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["flow-matching", "likelihood"])
+def test_ratios_are_those_of_the_densities(
+    method: Any, class_pipe: Any, images: Callable[..., Tensor]
+) -> None:
+    model, real = class_pipe.model, images(5) * 2 - 1
+    rows = model.encode_class(KINDS)
+    classifier = Classifier(model=model, evaluations=256, method=method, halving=False, seed=3)
+    ratios, losses = classifier.compare(real, rows)
+    truth = exact(model, model.encode(real))
+    torch.testing.assert_close(ratios, truth, rtol=0.02, atol=0.1)
+    torch.testing.assert_close(losses.amin(1, keepdim=True) - losses, truth, rtol=0.02, atol=0.1)
+    each, _ = classifier.compare(real, rows[[0, 1, 2] * 5], own=True)
+    torch.testing.assert_close(each, ratios, rtol=1e-3, atol=1e-2)
+
+
+@torch.no_grad()
+def test_planted_labels_are_the_first_to_be_doubted(
+    class_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, model = find_source(str(photos(tmp_path / "photos", 60))), class_pipe.model
+    numbers = [KINDS.index(one.label) for one in source.examples]
+    means = model.network.means[numbers][:, :, None, None]
+    noise = torch.randn(60, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    latents = means + GaussianFlow.SPREAD * noise
+    wrong = {source.examples[place].name for place in (5, 30, 50)}
+    for place in (5, 30, 50):
+        latents[place] += model.network.means[(numbers[place] + 1) % 3][:, None, None] - means[place]
+    monkeypatch.setattr(Classifier, "images", lambda *_: torch.arange(60.0)[:, None, None, None])
+    monkeypatch.setattr(type(model), "encode", lambda _, places: latents[places.long().flatten()])
+    found = audit(Classifier(model=model), source)
+    assert {doubt.image for doubt in found[:3]} == wrong
+    assert all(doubt.log_ratio < 0 and doubt.rather != doubt.label for doubt in found[:3])
+    assert all(doubt.log_ratio > 0 for doubt in found[3:])
+    assert {doubt.image for doubt in sorted(found, key=lambda doubt: -doubt.surprise)[:3]} == wrong
+
+
+def test_calibration_finds_the_temperature() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4000, 5, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(torch.softmax(scores, 1), 1, generator=generator)[:, 0].tolist()
+    found = calibrate(7.0 * scores, labels)
+    assert abs(found.temperature / 7.0 - 1) < 0.1
+    assert found.after < 0.03 < 0.2 < found.before
+    always_right = torch.tensor([[0.0, -50.0]] * 10)
+    assert calibration_error(always_right, [0] * 10) < 1e-9
+    assert calibration_error(always_right, [1] * 10) > 1 - 1e-9
+    with pytest.raises(UserError, match="3 labelled images"):
+        calibrate(scores[:3], labels[:3])
+
+
+@pytest.fixture
+def classify(
+    load_program: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> Callable[..., str]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> str:
+        load_program("classify").main([str(word) for word in (*words, "--device", "cpu", "--evaluations", 4)])
+        return str(capsys.readouterr().out)
+
+    return run
+
+
+def test_the_command_writes_probabilities_and_a_sheet(
+    classify: Callable[..., str], class_folder: Path, tmp_path: Path
+) -> None:
+    data = photos(tmp_path / "photos")
+    said = classify(class_folder, data, "--calibrate", data, "-o", "out/found.json")
+    result = json.loads((tmp_path / "out/found.json").read_text())
+    assert "right: " in said and "calibrated on 12 images" in said
+    assert result["right"]["n"] == 12 and result["calibration"]["temperature"] == result["temperature"]
+    assert len(result["images"]) == 12 and result["classes"] == KINDS
+    for entry in result["images"]:
+        values = [*entry["probabilities"].values()]
+        assert abs(sum(values) - 1) < 1e-6 and values == sorted(values, reverse=True)
+        assert entry["class"] == next(iter(entry["probabilities"]))
+    assert Image.open(tmp_path / "out/found.png").width > 300
+    with pytest.raises(UserError, match="exists"):
+        classify(class_folder, data, "-o", "out/found.json")
+    assert "right" not in classify(class_folder, photos(tmp_path / "plain", 3, labelled=False))
+
+
+def test_captions_are_classes_for_a_checkpoint_of_captions(
+    classify: Callable[..., str], dit_folder: Path, tmp_path: Path
+) -> None:
+    data = photos(tmp_path / "photos", 3)
+    classify(dit_folder, data)
+    assert json.loads((tmp_path / "classes.json").read_text())["classes"] == KINDS
+    plain = photos(tmp_path / "plain", 3, labelled=False)
+    with pytest.raises(
+        UserError, match='plain has no classes\nGive captions to choose from: --classes "red apple"'
+    ):
+        classify(dit_folder, plain, "-o", "plain.json")
+    classify(dit_folder, plain, "-o", "plain.json", "--classes", "a red apple", "green tree")
+    assert json.loads((tmp_path / "plain.json").read_text())["classes"] == ["a red apple", "green tree"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--classes", "apple"), "there is one class to choose from: apple"),
+        (("--classes", "apple", "apple"), "names some twice"),
+        (("--classes", "apple", "dog"), "dog"),
+        (("--calibrate", "plain"), "--calibrate plain has no classes"),
+        (("--calibrate", "others"), "has classes that are not among those to choose from: zebra"),
+        (("--temperature", "0"), "--temperature is 0"),
+        (("--temperature", "2", "--calibrate", "plain"), "Give one of the two"),
+        (("--weighting", "likelyhood"), "did you mean 'likelihood'"),
+        (("-o", "found.txt"), "Did you mean -o found.json"),
+    ],
+)
+def test_bad_input(
+    flags: tuple[str, ...], words: str, classify: Callable[..., str], class_folder: Path, tmp_path: Path
+) -> None:
+    data = photos(tmp_path / "photos", 3)
+    photos(tmp_path / "plain", 3, labelled=False)
+    (tmp_path / "others").mkdir()
+    (photos(tmp_path / "more", 3) / "apple").rename(tmp_path / "others/zebra")
+    (tmp_path / "more/hat").rename(tmp_path / "others/hat")
+    with pytest.raises(UserError) as caught:
+        classify(class_folder, data, *flags)
+    assert words in str(caught.value)
+    assert not (tmp_path / "classes.json").exists()
+
+
+def test_check_audits_labels(
+    load_program: Callable[[str], Any], class_folder: Path, dit_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    data, sheet = photos(tmp_path / "photos", 6), tmp_path / "doubts.png"
+    check = load_program("check").main
+    check([str(data), "--audit", str(class_folder), "--sheet", str(sheet)])
+    said = capsys.readouterr().out
+    assert "images are likelier with another label" in said and "least like the others" in said
+    assert Image.open(sheet).height > 100
+    check([str(data), "--audit", str(dit_folder), "--json"])
+    found = json.loads(capsys.readouterr().out)["audit"]
+    assert len(found) == 6 and {one["label"] for one in found} == {*KINDS}
+    ratios = [one["log_ratio"] for one in found]
+    assert ratios == sorted(ratios)

@@ -1,0 +1,126 @@
+"""What a trained network knows: features of its blocks, and the density of images."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latentflow import LatentFlowPipeline
+from latentflow.errors import UserError
+from latentflow.evaluation.data import ImageSet
+from latentflow.evaluation.probing import auroc, likelihood, linear_probe
+from latentflow.evaluation.sampler import Sampler
+from latentflow.models import UNet
+
+from .conftest import NAMES, GaussianFlow, quiet
+from .test_classify import photos
+
+KINDS = [*NAMES.values()]
+
+
+def test_densities_are_those_of_the_gaussians(class_pipe: Any, images: Callable[..., Tensor]) -> None:
+    model, real = class_pipe.model, images(12) * 2 - 1
+    own = [KINDS[number % 3] for number in range(12)]
+    sampler = Sampler(
+        model=model, pipeline=class_pipe, condition_kind="class_labels", settings={}, seed=0, batch_size=5
+    )
+    report = likelihood(sampler, {"train": ImageSet(images=real, captions=own)}, 12)
+    with torch.no_grad():
+        x1 = model.encode(real).double()
+        mean = model.network.means[[number % 3 for number in range(12)]][:, :, None, None]
+        normal = torch.distributions.Normal(mean.double(), GaussianFlow.SPREAD)
+        exact = -normal.log_prob(x1).flatten(1).mean(1) / math.log(2)
+    assert abs(report["train"]["bits_per_dim"] - float(exact.mean())) < 1e-3
+    assert abs(report["train"]["standard_error"] - float(exact.std()) / 12**0.5) < 1e-3
+    assert report["train"]["n"] == 12
+
+
+def test_images_of_another_kind_are_told_by_the_density(
+    class_pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = class_pipe.model
+    draws = GaussianFlow.SPREAD * torch.randn(30, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    draws = draws + model.network.null.detach()[:, None, None]
+    draws[20:] += 3.0
+    monkeypatch.setattr(type(model), "encode", lambda _, places: draws[places.long().flatten()])
+    places = torch.arange(30.0)[:, None, None, None]
+    sets = {
+        name: ImageSet(images=places[part], captions=[KINDS[0]] * 10)
+        for name, part in {"train": slice(10), "held_out": slice(10, 20), "other": slice(20, 30)}.items()
+    }
+    sampler = Sampler(
+        model=model, pipeline=class_pipe, condition_kind="class_labels", settings={}, seed=0, batch_size=10
+    )
+    report = likelihood(sampler, sets, 10)
+    assert report["other"]["auroc"] == report["other"]["auroc_of_typicality"] == 1.0
+    assert report["train"]["bits_per_dim"] < report["other"]["bits_per_dim"] - 5
+
+
+def test_auroc_counts_pairs() -> None:
+    assert auroc([3.0, 4.0], [1.0, 2.0]) == 1.0
+    assert auroc([1.0, 2.0], [3.0, 4.0]) == 0.0
+    assert auroc([1.0, 3.0], [2.0]) == 0.5
+    assert auroc([1.0], [1.0]) == 0.5
+
+
+def test_the_probe_is_a_logistic_regression_at_its_optimum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (200,), generator=generator)
+    rows = torch.eye(3)[labels] * 2 + torch.randn(200, 3, generator=generator)
+    layer = linear_probe(rows, labels, 3).requires_grad_(True)
+    value = nn.functional.cross_entropy(layer(rows), labels) + 0.5e-3 * layer.weight.square().sum()
+    value.backward()
+    assert layer.weight.grad is not None and float(layer.weight.grad.abs().max()) < 1e-3
+    assert 0.6 < float((layer(rows).argmax(1) == labels).float().mean()) < 0.95
+
+
+def test_features_are_the_tokens_behind_a_block(class_folder: Path, images: Callable[..., Tensor]) -> None:
+    model: Any = LatentFlowPipeline.from_pretrained(class_folder).model
+    real = images(2) * 2 - 1
+    seen: list[Tensor] = []
+    model.network.blocks[0].register_forward_hook(lambda *given: seen.append(given[2]))
+    found = model.features(real, 1, 0.5, torch.Generator().manual_seed(1))
+    assert torch.equal(found, seen[0].float().mean(1)) and found.shape == (2, 16)
+    first, second = (model.features(real, 1, 1.0, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    assert torch.equal(first, second) and not torch.allclose(first, found)
+    for block in (0, 2):
+        with pytest.raises(UserError, match="Use 1 to 1"):
+            model.features(real, block, 0.5)
+
+
+def test_a_network_without_tokens_has_no_features(
+    assemble: Callable[[Any], LatentFlowPipeline], images: Callable[..., Tensor]
+) -> None:
+    unet = UNet(in_channels=2, channels=(32, 32), layers_per_block=1, sample_size=4)
+    with pytest.raises(UserError, match="a UNet has no blocks of tokens"):
+        quiet(assemble(unet)).model.features(images() * 2 - 1, 1, 0.5)
+
+
+def test_the_command_measures_both(
+    load_program: Callable[[str], Any], class_folder: Path, dit_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    data, other = photos(tmp_path / "photos", 30), photos(tmp_path / "plain", 6, labelled=False)
+
+    def evaluate(*words: object) -> str:
+        given = (*words, "-n", 4, "--steps", 2, "--validation", 0.3, "--features", "pixels-16")
+        load_program("evaluate").main([str(word) for word in given])
+        return str(capsys.readouterr().out)
+
+    report = tmp_path / "report.json"
+    density = ("--likelihood", "--likelihood-images", 4, "--other", other)
+    said = evaluate(class_folder, data, "-o", report, "--probe", *density)
+    assert "by a linear probe behind block 1" in said and "bits per dimension" in said and "AUROC" in said
+    measured = json.loads(report.read_text())
+    assert {entry["t"] for entry in measured["probe"]["table"]} == {0.3, 0.6, 0.9}
+    assert measured["likelihood"]["other"]["n"] == 4
+    with pytest.raises(UserError, match="plain has no classes to read"):
+        evaluate(dit_folder, other, "-o", tmp_path / "more.json", "--probe")
+    with pytest.raises(UserError, match="--other without --likelihood"):
+        evaluate(class_folder, data, "--other", other)
