@@ -24,3 +24,4 @@ from .run import DistillationConfig as DistillationConfig
 from .run import FineTuningConfig as FineTuningConfig
 from .run import FramingConfig as FramingConfig
 from .run import RunConfig as RunConfig
+from .tokens import TokenConfig as TokenConfig
