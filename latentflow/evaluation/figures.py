@@ -61,7 +61,7 @@ def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
     """
     model, path, losses = sampler.model, CondOT(), []
     if not model.has_velocity:
-        return missing("value", "a consistency model has no velocity")
+        return missing("value", "a model of tokens, or of consistency, has no velocity")
     for start in progress_bar(range(0, len(unseen), sampler.batch_size), desc="validating"):
         rows = slice(start, start + sampler.batch_size)
         x1 = model.encode(unseen.images[rows])

@@ -133,6 +133,10 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
     if not all(file.is_file() for file in files):
         return None
     pipe, network = settings = [read_settings(file) for file in files]
+    tokens = pipe.get("token_path") is not None
+    if tokens:  # the condition is that of the network's transformer
+        inner = network.get("transformer")
+        network |= inner if isinstance(inner, dict) else {}
     if not str(pipe.get("_class_name", "LatentFlowPipeline")).startswith("LatentFlow"):
         return None  # of another family, which is asked once it is open
     for file, config in zip(files, settings, strict=True):
@@ -144,6 +148,9 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
         masks=bool(network.get("condition_channels")),
         steps=(pipe.get("step_counts") or [4 if pipe.get("average") else 16])[-1],
         distilled_guidance=pipe.get("folded_guidance", 1.0) != 1.0,
+        guidance=2.0 if tokens else 4.0,
+        edit_guidance=2.0,
+        has_velocity=not tokens,
     )
 
 

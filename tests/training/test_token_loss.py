@@ -33,7 +33,11 @@ class Posterior(nn.Module):
 
 def batch(count: int = 8, side: int = 4) -> dict[str, Any]:
     tokens = torch.randint(V, (count, side, side), generator=torch.Generator().manual_seed(0))
-    return {"latents": tokens.int(), "sample_ids": [*range(3, 3 + count)], "class_labels": torch.arange(count)}
+    return {
+        "latents": tokens.int(),
+        "sample_ids": [*range(3, 3 + count)],
+        "class_labels": torch.arange(count),
+    }
 
 
 def loss_of(data: dict[str, Any], sharp: float, **settings: Any) -> tuple[TokenLoss, Posterior]:
@@ -64,7 +68,9 @@ def test_generalised_kl_of_ignorance_under_a_uniform_source() -> None:
     found = loss(data)
     right = (network.given[0][0] == data["latents"]).double()
     each = right * (1 - 1 / V) + (1 - right) * (math.log(V) - 1 / V)
-    torch.testing.assert_close(found["per_sample"].double(), each.mean((1, 2)) / (1 - found["t"]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        found["per_sample"].double(), each.mean((1, 2)) / (1 - found["t"]), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("source", ["mask", "uniform"])

@@ -19,8 +19,8 @@ from .control import ControlImages
 class ConditionedLoss(nn.Module):
     """The common part of the losses of generators; a loss has ``forward`` (batch -> ``loss`` and more).
 
-    A batch holds ``latents`` (B, ...); ``sample_ids``, B ints, on which all that is drawn depends; what `prompts` needs;
-    with ``masking`` what that needs. It may hold ``weights`` (B,), factors on the losses in their mean.
+    A batch holds ``latents`` (B, ...); ``sample_ids``, B ints, on which all that is drawn depends; what `prompts`
+    needs; with ``masking`` what that needs. It may hold ``weights`` (B,), factors on the losses in their mean.
 
     Args:
         network: called with noisy data, times and a condition.

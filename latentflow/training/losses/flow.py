@@ -31,8 +31,8 @@ _VALIDATION_TIMES = 4  # noises and times per validation image
 class FlowLoss(ConditionedLoss):
     """The loss of a velocity network, and of the text encoder that is trained along.
 
-    Beside what `ConditionedLoss` needs, a batch holds ``latents`` (B, C, h, w), perhaps their ``latents_std`` of the same
-    shape, and perhaps ``noise``, shaped like the latents, that they are paired with.
+    Beside what `ConditionedLoss` needs, a batch holds ``latents`` (B, C, h, w), perhaps their ``latents_std`` of the
+    same shape, and perhaps ``noise``, shaped like the latents, that they are paired with.
 
     Args:
         network: called ``network(xt, t, condition)``.
@@ -144,6 +144,7 @@ class FlowLoss(ConditionedLoss):
         if self.choices.weighting is None:
             return None
         return loss_factor(self.choices.weighting, self.path, self.config.prediction, t, density.slope(u))
+
 
 class Density(Protocol):
     """A density of training times, as `TimeDensity`."""
