@@ -26,4 +26,3 @@ from .run import FineTuningConfig as FineTuningConfig
 from .run import FramingConfig as FramingConfig
 from .run import RunConfig as RunConfig
 from .tokens import TokenConfig as TokenConfig
-from .tokens import token_path as token_path

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError, lookup, make
-from ..utils.flags import Essential
 from .model import AlignmentConfig, FlowConfig, NetworkConfig, RoutingConfig, changed
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ class TokenConfig:
         UserError: an unknown name or option (the nearest is named), or settings without ``tokens``.
     """
 
-    tokens: Annotated[bool, Essential("model")] = False
+    tokens: bool = False
     """Learn the tokens of an autoencoder with a codebook (a VQModel named by --vae, or one trained first by
     --autoencoder-class vq or fsq) in place of latents. Such a model inpaints without being trained to."""
     token_source: Literal["mask", "uniform"] = "mask"
@@ -50,10 +49,12 @@ class TokenConfig:
 
     def path(self, vocabulary: int) -> MixturePath:
         """Return the path of tokens 0 to ``vocabulary`` - 1."""
-        return token_path(vocabulary, **self.plain())
+        from ..flow.discrete.table import mixture_path
+
+        return mixture_path(vocabulary, **self.plain())
 
     def plain(self) -> dict[str, Any]:
-        """Return the path's settings as a pipeline's config has them; see `token_path`."""
+        """Return the path's settings as a pipeline's config has them; see `mixture_path`."""
         return {"source": self.token_source, "kappa": self.kappa, "kappa_options": dict(self.kappa_options)}
 
     def weighting(self) -> Weighting | None:
@@ -94,19 +95,6 @@ class TokenConfig:
                 f"{min(given)} with --tokens: it is of continuous flows",
                 "Leave it out. Tokens have --token-source, --kappa, --token-objective and --token-weighting.",
             )
-
-
-def token_path(vocabulary: int, source: str, kappa: str, kappa_options: dict[str, float]) -> MixturePath:
-    """Return the path of tokens with a source of ``SOURCES`` and a schedule of ``KAPPAS``.
-
-    Raises:
-        UserError: an unknown name or option (the nearest is named); fewer than 2 tokens.
-    """
-    from ..flow.discrete import KAPPAS, SOURCES, MixturePath
-
-    return MixturePath(
-        vocabulary, make(KAPPAS, kappa, "kappa", **kappa_options), make(SOURCES, source, "token source")
-    )
 
 
 def _flag(name: str) -> str:

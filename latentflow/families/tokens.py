@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import flow
 from ..autoencoder import detokenize, filled, tokenize
-from ..config import token_path
 from ..errors import UserError
 from ..flow.discrete import Posterior, guide_batched
+from ..flow.discrete.table import mixture_path
 from ..flow.tensors import uniform_like
 from ..models import settings_of
 from ..utils.files import MEND
@@ -43,7 +43,7 @@ class TokenModel(LatentFlowModel):
         if not isinstance(settings, Mapping) or {*settings} != {"source", "kappa", "kappa_options"}:
             raise UserError(f"token_path is {settings}", f"Expected: source, kappa and kappa_options. {MEND}")
         vocabulary = self.setting("vocabulary", 2)  # without a network it says nothing
-        self.token_path = token_path(vocabulary, **settings)
+        self.token_path = mixture_path(vocabulary, **settings)
         if self.token_path.states > (self.setting("states") or vocabulary + 1):
             raise UserError(
                 f"the source of the tokens is '{settings['source']}', and the network knows no mask", MEND

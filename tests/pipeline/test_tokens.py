@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from torch import Tensor
 
 from latentflow import LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.autoencoder import tokenize
-from latentflow.config import token_path
 from latentflow.errors import UserError
+from latentflow.evaluation.data import ImageSet
+from latentflow.evaluation.figures import validation_loss
+from latentflow.evaluation.sampler import Sampler
 from latentflow.families import FlowModel
 from latentflow.families.tokens import TokenModel
 from latentflow.flow.discrete import SAMPLERS
+from latentflow.flow.discrete.table import mixture_path
+from latentflow.inference.sample import model_capabilities, read_capabilities
 from latentflow.models import Condition, TokenDiT
 from latentflow.pipeline.edit import LatentFlowEditPipeline
 
@@ -53,7 +58,7 @@ def tokenizer(codes: int = V) -> VQModel:
 
 def pipeline(kind: Any = LatentFlowPipeline, source: str = "mask", network: type[TokenDiT] = Known) -> Any:
     torch.manual_seed(0)
-    states = token_path(V, **PATHS[source]).states
+    states = mixture_path(V, **PATHS[source]).states
     built = network(V, states, embedding_width=8, transformer=TINY)
     names = {0: "apple", 1: "hat"}
     pipe = kind(tokenizer(), built.eval(), id2label=names, token_path=PATHS[source])
@@ -133,7 +138,12 @@ def test_what_is_known_is_kept_to_the_token_and_to_the_pixel(source: str) -> Non
     pipe, images = pipeline(LatentFlowInpaintPipeline, source), image(2)
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 3:12, 5:] = 1.0  # cells 1 to 5, 2 to 7
-    asked: dict[str, Any] = {"class_labels": 0, "image": images, "mask_image": mask, "num_images_per_prompt": 30}
+    asked: dict[str, Any] = {
+        "class_labels": 0,
+        "image": images,
+        "mask_image": mask,
+        "num_images_per_prompt": 30,
+    }
     asked |= {"num_inference_steps": 4, "guidance_scale": 1.0, "corrector": 1.0, "generator": generators(60)}
     tokens = pipe(**asked, output_type="latent").images.view(2, 30, SIDE, SIDE)
     hole = torch.zeros(SIDE, SIDE, dtype=torch.bool)
@@ -155,7 +165,12 @@ def test_what_is_known_is_kept_to_the_token_and_to_the_pixel(source: str) -> Non
 def test_an_image_is_varied() -> None:
     pipe, images = pipeline(LatentFlowImg2ImgPipeline), image()
     own = tokenize(pipe.vae, 2 * images - 1)
-    asked: dict[str, Any] = {"class_labels": 0, "image": images, "num_inference_steps": 10, "output_type": "latent"}
+    asked: dict[str, Any] = {
+        "class_labels": 0,
+        "image": images,
+        "num_inference_steps": 10,
+        "output_type": "latent",
+    }
     asked["num_images_per_prompt"] = 40
     same = pipe(**asked, strength=0.0).images
     assert torch.equal(same, own.expand_as(same))
@@ -179,7 +194,10 @@ def test_a_callback_sees_replaces_and_interrupts() -> None:
     tokens = drawn(pipe, 3, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names)
     assert [entry[:2] for entry in seen] == [(0, 1000.0), (1, 750.0)]
     assert seen[0][2] > seen[1][2] > 0
-    assert {*tokens.unique().tolist()} == {0, 1}  # what was put there, and the likeliest in the place of masks
+    assert {*tokens.unique().tolist()} == {
+        0,
+        1,
+    }  # what was put there, and the likeliest in the place of masks
     with pytest.raises(UserError, match="latents that the callback returned after step 1"):
         drawn(pipe, 3, callback_on_step_end=lambda *_: {"latents": torch.zeros(3, 2, 2)})
     with pytest.raises(UserError, match="holds tokens from 9 to 9"):
@@ -199,9 +217,17 @@ def test_a_folder_opens_as_it_was_saved(tmp_path: Path) -> None:
         assert isinstance(model, TokenModel) and isinstance(again.model, TokenModel)
         assert again.model.token_path == pipe.model.token_path
         assert again.model.classes == ("apple", "hat") and again.model.native_size == (16, 16)
-        settings = {"class_labels": "hat", "num_images_per_prompt": 3, "output_type": "latent", "solver": "euler"}
+        settings = {
+            "class_labels": "hat",
+            "num_images_per_prompt": 3,
+            "output_type": "latent",
+            "solver": "euler",
+        }
         first, second = (one(**settings, generator=generators(3)).images for one in (pipe, again))
         assert torch.equal(first, second)
+        narrow = LatentFlowPipeline.from_pretrained(tmp_path / source, dtype=torch.bfloat16)
+        narrow.set_progress_bar_config(disable=True)
+        assert narrow(class_labels="hat", output_type="pt").images.isfinite().all()
         shared = LatentFlowInpaintPipeline.from_pipe(again)
         assert isinstance(shared.model, TokenModel) and shared.transformer is again.transformer
 
@@ -254,6 +280,28 @@ def test_what_tokens_cannot_do_is_said() -> None:
     with pytest.raises(UserError, match="method 'repaint' with a checkpoint of tokens"):
         fill = LatentFlowInpaintPipeline.from_pipe(pipe)
         fill(class_labels=0, image=image(), mask_image=torch.ones(1, 1, 16, 16), method="repaint")
+
+
+def test_the_bound_of_independent_tokens_is_their_entropy() -> None:
+    """-log2 p of each token, on average: for masks and a posterior that does not look at the others it is exact."""
+    pipe = pipeline()
+    images = 2 * image(40) - 1
+    sampler = Sampler(
+        model=pipe.model, pipeline=pipe, condition_kind="class_labels", settings={}, seed=0, batch_size=16
+    )
+    found = validation_loss(sampler, ImageSet(images=images, captions=["hat"] * 40))
+    expected = -LOG_P[1][tokenize(pipe.vae, images)].mean() / math.log(2)
+    assert found["unit"] == "bits per token" and found["images"] == 40
+    assert abs(found["value"] - float(expected)) < 5 * found["standard_error"]
+    assert found["standard_error"] < 0.05 * found["value"]
+
+
+def test_a_folder_says_what_it_can_without_being_opened(tmp_path: Path) -> None:
+    pipe = pipeline(network=TokenDiT)
+    pipe.save_pretrained(tmp_path)
+    read = read_capabilities(str(tmp_path))
+    assert read == model_capabilities(pipe.model)
+    assert read is not None and read.tokens and read.labels == ("apple", "hat") and not read.has_velocity
 
 
 def test_other_checkpoints_take_no_settings_of_tokens(class_pipe: Any) -> None:
