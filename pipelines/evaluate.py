@@ -55,6 +55,10 @@ class EvaluateConfig(AdapterChoice):
     """Guidance scale; 1 is off. Default: 4, unless guidance was distilled into the checkpoint."""
     solver: str | None = None
     """Solver of the flow, as of `latentflow generate`; default: as that draws."""
+    temperature: float = 1.0
+    """Checkpoints of tokens: divides the logits, as of `latentflow generate`."""
+    corrector: float = 0.0
+    """Checkpoints of tokens: how many times each token is drawn again on the way."""
     seed: int = 0
     """Seed of the captions, of the noise, and of the choice of real images to compare with."""
     batch_size: int = 50
@@ -121,8 +125,9 @@ class EvaluateConfig(AdapterChoice):
                 finite(flag, number)
         if self.solver is not None and self.solver != "tuned":
             from latentflow.flow import SOLVERS
+            from latentflow.flow.discrete import SAMPLERS
 
-            lookup(SOLVERS, self.solver, "solver")
+            lookup({**SOLVERS, **SAMPLERS}, self.solver, "solver")
         if self.other is not None and not self.likelihood:
             raise UserError("--other without --likelihood", "Add --likelihood, or leave --other out.")
         if self.attributes and len(set(self.attributes)) < max(2, len(self.attributes)):
@@ -150,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     from latentflow.evaluation.lines import lines
     from latentflow.evaluation.sampler import HELD_OUT_CAPTIONS, TRAINING_CAPTIONS, Sampler
+    from latentflow.families.few_steps import require_velocity
     from latentflow.families.latentflow import NAMED_STEPS
     from latentflow.metrics import learned
     from latentflow.models.vision import EFFICIENTNET_LIBRARIES
@@ -172,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.check_image_input()
     pipe.set_progress_bar_config(disable=True)
     solver = config.solver
-    steps = config.steps or (pipe.usual_steps if solver in (None, "tuned") else NAMED_STEPS)
+    steps = config.steps or (
+        pipe.usual_steps if solver in (None, "tuned") or model.draws_tokens else NAMED_STEPS
+    )
     guidance = model.usual_guidance if config.guidance is None else config.guidance
     config = dataclasses.replace(config, steps=steps, guidance=guidance, solver=solver)
     source = open_source(config.data, settings)
@@ -194,8 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     notes = report.notes(model, source, test, kind, captions, real)
     if config.probe and source.kind != "class":
         raise UserError(f"--probe: {source.name} has no classes to read", "Leave it out.")
-    if config.likelihood and not model.has_velocity:
-        raise UserError("--likelihood: this checkpoint has no velocity", "Leave it out.")
+    if config.likelihood:
+        require_velocity(model)
     other = None if config.other is None else open_source(config.other, settings | {"condition": "none"})
     if config.attributes and kind == "nothing":
         raise UserError("--attributes needs a checkpoint that takes captions or classes", "Leave it out.")
@@ -212,7 +220,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=model,
         pipeline=pipe,
         condition_kind=kind,
-        settings={"num_inference_steps": steps, "guidance_scale": guidance, "solver": solver},
+        settings={
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "solver": solver,
+            "temperature": config.temperature,
+            "corrector": config.corrector,
+        },
         seed=config.seed,
         batch_size=config.batch_size,
     )

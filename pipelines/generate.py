@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.config import SamplingConfig
+from latentflow.config import TokenSamplingConfig
 from latentflow.inference.images import control_files, enlarge, image_grid, read_controls, save_images
 from latentflow.inference.opening import open_pipeline
 from latentflow.inference.sample import (
@@ -25,7 +25,7 @@ from latentflow.inference.sample import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SamplingConfig):
+class GenerateConfig(TokenSamplingConfig):
     """Generate images from prompts or classes, or unconditionally, as the checkpoint was trained."""
 
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()
@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         guidance_scale=config.guidance,
         solver=config.solver,
         control_scale=config.control_scale,
+        temperature=config.temperature,
+        corrector=config.corrector,
     )
 
     # Write

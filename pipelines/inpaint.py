@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.config import SamplingConfig
+from latentflow.config import TokenSamplingConfig
 from latentflow.errors import UserError
 from latentflow.inference.images import (
     box_mask,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InpaintConfig(SamplingConfig):
+class InpaintConfig(TokenSamplingConfig):
     """Repaint part of an image. Every pixel outside the mask keeps its sRGB colour and its transparency.
 
     latentflow inpaint face.png mask.png "a red hat" -o hat.png
@@ -122,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         feather=config.feather,
         seamless=config.seamless,
         control_scale=config.control_scale,
+        temperature=config.temperature,
+        corrector=config.corrector,
     )
 
     # Write

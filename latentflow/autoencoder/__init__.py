@@ -21,6 +21,7 @@ from .latents import measure_statistics as measure_statistics
 from .latents import normalise as normalise
 from .latents import normalised_posterior as normalised_posterior
 from .latents import posterior as posterior
+from .masked import filled as filled
 from .masked import latent_mask as latent_mask
 from .masked import mask_channels as mask_channels
 from .masked import masked_condition as masked_condition

@@ -63,11 +63,16 @@ def masked_latents(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
     An autoencoder looks around each cell: next to such a filling the kept cells stay close to what they would be
     beside the true content, closer than next to a grey hole. Arguments as in `masked_condition`.
     """
-    return encode(vae, torch.stack([_filled(image, mask) for image, mask in zip(images, masks, strict=True)]))
+    return encode(vae, filled(images, masks))
+
+
+def filled(images: Tensor, masks: Tensor) -> Tensor:
+    """Return images (B, 3, H, W) with each masked pixel replaced by the kept pixel nearest to it; grey if none is
+    kept. Arguments as in `masked_condition`."""
+    return torch.stack([_filled(image, mask) for image, mask in zip(images, masks, strict=True)])
 
 
 def _filled(image: Tensor, mask: Tensor) -> Tensor:
-    """Return (3, H, W) with each masked pixel replaced by the kept pixel nearest to it; grey if none is kept."""
     from scipy.ndimage import distance_transform_edt  # scipy is slow to import
 
     hole = (mask[0] > 0).cpu().numpy()

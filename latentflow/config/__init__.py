@@ -10,6 +10,7 @@ from .control import ControlConfig as ControlConfig
 from .inference import AdapterChoice as AdapterChoice
 from .inference import MemoryConfig as MemoryConfig
 from .inference import SamplingConfig as SamplingConfig
+from .inference import TokenSamplingConfig as TokenSamplingConfig
 from .loop import LoopConfig as LoopConfig
 from .model import AlignmentConfig as AlignmentConfig
 from .model import AutoencoderConfig as AutoencoderConfig
@@ -24,3 +25,4 @@ from .run import DistillationConfig as DistillationConfig
 from .run import FineTuningConfig as FineTuningConfig
 from .run import FramingConfig as FramingConfig
 from .run import RunConfig as RunConfig
+from .tokens import TokenConfig as TokenConfig

@@ -77,7 +77,8 @@ class SamplingConfig(AdapterChoice):
     """tuned (what `latentflow tune-sampler` has fitted), euler, midpoint, heun, ralston, rk4, adams-bashforth-2,
     adams-bashforth-3, dpm-solver++2m, exponential-adams, dopri5; or, adding fresh noise, euler-maruyama,
     stochastic-heun, ddpm, churn, langevin; or scheduler, the one of a pretrained model. Default: the checkpoint's
-    scheduler if it has one, else what was tuned for these steps, else exponential-adams (a pretrained model: euler)."""
+    scheduler if it has one, else what was tuned for these steps, else exponential-adams (a pretrained model: euler).
+    Checkpoints of tokens: exact (the default), euler, tau-leaping, random, halton or confidence."""
     negative: str | None = None
     """Negative prompt: what the image should not show."""
     scale: int = 1
@@ -87,3 +88,14 @@ class SamplingConfig(AdapterChoice):
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSamplingConfig(SamplingConfig):
+    """Sampling of images, also from checkpoints of tokens."""
+
+    temperature: float = 1.0
+    """Checkpoints of tokens: below 1 likely tokens are drawn more often, above 1 less often."""
+    corrector: float = 0.0
+    """Checkpoints of tokens: how many times each token is drawn again on the way; 1 to 5 can mend what few steps got
+    wrong."""

@@ -17,6 +17,7 @@ from ..utils.libraries import missing
 from .control import ControlConfig
 from .loop import LoopConfig
 from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, NetworkConfig, RoutingConfig, TextConfig
+from .tokens import TokenConfig
 
 _REPLAYED = 1000  # images: up to here the model's own samples are mixed in by default
 
@@ -215,6 +216,7 @@ class RunConfig:
     text: TextConfig = TextConfig()
     adapter: AdapterConfig = AdapterConfig()
     flow: FlowConfig = FlowConfig()
+    tokens: TokenConfig = TokenConfig()
     routing: RoutingConfig = RoutingConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     loop: LoopConfig = LoopConfig()
@@ -243,10 +245,27 @@ class RunConfig:
                     )
         if self.adapter.lora_rank and not self.init_from:
             raise UserError("--lora-rank without --init-from", "Name the checkpoint that it adapts.")
+        if self.tokens.tokens:
+            self._check_tokens()
         if self.adapter.lora_rank and self.loop.ema_lengths:
             raise UserError(
                 "--ema-lengths with --lora-rank: averages of another length are not made for adapters",
                 "Leave out one of the two.",
+            )
+
+    def _check_tokens(self) -> None:
+        """Refuse what does not go with tokens."""
+        if self.init_from:
+            raise UserError(
+                "--init-from with --tokens: models of tokens are trained from scratch",
+                "Leave out one of the two.",
+            )
+        others = {"control": self.control.control != "none", "latents-as-is": self.latents_as_is}
+        self.tokens.refuse_unfit(self.flow, self.network, others, (self.routing, self.alignment))
+        if not self.vae and not self.autoencoder.has_codebook:
+            raise UserError(
+                f"--tokens with --autoencoder-class {self.autoencoder.autoencoder_class}, whose latents are no tokens",
+                "Add --autoencoder-class vq (or fsq), or name a VQModel: --vae.",
             )
 
 

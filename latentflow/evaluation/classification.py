@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data import Source, cached_pixels, pixels_to_images
 from ..errors import UserError
 from ..families import FlowModel, Rows
+from ..families.few_steps import require_velocity
 from ..flow import WEIGHTINGS, compare_conditions, log_likelihood, make
 from ..inference.sample import generators
 from ..utils.progress import progress_bar
@@ -49,7 +50,8 @@ class Classifier:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.model.few_steps or not self.model.has_velocity:
+        require_velocity(self.model)
+        if self.model.few_steps:
             raise UserError(
                 "this checkpoint draws in a few steps of its own, and its velocities are averages",
                 "Give the checkpoint that it was distilled from.",

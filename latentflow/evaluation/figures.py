@@ -13,7 +13,9 @@ from .. import metrics
 from ..data.sources import shapes as shapes_data
 from ..errors import UserError
 from ..families import FlowModel
-from ..flow import CondOT, flow_matching_loss
+from ..families.tokens import TokenModel
+from ..flow import CondOT, bits_per_dim, flow_matching_loss
+from ..flow.discrete import likelihood_bound
 from ..metrics import learned
 from ..training.loop.data_order import seeded
 from ..utils.progress import progress_bar
@@ -57,9 +59,11 @@ def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
     """Measure the flow-matching loss on images that were not trained on, averaged over fixed times.
 
     Each image has its own fixed noise. The loss is that of the velocity on the straight path, whatever path and
-    prediction the network was trained with.
+    prediction the network was trained with. Of a model of tokens it is `token_bound`.
     """
     model, path, losses = sampler.model, CondOT(), []
+    if isinstance(model, TokenModel):
+        return token_bound(model, sampler, unseen)
     if not model.has_velocity:
         return missing("value", "a consistency model has no velocity")
     for start in progress_bar(range(0, len(unseen), sampler.batch_size), desc="validating"):
@@ -73,13 +77,32 @@ def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
             sample = path.sample(x0, x1, torch.full((len(x1),), t, device=x1.device))
             at_times.append(flow_matching_loss(velocity(sample.xt, sample.t), sample).cpu())
         losses.append(torch.stack(at_times).mean(0))
-    per_image = torch.cat(losses).double()
+    return _mean_loss(losses) | {"times": VALIDATION_TIMES}
+
+
+def token_bound(model: TokenModel, sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
+    """Measure the bound of the likelihood of images' tokens, in bits per token: see `likelihood_bound`."""
+    bounds = []
+    for start in progress_bar(range(0, len(unseen), sampler.batch_size), desc="validating"):
+        rows = slice(start, start + sampler.batch_size)
+        tokens = model.encode(unseen.images[rows])
+        noise = [seeded(sampler.seed, VALIDATION, start + i) for i in range(len(tokens))]
+        logits = model.logits(sampler.rows(unseen.captions[rows]), 1.0)
+        samples = len(VALIDATION_TIMES)
+        nats = likelihood_bound(logits, tokens, model.token_path, samples=samples, generator=noise)
+        bounds.append(bits_per_dim(-nats, tokens.shape[1:]).cpu())
+    return _mean_loss(bounds) | {"unit": "bits per token"}
+
+
+def _mean_loss(parts: list[Tensor]) -> dict[str, Any]:
+    """Return the mean of images' losses, with its standard error."""
+    per_image = torch.cat(parts).double()
     metrics.refuse_not_finite(per_image[:, None], "images' validation losses")
     n = len(per_image)
     error = missing("standard_error", "one image")
     if n > 1:
         error = {"standard_error": float(per_image.std() / n**0.5)}
-    return {"value": float(per_image.mean()), **error, "images": n, "times": VALIDATION_TIMES}
+    return {"value": float(per_image.mean()), **error, "images": n}
 
 
 # ---------------------------------------------------------------- by sampling

@@ -109,7 +109,7 @@ def _networks(report: dict[str, Any]) -> Iterator[str]:
     for name, part in report["validation_loss"].items():
         error = "" if part.get("standard_error") is None else f" +- {part['standard_error']:.2g}"
         said = f"{_number(part, 'value')}{error} (lower is better, for one autoencoder and data set)"
-        yield _figure("flow loss", f"{name.replace('_', ' ')}: {said}")
+        yield _figure(part.get("unit", "flow loss"), f"{name.replace('_', ' ')}: {said}")
 
 
 def _known(report: dict[str, Any]) -> Iterator[str]:

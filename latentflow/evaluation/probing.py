@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import metrics
 from ..families.latentflow import LatentFlowModel
 from ..flow import bits_per_dim, log_likelihood
+from ..models import DiT
 from ..training.loop.data_order import seeded
 from ..utils.progress import progress_bar
 from .data import ImageSet
@@ -35,7 +36,7 @@ def probe(sampler: Sampler, train: ImageSet, unseen: ImageSet) -> dict[str, Any]
         unseen: those whose classes are read.
     """
     model = sampler.model
-    if not isinstance(model, LatentFlowModel) or not hasattr(model.network, "blocks"):
+    if not isinstance(model, LatentFlowModel) or not isinstance(model.network, DiT):
         return missing("best", "features are those of a DiT of our own")
     train = train.rows([*range(len(train))][:: max(1, len(train) // _MOST)])
     names = sorted({*train.captions})

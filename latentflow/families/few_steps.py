@@ -68,6 +68,13 @@ def require_velocity(model: FlowModel) -> None:
     Raises:
         UserError: says what the checkpoint can do.
     """
+    if model.draws_tokens:
+        raise UserError(
+            "this checkpoint draws tokens: it jumps from one to another, and has no velocity that solvers, edits, "
+            "inversion or interpolation could follow",
+            "Draw with it, vary an image (latentflow edit --method image-to-image, in Python "
+            "LatentFlowImg2ImgPipeline) or fill a hole (latentflow inpaint).",
+        )
     if not model.has_velocity:
         raise UserError(
             "this checkpoint is a consistency model: it jumps to the image, and has no velocity that solvers, edits, "

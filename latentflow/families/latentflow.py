@@ -43,6 +43,12 @@ class LatentFlowModel(ControlledModel):
         UserError: the pipeline's settings are none, or do not belong together.
     """
 
+    def __new__(cls, pipeline: Any) -> LatentFlowModel:
+        """Return a model of tokens for a pipeline that has such a network."""
+        from .tokens import TokenModel  # which derives from this class
+
+        return super().__new__(TokenModel if pipeline.config.get("token_path") is not None else cls)
+
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         config = pipeline.config
@@ -409,7 +415,7 @@ class LatentFlowModel(ControlledModel):
         """Evaluate the network; see `FlowModel.predict`."""
         if condition.sizes is None and self.takes_sizes:
             factor = self.pipeline.vae_scale_factor
-            drawn = [x.shape[2] * factor, x.shape[3] * factor]
+            drawn = [x.shape[-2] * factor, x.shape[-1] * factor]
             sizes = torch.tensor([[*drawn, 0, 0, *drawn]] * len(x), dtype=torch.float32, device=x.device)
             condition = replace(condition, sizes=sizes)
         interval = {} if end is None or not self.few_steps.average else {"end": end}

@@ -71,8 +71,10 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
     unguided: float = 1.0
     #: guidance scale that a network with such an input is given while it is trained; 1 is none
     training_guidance: float = 1.0
-    #: a consistency model alone has none: it jumps to the data
+    #: a consistency model has none, which jumps to the data, nor has a model of tokens
     has_velocity: bool = True
+    #: its latents are tokens (B, h, w)
+    draws_tokens: bool = False
 
     def __init__(self, pipeline: Any, **family_options: Any) -> None:
         if family_options:
@@ -439,19 +441,22 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
         """
         scale = self.guidance(guidance_scale)
         alone, strength = self._bound(rows, times, scale), self.true_guidance(scale)
-        if strength == 1.0:
+        pairs = None if strength == 1.0 else self.beside_negative(rows, negative)
+        if pairs is None:
             return alone
+        both = self._bound(pairs, times, scale)
+        return guide_batched(both, alone, strength, interval, adjust=self.adjust_guided)
+
+    def beside_negative(self, rows: Rows, negative: Rows | None) -> Rows | None:
+        """Return 2B rows, ``rows`` and what guidance leads away from, see `velocity`; None where that is nothing."""
+        negative = self.unconditional(rows) if negative is None else negative
         if negative is None:
-            negative = self.unconditional(rows)
-            if negative is None:
-                return alone
+            return None
         if len(negative) not in (1, len(rows)):
             raise UserError(
                 f"{len(negative)} negative rows for {len(rows)} rows", "Pass one, or one for each."
             )
-        negative = replace(negative.repeat(len(rows) // len(negative)), kept=rows.kept)
-        both = self._bound(Rows.cat([rows, negative]), times, scale)
-        return guide_batched(both, alone, strength, interval, adjust=self.adjust_guided)
+        return Rows.cat([rows, replace(negative.repeat(len(rows) // len(negative)), kept=rows.kept)])
 
     def true_guidance(self, scale: float) -> float:
         """Return the scale of classifier-free guidance, see ``latentflow.flow.guide``, for a guidance scale."""

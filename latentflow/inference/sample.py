@@ -78,6 +78,7 @@ class Capabilities:
         guidance: usual guidance scale of an image without a source.
         edit_guidance, edit_strength: usual ones of an edit.
         image_input, needs_images, has_velocity: as of a ``FlowModel``.
+        tokens: it draws tokens.
     """
 
     text: bool
@@ -92,6 +93,7 @@ class Capabilities:
     image_input: str = "none"
     needs_images: bool = False
     has_velocity: bool = True
+    tokens: bool = False
 
     @property
     def condition(self) -> bool:
@@ -133,6 +135,10 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
     if not all(file.is_file() for file in files):
         return None
     pipe, network = settings = [read_settings(file) for file in files]
+    tokens = pipe.get("token_path") is not None
+    if tokens:  # the condition is that of the network's transformer
+        inner = network.get("transformer")
+        network |= inner if isinstance(inner, dict) else {}
     if not str(pipe.get("_class_name", "LatentFlowPipeline")).startswith("LatentFlow"):
         return None  # of another family, which is asked once it is open
     for file, config in zip(files, settings, strict=True):
@@ -144,6 +150,10 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
         masks=bool(network.get("condition_channels")),
         steps=(pipe.get("step_counts") or [4 if pipe.get("average") else 16])[-1],
         distilled_guidance=pipe.get("folded_guidance", 1.0) != 1.0,
+        guidance=2.0 if tokens else Capabilities.guidance,
+        edit_strength=0.6 if tokens else Capabilities.edit_strength,
+        has_velocity=not tokens,
+        tokens=tokens,
     )
 
 
@@ -163,6 +173,7 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         image_input=model.image_input,
         needs_images=model.needs_images,
         has_velocity=model.has_velocity,
+        tokens=model.draws_tokens,
     )
     return replace(found, edit_guidance=model.usual_guidance) if found.edits_as_it_draws else found
 

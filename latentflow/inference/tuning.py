@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..families import FlowModel, Rows
+from ..families.few_steps import require_velocity
 from ..flow import Solver, Velocity, integrate
 from ..flow.tuning import FINE, Ends, cost, rms, tune
 from ..pipeline.adapter_bases import fingerprint
@@ -116,6 +117,8 @@ def check_tunable(model: FlowModel) -> None:
     Raises:
         UserError: it has no velocity or draws in few steps, has adapters, or needs images.
     """
+    if model.draws_tokens:
+        require_velocity(model)
     if model.few_steps or not model.has_velocity:
         raise UserError(
             "this checkpoint draws in a few steps of its own", "Tune the one it was distilled from."

@@ -14,6 +14,7 @@ from .text import (
     train_tokenizer,
     with_words,
 )
+from .token_dit import TokenDiT, settings_of
 from .unet import UNet
 
 MODELS: dict[str, type[DiT] | type[UNet]] = {"dit": DiT, "unet": UNet}
@@ -25,12 +26,14 @@ __all__ = [
     "Condition",
     "ControlInputs",
     "DiT",
+    "TokenDiT",
     "UNet",
     "check_vocabulary",
     "dit_config",
     "encode_text",
     "load_text_encoder",
     "load_tokenizer",
+    "settings_of",
     "small_text_encoder",
     "train_tokenizer",
     "with_words",

@@ -91,3 +91,9 @@ class TokenDiT(Checked, ModelMixin, ConfigMixin):  # type: ignore[misc]
             return self.head(features)
         codes = self.embedding.weight[: self.config["vocabulary"]]
         return features @ codes.mT.to(features.dtype) * codes.shape[1] ** -0.5
+
+
+def settings_of(network: Any) -> dict[str, Any]:
+    """Return the settings of a network; of a `TokenDiT` those of its transformer beside its own."""
+    config = dict(getattr(network, "config", {}))
+    return {**(config.get("transformer") or {}), **config}

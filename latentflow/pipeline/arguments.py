@@ -16,6 +16,7 @@ from ..errors import UserError, finite, lookup, nearest, plural, shown, unknown,
 from ..families.model import FlowModel, Generators, Rows, Size
 from ..families.sizes import check_size
 from ..flow import SOLVERS, Solver
+from ..flow.discrete import SAMPLERS
 from ..flow.tensors import require_finite
 from ..flow.times import MOST_STEPS, STEPS_FIX
 from .adapter_scale import SCALE_NAMES, Scale, check_scale, scale_of, scaled_adapters
@@ -204,7 +205,7 @@ def _solver(name: str, value: Any) -> str | Solver:
     if isinstance(value, Solver):
         return value
     _instance(str, f"Pass one of {', '.join(SOLVERS)}.")(name, value)
-    if value not in (SCHEDULER, TUNED):
+    if value not in (SCHEDULER, TUNED, *SAMPLERS):  # of tokens
         lookup(SOLVERS, value, "solver")
     return str(value)
 
@@ -256,8 +257,21 @@ def _autoencoder(name: str, value: Any) -> Any:
     return value
 
 
+def _noise(name: str, value: Any) -> Tensor:
+    tokens = isinstance(value, Tensor) and value.dtype == torch.int64
+    tensor: Tensor = _tensor("(B, h, w)" if tokens else "(B, C, h, w)", floating=not tokens)(name, value)
+    return tensor
+
+
+def _temperature(name: str, value: Any) -> float:
+    fix = "Use a positive, finite number; 1 leaves the logits as they are."
+    if (number := finite(name, value, 0.0, fix=fix)) == 0.0:
+        raise UserError(f"{name} is 0", fix)
+    return number
+
+
 _SIZE, _MASK = _pair(1, "height and width"), _tensor("(B, L)", floating=False)
-_NOISE, _FLAG = _tensor("(B, C, h, w)"), _instance(bool, "Pass True or False.")
+_FLAG = _instance(bool, "Pass True or False.")
 
 #: argument of a pipeline's method -> its check. Images are checked as they are read.
 CHECKS: dict[str, Check] = {
@@ -277,8 +291,8 @@ CHECKS: dict[str, Check] = {
     "num_images_per_prompt": _whole(1, 10**9),
     "frames": _whole(2, fix="Ask for at least 2, the first and the last."),
     "generator": _generators,
-    "latents": _NOISE,
-    "masked_image_latents": _NOISE,
+    "latents": _noise,
+    "masked_image_latents": _noise,
     "prompt_embeds": _embeds,
     "negative_prompt_embeds": _embeds,
     "source_prompt_embeds": _embeds,
@@ -293,6 +307,8 @@ CHECKS: dict[str, Check] = {
     "callback_on_step_end_tensor_inputs": _tensor_names,
     "solver": _solver,
     "method": _instance(str, "Pass the name of a method."),
+    "temperature": _temperature,
+    "corrector": _finite(0.0, fix="Use a finite number from 0; 1 to 5 are usual."),
     "strength": _finite(0.0, 1.0, "Use 0 (nothing changes) to 1 (drawn from pure noise)."),
     "draws": _whole(1, 10_000),
     "plain_from": _finite(0.0, 1.0, "Use a time in [0, 1]; 1 is off."),
@@ -340,6 +356,8 @@ class ConditionArguments:
     latents: Tensor | None = None
     control_image: Any = None
     control_scale: float = 1.0
+    temperature: float = 1.0
+    corrector: float = 0.0
     #: the images that prompts draw from: one list for all prompts, or one for each
     references: list[list[Tensor]] | None = None
 

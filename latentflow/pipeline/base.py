@@ -17,7 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..autoencoder import downscale_factor, latent_channels
+from ..autoencoder import codebook, downscale_factor, latent_channels
 from ..autoencoder.latents import check_statistics
 from ..errors import UserError, reason, with_article
 from ..families import FAMILIES, FlowModel, family_of
@@ -25,7 +25,7 @@ from ..families.few_steps import FewSteps
 from ..families.index import hub_options, pipeline_class
 from ..families.latentflow import LatentFlowModel
 from ..families.left_out import what_to_do
-from ..models import MODELS, check_vocabulary, load_tokenizer
+from ..models import MODELS, TokenDiT, check_vocabulary, load_tokenizer, settings_of
 from ..utils.components import (
     about,
     component_class,
@@ -53,6 +53,7 @@ from .scheduler import set_grid
 
 #: the pipelines that share one kind of folder
 FAMILY = tuple(name for name in FAMILIES if name.startswith("LatentFlow"))
+_NETWORKS: tuple[type, ...] = (*MODELS.values(), TokenDiT)
 _BASES: dict[str, type] = {
     "vae": ModelMixin,
     "transformer": ModelMixin,
@@ -71,7 +72,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
 
     Args:
         vae: autoencoder between images and latents; the statistics of its latents are in its own config.
-        transformer: the velocity network, a ``DiT`` or a ``UNet``.
+        transformer: the velocity network, a ``DiT`` or a ``UNet``; or a ``TokenDiT``, from tokens to logits.
         text_encoder, tokenizer: for captions; None elsewhere, or where embeddings are passed instead.
         scheduler: None means our own solvers. A diffusers flow scheduler steps in their place, unless a call
             names a ``solver``.
@@ -90,6 +91,8 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         step_counts: the numbers of steps, of one evaluation each, that the network was made for, in increasing order;
             by default the last is taken, and another is warned of. Empty: 4 steps of average velocities, and no
             few-step sampling of other networks.
+        token_path: of a ``TokenDiT``, the path of its tokens: ``source`` and ``kappa``, keys of
+            ``latentflow.flow.discrete.SOURCES`` and ``KAPPAS``, and ``kappa_options``.
 
     Raises:
         UserError: components that do not belong together, or settings that are none.
@@ -123,9 +126,16 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         folded_guidance: float = 1.0,
         step_counts: list[int] | None = None,
         guidance_channels: int | None = None,
+        token_path: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_components(vae, transformer, text_encoder, tokenizer, id2label)
+        of_tokens = "vocabulary" in settings_of(transformer)
+        if transformer is not None and of_tokens != (token_path is not None):
+            raise UserError(
+                f"a {type(transformer).__name__} with token_path {token_path}",
+                "A network of tokens has one, another has none. Restore model_index.json.",
+            )
         components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
         self.register_modules(vae=vae, transformer=transformer, **components)
         few = FewSteps(
@@ -143,6 +153,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
             prediction=prediction,
             coupling=coupling,
             guidance_channels=guidance_channels,
+            **({} if token_path is None else {"token_path": dict(token_path)}),
             **few.plain(),
         )
         self.vae_scale_factor = downscale_factor(vae) if vae is not None else 8
@@ -170,7 +181,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
     @classmethod
     def _get_signature_types(cls) -> dict[str, Any]:
         # from_pipe hands over a component only if its very class is named: name every network there is.
-        return {**super()._get_signature_types(), "transformer": tuple(MODELS.values())}
+        return {**super()._get_signature_types(), "transformer": _NETWORKS}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the pipeline folder; see ``diffusers.DiffusionPipeline.save_pretrained``."""
@@ -360,7 +371,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
                 )
             return over_model(cls, model)
         network = kwargs.get("transformer", getattr(pipeline, "transformer", None))
-        if not isinstance(pipeline, FlowPipeline) and not isinstance(network, tuple(MODELS.values())):
+        if not isinstance(pipeline, FlowPipeline) and not isinstance(network, _NETWORKS):
             kind = type(pipeline).__name__
             raise UserError(
                 f"{with_article(kind)} is none of the {len(FAMILIES)} pipelines that open",
@@ -414,7 +425,7 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
     Raises:
         UserError: says which two differ, and in what.
     """
-    network = getattr(transformer, "config", {})
+    network = settings_of(transformer)
     text = getattr(getattr(text_encoder, "config", None), "hidden_size", None)
     if vae is not None:
         check_statistics(vae)
@@ -428,6 +439,12 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
             None if vae is None else latent_channels(vae),
         ),
         ("text_dim", network.get("text_dim"), "the text encoder's features", text),
+        (
+            "vocabulary",
+            vocabulary := network.get("vocabulary"),
+            "the codes of the autoencoder",
+            None if None in (vae, vocabulary) else len(codebook(vae)),
+        ),
     ):
         if None not in (here, there) and here != there:
             raise UserError(

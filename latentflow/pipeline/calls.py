@@ -47,14 +47,15 @@ class CallMixin(SamplingMixin):
         generator: Generators | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Return the noise (B, C, h, w) of ``count`` images, float32, or ``latents``.
+        """Return the noise (B, C, h, w) of ``count`` images, float32, or ``latents``; of tokens (B, h, w) int64.
 
         Raises:
             UserError: see `check_noise`.
         """
         check_noise(self.model, count, height, width, generator, latents)
         if latents is not None:
-            return latents.to(self._execution_device, torch.float32)
+            kind = torch.int64 if self.model.draws_tokens else torch.float32
+            return latents.to(self._execution_device, kind)
         return self.model.noise(count, height, width, generator)
 
     def image_size(
@@ -116,7 +117,8 @@ class CallMixin(SamplingMixin):
         Raises:
             UserError: of another shape.
         """
-        channels = None if self.vae is None else latent_channels(self.vae)
+        tokens = self.model.draws_tokens
+        channels = None if self.vae is None or tokens else latent_channels(self.vae)
         if channels not in (None, latents.shape[1]):
             raise UserError(
                 f"latents have shape {tuple(latents.shape)}", f"The autoencoder takes (B, {channels}, h, w)."

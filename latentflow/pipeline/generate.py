@@ -49,6 +49,8 @@ class GenerateCall(CallMixin):
         target_size: Size | None = None,
         control_image: Images = None,
         control_scale: float = 1.0,
+        temperature: float = 1.0,
+        corrector: float = 0.0,
         **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Draw images.
@@ -62,13 +64,13 @@ class GenerateCall(CallMixin):
                 network twice a step.
             sigmas: a grid of one's own, decreasing in (0, 1] (1 = noise), in float32 too; overrides the number of
                 steps.
-            guidance_scale: 1 is off (and half the cost); more follows the condition harder. Default: 4; a checkpoint
-                that has learned its guidance along takes no other.
+            guidance_scale: 1 is off (and half the cost); more follows the condition harder. Default: 4, of tokens 2; a
+                checkpoint that has learned its guidance along takes no other.
             negative_prompt: what guidance leads away from; default: the learned null.
             num_images_per_prompt: images per prompt or class; of an unconditional checkpoint, all images.
             generator: one for all, or a list with one per image, each of which alone determines its image, up to
                 rounding: in a batch of another size it may differ by one level of 255.
-            latents: noise (B, C, h, w) to start from.
+            latents: noise (B, C, h, w) to start from; of a checkpoint of tokens, tokens (B, h, w) int64.
             prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask:
                 instead of text, rows of ``pipe.model.encode_prompt``, which no mask goes with; or, of our own
                 checkpoints, what ``pipe.encode_prompt`` returns (without a mask every token counts).
@@ -83,7 +85,8 @@ class GenerateCall(CallMixin):
             class_labels: class name(s), id(s) or a mixture.
             guidance_interval: guide only while t is in it (t = 0 noise, t = 1 data).
             solver: a key of ``latentflow.flow.SOLVERS``, or "scheduler": ``pipe.scheduler``, or else the own scheduler
-                of a pretrained model, steps as in its stock pipeline; or "tuned", see `latentflow tune-sampler`.
+                of a pretrained model, steps as in its stock pipeline; or "tuned", see `latentflow tune-sampler`. Of a
+                checkpoint of tokens: a key of ``latentflow.flow.discrete.SAMPLERS``, by default "exact".
                 Default: ``pipe.scheduler`` if set, else what was tuned for so many steps, this guidance scale and size,
                 else exponential-adams with shorter steps at both ends (average velocities, of which a solver sees the
                 velocities only, where the checkpoint predicts them).
@@ -99,6 +102,9 @@ class GenerateCall(CallMixin):
             control_scale: guidance over the control image, for checkpoints that draw without as well: v(without) +
                 control_scale (v(with) - v(without)), under every prompt, before the guidance over prompts. 1: as it
                 was trained; 0: without; more follows it harder. Values but these two double the evaluations.
+            temperature: of checkpoints of tokens: divides the logits; below 1 likely tokens are drawn more
+                often.
+            corrector: of checkpoints of tokens: how many times each token is drawn again on the way, on average.
             joint_attention_kwargs, attention_kwargs, cross_attention_kwargs: ``{"scale": s}`` multiplies the weights of
                 all loaded adapters by s during this call, as ``set_adapters`` does for all that follow. The three
                 mean the same, and are the names that diffusers' pipelines have for it.

@@ -46,6 +46,8 @@ class ImageToImageCall(CallMixin):
         width: int | None = None,
         control_image: Images = None,
         control_scale: float = 1.0,
+        temperature: float = 1.0,
+        corrector: float = 0.0,
         **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Draw images anew. Arguments that are not listed here are those of ``LatentFlowPipeline``.

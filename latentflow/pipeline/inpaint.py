@@ -21,9 +21,12 @@ from .calls import CallMixin
 from .control import read_control
 from .images import Images, transparent_again
 from .inpaint_batch import read_batch
+from .jumps import keeping
 from .sampling import AfterStep, BindVelocity, RunningCall, Sampler
 
 TRAINED = "trained"
+#: the method of tokens, which has no name in a call: those that are known stay
+KEPT = "kept"
 #: methods that see the hole as a condition where the network was trained with masks: "pnp-flow" steers it all the same
 CONDITIONED = (TRAINED, "pnp-flow")
 #: Fresh noise corrects what a network got wrong on the way, which in a large hole is much:
@@ -69,6 +72,8 @@ class InpaintCall(CallMixin):
         seamless: bool = True,
         control_image: Images = None,
         control_scale: float = 1.0,
+        temperature: float = 1.0,
+        corrector: float = 0.0,
         **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Fill holes. Arguments that are not listed here are those of ``LatentFlowPipeline``.
@@ -98,8 +103,8 @@ class InpaintCall(CallMixin):
                 these, by itself 'ddpm', or average velocities; the others run on our own solvers. "trained" and
                 "pnp-flow" give a checkpoint that was trained with masks the hole as a condition, the others do not.
                 A pretrained model that fills only has it always; its default is "trained", with its own solver.
-                A consistency model takes "pnp-flow" alone. "repaint" goes back in time, which the timesteps that a
-                callback gets do not show.
+                A consistency model takes "pnp-flow" alone. A checkpoint of tokens takes none: it keeps known tokens.
+                "repaint" goes back in time, which the timesteps that a callback gets do not show.
             feather: blend over so many pixels around the hole, which are then no longer the image's own.
             seamless: shift the colours of what is drawn to meet those around the hole (``match_border``). False:
                 leave it as it is drawn.
@@ -155,7 +160,7 @@ class InpaintCall(CallMixin):
             after_step,
             strength=strength,
             x1=call.expand(self.encode_images(views)) if strength < 1.0 else None,
-            sampler=None if method == TRAINED else steered(INPAINTING[method], known, hole),
+            sampler=_sampler(method, known, hole),
         )
         # 5. From latents to images in which only the hole is new
         if output_type == "latent":
@@ -181,6 +186,13 @@ class InpaintCall(CallMixin):
         Raises:
             UserError: there is none of this name, or this checkpoint cannot.
         """
+        if self.model.draws_tokens:
+            if name is not None:
+                raise UserError(
+                    f"method '{name}' with a checkpoint of tokens, which keeps those that are known",
+                    "Leave the method out.",
+                )
+            return KEPT
         if name is None and self._fills_only:
             return TRAINED
         if name is None:
@@ -205,16 +217,20 @@ class InpaintCall(CallMixin):
     def _add_known(
         self, method: str, views: Tensor, holes: Tensor, given: Tensor | None, call: RunningCall
     ) -> Tensor:
-        """Return latents (B, C, h, w) of what is kept, and add them to the condition where the method has it so.
+        """Return latents (B, C, h, w), or tokens, of what is kept; and add them to the condition where the method has
+        it so.
 
         Args:
             views, holes: what the network sees, (P, 3, H, W) in [-1, 1] and (P, 1, H, W) in {0, 1}.
             given: such latents from the caller.
         """
-        model = self.model
+        model: Any = self.model
+        if method == KEPT:
+            return call.expand(model.known_tokens(views, holes) if given is None else given.to(views.device))
         if self.takes_masks and (method in CONDITIONED or self._fills_only):
             call.rows = model.with_known(call.rows, views, holes, given)
-            return model.known_latents(call.rows)
+            latents: Tensor = model.known_latents(call.rows)
+            return latents
         with model.steady_vae() as vae:
             known = masked_latents(vae, views, holes)
         return call.expand(known if given is None else given.to(known))
@@ -248,6 +264,13 @@ def only_in(
         return lambda x, t: torch.where(hole > 0, everywhere(put(x), t), 0.0)
 
     return moving, lambda i, t, x: put(after_step(i, t, put(x)))
+
+
+def _sampler(method: str, known: Tensor, hole: Tensor) -> Sampler | None:
+    """Return what goes from noise to data by a method; None: the pipeline's own solvers."""
+    if method == TRAINED:
+        return None
+    return keeping(known, hole) if method == KEPT else steered(INPAINTING[method], known, hole)
 
 
 def steered(method: Callable[..., Tensor], known: Tensor, hole: Tensor) -> Sampler:

@@ -18,7 +18,10 @@ from ..families.distilled import warn_of_guidance, warn_of_steps
 from ..families.few_steps import require_velocity
 from ..families.latentflow import NAMED_STEPS, LatentFlowModel
 from ..families.model import FlowModel, Generators, Rows, Size
+from ..families.tokens import TokenModel
 from ..flow import Solver, Velocity, integrate
+from ..flow.discrete import simulate
+from ..flow.discrete.simulate import as_logits
 from ..flow.solvers import BY_ROW
 from ..flow.tensors import expand_t, require_finite
 from ..models.text import UnknownWords, unknown_words, with_guesses
@@ -34,6 +37,7 @@ from .arguments import (
     checked,
     labels,
 )
+from .jumps import JumpSettings, sample_tokens
 from .tuned import TunedSolver, fitting, required
 
 if TYPE_CHECKING:
@@ -72,6 +76,7 @@ class SamplingMixin:
     progress_bar: Any
     _execution_device: torch.device
     _guidance_scale: float = 1.0
+    _jumps: JumpSettings = JumpSettings()
     _num_timesteps: int = 0
     _interrupt: bool = False
     _running: bool = False
@@ -193,6 +198,8 @@ class SamplingMixin:
             if images > 1:
                 check_number(led, images)
             images = max(images, led)
+        self._jumps = JumpSettings(asked.temperature, asked.corrector)
+        self._jumps.check(model)
         count = check_inputs(model, asked, height, width, images)
         self.require_room(count, height, width)
 
@@ -248,12 +255,12 @@ class SamplingMixin:
         """Go from noise to data, by our solvers or the diffusers scheduler; end early once interrupted.
 
         Args:
-            velocity: of the grid, on the straight path.
-            x0: noise (B, C, h, w).
+            velocity: of the grid, on the straight path; of a model of tokens its logits.
+            x0: noise (B, C, h, w), or tokens (B, h, w).
             steps, sigmas: the grid, as of a call; steps None = the usual number.
             solver: None = the scheduler where there is one, else what was tuned to the checkpoint for so many steps,
                 else the model's own; "tuned": what was tuned; "scheduler": the one of the pipeline, and of a
-                pretrained model its own.
+                pretrained model its own. Of tokens: a key of ``latentflow.flow.discrete.SAMPLERS``.
             generator: for solvers that draw noise.
             after_step: sees, and may replace, x after each step.
             strength: the part of the grid, counted from its end, that is taken: from t = 1 - strength on.
@@ -271,6 +278,15 @@ class SamplingMixin:
             return x0 if x1 is None else t * x1 + (1.0 - t) * x0
 
         model: Any = self.model
+        if isinstance(model, TokenModel):
+            if sigmas is not None or self.scheduler is not None:
+                raise UserError(
+                    "sigmas or a scheduler of diffusers with tokens, whose times are no levels of noise",
+                    "Give num_inference_steps, and set pipe.scheduler = None.",
+                )
+            return sample_tokens(
+                self, velocity(None), x0, steps, solver, generator, stepped, strength, x1, sampler or simulate
+            )
         if solver == SCHEDULER and isinstance(model, LatentFlowModel):
             if self.scheduler is None:
                 raise UserError("this checkpoint has no scheduler", "Set pipe.scheduler, or use our solvers.")
@@ -405,17 +421,27 @@ class RunningCall:
         return values.repeat_interleave(len(self.rows) // len(values), 0)
 
     def velocity(self, times: Tensor | None = None) -> Velocity:
-        """Return the guided velocity under the conditions as they are at each evaluation; see `FlowModel.velocity`."""
+        """Return the guided velocity under the conditions as they are at each evaluation; see `FlowModel.velocity`.
+
+        Of a model of tokens it is their logits; see `TokenModel.logits`.
+        """
 
         @functools.lru_cache(maxsize=1)
-        def bound(scale: float | None, rows: Rows, negative: Rows | None) -> Velocity:
-            return rows.model.velocity(rows, scale, negative, times, self.interval)
+        def bound(scale: float | None, rows: Rows, negative: Rows | None) -> Any:
+            model: Any = rows.model
+            if model.draws_tokens:
+                return model.logits(rows, scale, negative, self.interval)
+            return model.velocity(rows, scale, negative, times, self.interval)
 
-        def guided(x: Tensor, t: Tensor) -> Tensor:
+        def guided(x: Tensor, t: Tensor) -> Any:
             scale = self.pipe.guidance_scale if self.scale is None else self.scale
             usual = scale == self.usual_scale  # nobody asked for it, and no callback has changed it
             value = bound(None if usual else scale, self.rows, self.negative)(x, t)
-            self.prediction = x + (1.0 - expand_t(t, x)) * value  # on the straight path
+            if isinstance(model := self.rows.model, TokenModel):  # the likeliest tokens
+                likely = as_logits(value).conditional.argmax(-1)
+                self.prediction = torch.where(model.token_path.known(x), x, likely)
+            else:
+                self.prediction = x + (1.0 - expand_t(t, x)) * value  # on the straight path
             return value
 
         return guided
@@ -444,6 +470,10 @@ class RunningCall:
             if rows is not None and changed.get(name) is not None:
                 setattr(self, place, replace(rows, values={**rows.values, "text": changed[name]}))
         replacement: Tensor = changed.get("latents", x)
+        if self.pipe.interrupt and isinstance(model := self.rows.model, TokenModel):
+            assert self.prediction is not None
+            masked = replacement >= model.token_path.vocabulary  # which no image is made of
+            replacement = torch.where(masked, self.prediction, replacement)
         return replacement
 
 

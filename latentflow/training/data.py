@@ -290,7 +290,9 @@ class LatentCache:
         count = 0
         for number, size in enumerate(framed.sizes):
             part, flips = framed.part(number), self.data.random_flip
-            transform = latent_transform(size, self.data.background, self.model.vae, flips, 64, "cpu")
+            transform = latent_transform(
+                size, self.data.background, self.model.vae, flips, 64, "cpu", self._own_encoding
+            )
             keys = digests({*part.pixel_keys()})
             count += int((part.shards("latents", transform.settings).find(keys)[:, 0] < 0).sum())
         return count * (1 + self.data.random_flip)

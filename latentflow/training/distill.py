@@ -25,6 +25,7 @@ from .fine_tune.teacher_samples import SampleSettings, teacher_data
 from .loop.loader import first_batch, to_device
 from .loop.random_numbers import CounterRandom
 from .losses.average_velocity import OneStepLoss, VelocityTeacher
+from .losses.conditioned import ConditionedLoss
 from .losses.distribution_matching import FakeLoss, GeneratorLoss
 from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
@@ -222,7 +223,7 @@ def distillation_recipe(
         return recipe
 
     # ---- pairs: the teacher's samples under the conditions of the data, with their noise ----
-    def pairs(own: LatentData, student: FlowModel, loss: FlowLoss) -> LatentData:
+    def pairs(own: LatentData, student: FlowModel, loss: ConditionedLoss) -> LatentData:
         prompts = in_turn(_prompts(splits.training), settings.pairs)
         folder = Path(settings.pairs_folder or Path(config.output) / "pairs")
         samples = SampleSettings(
@@ -256,7 +257,7 @@ def _prompts(source: Source) -> list[str]:
     return [""]
 
 
-def _straightness_lines(teacher: Teacher, result: Path, loss: FlowLoss, data: LatentData) -> list[str]:
+def _straightness_lines(teacher: Teacher, result: Path, loss: ConditionedLoss, data: LatentData) -> list[str]:
     """Compare how straight the trajectories of teacher and student are, from equal noise under equal conditions."""
     student = FlowModel.from_pretrained(result)
     batch = first_batch(data, _TRAJECTORIES)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..autoencoder import Autoencoder, downscale_factor, latent_channels
 from ..config import LoopConfig
 from ..data import Source
-from ..models import Condition
+from ..models import Condition, settings_of
 from ..utils.memory import peak_gib
 from ..utils.progress import duration_text
 from .loop.distributed import compute_dtype, matrix_product_rate, process_state
@@ -95,14 +95,17 @@ def network_cost(network: nn.Module, size: int, text_length: int) -> Cost:
         shapes: Any = type(network).from_config(network.config)  # type: ignore[attr-defined]
     if network.is_gradient_checkpointing:
         shapes.enable_gradient_checkpointing()
-    config = shapes.config
-    x = _meta(_ROWS, config.in_channels, size, size)
+    config = settings_of(shapes)
+    width, channels = config.get("text_dim"), config.get("condition_channels")
+    x = _meta(_ROWS, size, size, dtype=torch.long)  # tokens
+    if "vocabulary" not in config:
+        x = _meta(_ROWS, config["in_channels"], size, size)
     condition = Condition(
-        class_labels=None if config.num_classes is None else _meta(_ROWS, dtype=torch.long),
-        text=_meta(_ROWS, text_length, config.text_dim) if config.text_dim and text_length else None,
-        text_mask=_meta(_ROWS, text_length, dtype=torch.bool) if config.text_dim and text_length else None,
-        channels=_meta(_ROWS, config.condition_channels, size, size) if config.condition_channels else None,
-        sizes=_meta(_ROWS, 6) if config.size_conditioning else None,
+        class_labels=None if config.get("num_classes") is None else _meta(_ROWS, dtype=torch.long),
+        text=_meta(_ROWS, text_length, width) if width and text_length else None,
+        text_mask=_meta(_ROWS, text_length, dtype=torch.bool) if width and text_length else None,
+        channels=_meta(_ROWS, channels, size, size) if channels else None,
+        sizes=_meta(_ROWS, 6) if config.get("size_conditioning") else None,
     )
     total = _count(lambda: shapes(x, _meta(_ROWS), condition), set(shapes.parameters()))
     return Cost(total.flops / _ROWS, total.activations / _ROWS, total.operations)
@@ -380,15 +383,17 @@ def _free_bytes(device: torch.device) -> float:
 
 def _random_batch(model: TrainedModel, vae: Autoencoder, source: Source, rows: int) -> dict[str, Any]:
     flow_model, size, sample_ids = model.flow_model, model.latent_size, list(range(rows))
-    noise = CounterRandom(0, sample_ids).normal((latent_channels(vae), size, size))
-    batch: dict[str, Any] = {"latents": noise, "sample_ids": sample_ids}
+    data = torch.zeros(rows, size, size, dtype=torch.long)  # tokens
+    if not flow_model.draws_tokens:
+        data = CounterRandom(0, sample_ids).normal((latent_channels(vae), size, size))
+    batch: dict[str, Any] = {"latents": data, "sample_ids": sample_ids}
     if source.kind == "class":
         batch["class_labels"] = torch.zeros(rows, dtype=torch.long)
     elif source.kind == "text" and model.loss.trains_text:
         texts = (source.captions() * rows)[:rows]
         batch |= flow_model.pipeline.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     elif source.kind == "text":
-        batch["text"] = torch.zeros(rows, 16, flow_model.network.config["text_dim"])
+        batch["text"] = torch.zeros(rows, 16, settings_of(flow_model.network)["text_dim"])
         batch["text_mask"] = torch.ones(rows, 16, dtype=torch.bool)
     if model.loss.needs_pixels:
         side = size * downscale_factor(vae)

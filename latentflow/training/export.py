@@ -103,7 +103,7 @@ def pipeline_facts(pipeline: Any, where: str, example: str = "") -> CardFacts:
         example=example or placeholders.get(model.condition_kind, ""),
         classes=tuple(model.classes),
         parts={name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)},
-        inpaints=model.takes_masks,
+        inpaints=model.takes_masks or model.draws_tokens,
         control=() if isinstance(model, PretrainedModel) else model.control_kinds,
         sample_steps=preview_steps(model),
         few_steps=model.few_steps,
@@ -155,7 +155,7 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
             for steps in preview_steps(model)
         ]
         images = torch.cat([grid.images.float().cpu() for grid in grids])
-        if model.takes_masks:
+        if model.takes_masks or model.draws_tokens:
             images = torch.cat([images, *_inpainted(model, source, rows[::2], preview_steps(model)[-1])])
     if encoder is not None:
         encoder.to(home)

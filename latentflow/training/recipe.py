@@ -20,7 +20,7 @@ from .fine_tune.defaults import fine_tuning_lines, fitted
 from .fine_tune.prior import MixedData, prior_prompts
 from .fine_tune.teacher_samples import SampleSettings, teacher_data
 from .loop.distributed import process_state, resolve
-from .losses.flow import FlowLoss
+from .losses.conditioned import ConditionedLoss
 from .losses.latent_data import LatentData
 
 _FEW = 1000  # images: with fewer, a model from scratch memorises many of them
@@ -51,13 +51,13 @@ class Recipe:
     loss_options: dict[str, Any] = field(default_factory=dict)
     student: bool = False
     extra_modules: Callable[[Any], dict[str, nn.Module]] = lambda loss: {}
-    training_data: Callable[[LatentData, FlowModel, FlowLoss], LatentData | MixedData] = (
+    training_data: Callable[[LatentData, FlowModel, ConditionedLoss], LatentData | MixedData] = (
         lambda own, model, loss: own
     )
     teacher_samples: int = 0
     validates: bool = True
     identity: dict[str, Any] = field(default_factory=dict)
-    summary: Callable[[Path, FlowLoss, LatentData], list[str]] = lambda result, loss, own: []
+    summary: Callable[[Path, ConditionedLoss, LatentData], list[str]] = lambda result, loss, own: []
 
 
 def data_recipe(config: RunConfig, splits: DataSplits, given: Collection[str]) -> Recipe:
@@ -100,7 +100,7 @@ def fine_tune_recipe(
     lost = lost_guidance(config.flow, checkpoint, given)
     flow = with_base_flow(config.flow, checkpoint, given)
 
-    def mixed(own: LatentData, model: FlowModel, loss: FlowLoss) -> MixedData:
+    def mixed(own: LatentData, model: FlowModel, loss: ConditionedLoss) -> MixedData:
         folder = Path(config.output) / "prior"
         samples = SampleSettings(seed=loop.seed, pixels=loss.needs_pixels)
         prior = teacher_data(checkpoint, prompts, model, folder, samples, trains_text=loss.trains_text)

@@ -12,6 +12,7 @@ import torch
 
 from ..autoencoder import Autoencoder, build_autoencoder, has_statistics
 from ..config import RunConfig
+from ..errors import UserError
 from ..pipeline.adapter_files import weights_hash
 from .data import (
     DataSplits,
@@ -92,7 +93,15 @@ def train(
     )
     source, training, validation = splits.source, splits.training, splits.validation
     refuse_renumbered_classes(output / "pipeline", source)
+    if config.tokens.tokens and source.precomputed:
+        raise UserError(
+            f"--tokens with {source.name}, whose latents are cached without their tokens",
+            "Give the images themselves: their tokens are cached on the way.",
+        )
     config.loop.check_validated(len(validation) > 0)
+
+    if config.tokens.tokens and source.has_masks:
+        log.info("the masks of the data are not used: a model of tokens fills any hole")
 
     # ---- plan ----
     recipe = make_recipe(config, splits, given_keys)
@@ -165,7 +174,7 @@ def train(
         framing=config.framing,
         model=flow_model,
         trains_text=loss.trains_text,
-        has_masks=source.has_masks,
+        has_masks=source.has_masks and not flow_model.draws_tokens,
         needs_pixels=loss.needs_pixels,
         seed=config.loop.seed,
     )
@@ -273,6 +282,7 @@ def _description(
     """Return plain values that a resumed run must have as well."""
     optional: dict[str, Any] = {
         "framing": config.framing,
+        "tokens": config.tokens,
         "routing": config.routing,
         "alignment": config.alignment,
     }

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..autoencoder import Autoencoder, downscale_factor, latent_channels, mask_channels
+from ..autoencoder import Autoencoder, codebook, downscale_factor, latent_channels, mask_channels
 from ..config import NetworkConfig, RunConfig, TextConfig
 from ..data import Source
 from ..errors import UserError, few
 from ..families import FlowModel
+from ..families.tokens import TokenModel
+from ..flow.discrete import MixturePath
 from ..models import (
     ControlInputs,
     DiT,
+    TokenDiT,
     UNet,
     dit_config,
     load_text_encoder,
@@ -33,9 +36,10 @@ from ..utils.words import known_words, missing_words
 from .fine_tune.adapters import Adapter
 from .fine_tune.base import open_base, refuse_other_flow
 from .loop.distributed import process_state
-from .losses import ControlImages, flow_loss
+from .losses import ControlImages, TokenLoss, flow_loss
 from .losses.alignment import Routing, make_alignment
-from .losses.flow import FlowLoss, Masking
+from .losses.conditioned import ConditionedLoss
+from .losses.flow import Masking
 from .recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -59,7 +63,7 @@ class TrainedModel:
 
     flow_model: FlowModel
     adapter: Adapter | None
-    loss: FlowLoss
+    loss: ConditionedLoss
     latent_size: int
     batch: int
 
@@ -87,7 +91,8 @@ def build(
         UserError: the settings contradict each other, the data or the checkpoint.
     """
     loop, flow = config.loop, config.flow
-    inpainting = flow.inpainting or source.has_masks
+    tokens = config.tokens.path(len(codebook(vae))) if config.tokens.tokens else None
+    inpainting = tokens is None and (flow.inpainting or source.has_masks)
     sizes = config.framing.size_conditioning
     latent_size = resolution // downscale_factor(vae)
     torch.manual_seed(loop.seed)
@@ -118,6 +123,7 @@ def build(
             sizes,
             device="meta" if config.dry_run else "cpu",
             intervals=recipe.sampling.average,
+            tokens=tokens,
         )
     model = LatentFlowPipeline(
         vae=vae,
@@ -126,6 +132,7 @@ def build(
         path_options=flow.path_options,
         prediction=flow.prediction,
         coupling=flow.coupling,
+        token_path=None if tokens is None else config.tokens.plain(),
         **recipe.sampling.plain(),
     ).model
     network, encoder = model.network, model.pipeline.text_encoder
@@ -140,6 +147,18 @@ def build(
     # ---- loss ----
     batch = loop.train_batch_size * loop.gradient_accumulation_steps * process_state().num_processes
     samples = loop.max_train_steps * batch
+    if isinstance(model, TokenModel):
+        learned = encoder if trains_text else None
+        token_loss = TokenLoss(
+            network,
+            config.tokens,
+            model.token_path,
+            loop.seed,
+            flow.condition_dropout,
+            learned,
+            random_numbers=loop.random_numbers,
+        )
+        return TrainedModel(model, None, token_loss, latent_size, batch)
     loss = flow_loss(
         network,
         flow,
@@ -171,12 +190,14 @@ def new_networks(
     size_conditioning: bool = False,
     device: str = "cpu",
     intervals: bool = False,
+    tokens: MixturePath | None = None,
 ) -> dict[str, Any]:
     """Build networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked images.
 
     Args:
         device: on "meta" the velocity network has shapes and no weights: enough for a plan, at no cost.
         intervals: it takes the end of an interval.
+        tokens: the path of the tokens that it learns; None: latents.
 
     Returns:
         Arguments of ``LatentFlowPipeline``: transformer, text_encoder, tokenizer, id2label.
@@ -211,7 +232,14 @@ def new_networks(
                 # The derivative by time is part of what is learned, and times 1000 makes noise of it: the plain time
                 # of continuous consistency models (arXiv:2410.11081, sec. 4.1).
                 chosen |= {"interval_conditioning": True, "time_scale": 1.0}
-            built = DiT(**dit_config(network.network_preset, network.block, **arguments, **chosen))
+            if tokens is not None:
+                chosen["patch_size"] = 1  # each token has logits of its own
+            settings = dit_config(network.network_preset, network.block, **arguments, **chosen)
+            if tokens is None:
+                built = DiT(**settings)
+            else:
+                del settings["in_channels"]
+                built = TokenDiT(tokens.vocabulary, tokens.states, transformer=settings)
     return _components(built, encoder, tokenizer, source.classes)
 
 

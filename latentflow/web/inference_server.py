@@ -261,11 +261,14 @@ class InferenceServer:
         """Return the names of the solvers, and of the inpainting and editing methods that suit the checkpoint."""
         self.pipe  # noqa: B018
         from ..flow import EDITING, SOLVERS
+        from ..flow.discrete import SAMPLERS
         from ..flow.inpainting import INPAINTING
 
         edits = [*(EDITING if self._edits_by_words else ()), IMAGE_TO_IMAGE]
         if self.capabilities.instructions:
             edits = [REFERENCE, *([] if self.capabilities.needs_images else edits)]
+        if self.capabilities.tokens:
+            return {"solver": list(SAMPLERS), "inpaint": [], "edit": edits}
         if not self.capabilities.has_velocity:
             return {"solver": [], "inpaint": ["pnp-flow"], "edit": edits}
         return {

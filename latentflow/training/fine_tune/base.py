@@ -33,6 +33,8 @@ def open_base(checkpoint: str) -> FlowModel:
     quiet_libraries()
     with _starting(checkpoint):
         model = FlowModel.from_pretrained(checkpoint)
+    if model.draws_tokens:
+        raise _of_tokens(checkpoint)
     if not isinstance(model.network, DiT | UNet):
         kind = type(model.network).__name__
         raise UserError(
@@ -175,7 +177,17 @@ def _plain(name: str) -> str:
 
 def _pipeline_config(checkpoint: str) -> dict[str, Any]:
     with _starting(checkpoint):
-        return LatentFlowPipeline.read_index(LatentFlowPipeline.local_folder(checkpoint))
+        config = LatentFlowPipeline.read_index(LatentFlowPipeline.local_folder(checkpoint))
+    if config.get("token_path") is not None:
+        raise _of_tokens(checkpoint)
+    return config
+
+
+def _of_tokens(checkpoint: str) -> UserError:
+    return UserError(
+        f"{checkpoint} draws tokens: such models are neither fine-tuned nor distilled",
+        "Train one from scratch: latentflow train DATA --tokens --vae CHECKPOINT, with the same tokenizer.",
+    )
 
 
 def _network_config(checkpoint: str) -> dict[str, Any]:

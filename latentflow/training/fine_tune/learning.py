@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ...data import Source
 from ..loop.data_order import SampleUse
 from ..loop.loader import by_group, groups_of, load_batch, to_device
+from ..losses.conditioned import ConditionedLoss
 from ..losses.flow import FlowLoss
 from ..losses.latent_data import LatentData
 from ..report.verdict import LEARNING
@@ -25,7 +27,7 @@ from ..report.verdict import LEARNING
 _IMAGES, _NOISES = 64, 4
 
 
-def is_plain(loss: FlowLoss) -> bool:
+def is_plain(loss: ConditionedLoss) -> TypeGuard[FlowLoss]:
     """Return whether this is the loss of velocities, which measures a network by itself."""
     return isinstance(loss, FlowLoss) and not loss.choices.objective.average
 

@@ -1,4 +1,4 @@
-"""Losses: modules that turn a batch into the loss that is minimised; `flow.py` first.
+"""Losses: modules that turn a batch into the loss that is minimised; `flow.py` first, `tokens.py` beside it.
 
 The formula of the error is an objective in `latentflow.flow.objectives`; `flow_loss` chooses the module that an
 objective needs.
@@ -15,6 +15,7 @@ from .alignment import AlignedFlowLoss, Alignment, Routing
 from .average_velocity import AverageVelocityLoss, ProgressiveLoss
 from .control import ControlImages as ControlImages
 from .flow import FlowLoss, Masking
+from .tokens import TokenLoss as TokenLoss
 
 #: the losses of objectives that need more than `AverageVelocityLoss`
 _OWN_LOSSES: dict[str, type[AverageVelocityLoss]] = {"progressive": ProgressiveLoss}

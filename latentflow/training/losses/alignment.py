@@ -23,7 +23,8 @@ from ...models.routing import Route
 from ...models.vision import load_vision_network
 from ..loop.distributed import uncached_autocast
 from ..loop.random_numbers import SampleRandom
-from .flow import FlowLoss, weighted_mean
+from .conditioned import weighted_mean
+from .flow import FlowLoss
 
 
 class Routing:

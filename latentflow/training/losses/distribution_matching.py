@@ -17,7 +17,8 @@ from ...models import Condition
 from ..loop.distributed import uncached_autocast
 from ..loop.random_numbers import SampleRandom
 from .average_velocity import VelocityTeacher
-from .flow import FlowLoss, weighted_mean
+from .conditioned import weighted_mean
+from .flow import FlowLoss
 
 _PATH = CondOT()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -16,26 +15,24 @@ from ...autoencoder import Autoencoder, masked_condition, masked_source
 from ...config import FlowConfig
 from ...data import pixels_to_images
 from ...data.masks import DEFAULT_SHAPES, OWN, check_shapes, random_masks
-from ...errors import lookup
 from ...flow import PathSample, TimeDensity, UniformTimes, loss_factor
 from ...models import Condition
 from ...utils.progress import progress_bar
 from ..loop.data_order import SampleUse, Stream, seeded
 from ..loop.loader import by_group, groups_of, load_batch, to_device
-from ..loop.random_numbers import RANDOM_NUMBERS, SampleRandom, sent
-from ..loop.trained_module import WeightAverage
+from ..loop.random_numbers import SampleRandom, sent
+from .conditioned import ConditionedLoss, weighted_mean
 from .control import ControlImages
 from .latent_data import LatentData
 
 _VALIDATION_TIMES = 4  # noises and times per validation image
 
 
-class FlowLoss(nn.Module):
+class FlowLoss(ConditionedLoss):
     """The loss of a velocity network, and of the text encoder that is trained along.
 
-    A batch holds ``latents`` (B, C, h, w), perhaps their ``latents_std`` of the same shape; ``sample_ids``, B ints, on
-    which all that is drawn depends; what `prompts` needs; with ``masking`` what `Masking` needs. It may hold ``noise``,
-    shaped like the latents, that they are paired with, and ``weights`` (B,), factors on the losses in their mean.
+    Beside what `ConditionedLoss` needs, a batch holds ``latents`` (B, C, h, w), perhaps their ``latents_std`` of the
+    same shape, and perhaps ``noise``, shaped like the latents, that they are paired with.
 
     Args:
         network: called ``network(xt, t, condition)``.
@@ -50,12 +47,7 @@ class FlowLoss(nn.Module):
 
     Attributes:
         density: batch -> the density of its training times.
-        masked: whether the network sees masked images.
-        needs_pixels: whether a batch must hold ``pixels``.
-        learns_from_average: whether the loop must hand over the weight average (`use_average`).
     """
-
-    learns_from_average = False
 
     def __init__(
         self,
@@ -70,12 +62,16 @@ class FlowLoss(nn.Module):
         samples_per_step: int = 1,
         random_numbers: str = "philox",
     ) -> None:
-        super().__init__()
-        self.network, self.control = network, control
-        self.text_encoder = text_encoder
-        self.config, self.seed, self.masking = config, seed, masking
-        self._make_random = lookup(RANDOM_NUMBERS, random_numbers, "random_numbers")
-        self.masked = self.needs_pixels = masking is not None
+        super().__init__(
+            network,
+            seed,
+            config.condition_dropout,
+            text_encoder,
+            masking,
+            control=control,
+            random_numbers=random_numbers,
+        )
+        self.config = config
         self.samples, self.samples_per_step = samples, samples_per_step
         self.choices = choices = config.choices()
         self.path, self.coupling = choices.path, choices.coupling
@@ -92,12 +88,6 @@ class FlowLoss(nn.Module):
         )
         if config.contrastive_weight:
             self.objective = Contrastive(self.objective, config.contrastive_weight)
-        self.average: WeightAverage | None = None
-
-    @property
-    def trains_text(self) -> bool:
-        """True if the text encoder is trained along."""
-        return self.text_encoder is not None
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return ``loss``; ``per_sample`` (B,), the errors without the samples' weights; and their times ``t`` (B,)."""
@@ -118,14 +108,6 @@ class FlowLoss(nn.Module):
     ) -> Tensor:
         """Return the errors (B,) of the network's output; ``weight`` (B,) are factors on them."""
         return self.objective(output, sample, weight=weight)
-
-    def random(self, batch: dict[str, Any]) -> SampleRandom:
-        """Return the random numbers of a batch."""
-        return self._make_random(self.seed, batch["sample_ids"], batch["latents"].device)
-
-    def dropped(self, random: SampleRandom) -> Tensor:
-        """Draw the rows (B,) bool whose condition is replaced by the null; none in validation."""
-        return random.uniform() < (self.config.condition_dropout if self.training else 0.0)
 
     def noise(self, batch: dict[str, Any], random: SampleRandom) -> Tensor:
         """Draw x0; that of the batch's pairs where it holds them."""
@@ -148,35 +130,6 @@ class FlowLoss(nn.Module):
         """Return what a condition-aware coupling compares rows by: labels (B,), or captions as mean tokens (B, D)."""
         return _compared_by(condition)
 
-    def condition(self, batch: dict[str, Any], drop: Tensor | None = None) -> Condition:
-        """Return what the network is given beside the latents: prompts, control images, and what a mask leaves of each
-        image."""
-        condition = self.prompts(batch, drop)
-        if self.control is not None:
-            condition = self.control(condition, batch, training=self.training)
-        if self.masking is None:
-            return condition
-        return dataclasses.replace(condition, channels=self.masking(batch))
-
-    def prompts(self, batch: dict[str, Any], drop: Tensor | None = None) -> Condition:
-        """Return classes, captions and sizes of a batch; the rows where ``drop`` (B,) holds get the null.
-
-        The batch holds ``class_labels`` (B,), or ``input_ids`` and ``attention_mask`` (B, L), or ``text`` (B, L, D) and
-        ``text_mask`` (B, L), or none of these; perhaps ``sizes`` (B, 6).
-        """
-        text, mask = batch.get("text"), batch.get("text_mask")
-        if self.text_encoder is not None and "input_ids" in batch:
-            ids, mask = batch["input_ids"], batch["attention_mask"]
-            text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-            mask = mask.bool()
-        return Condition(
-            class_labels=batch.get("class_labels"),
-            text=text,
-            text_mask=mask,
-            sizes=batch.get("sizes"),
-            drop=drop,
-        )
-
     def source(self, noise: Tensor, condition: Condition) -> Tensor:
         """Return where the flow starts: the noise, or with the coupling data-dependent the kept part beside it."""
         if self.config.coupling != "data-dependent" or condition.channels is None:
@@ -191,15 +144,6 @@ class FlowLoss(nn.Module):
         if self.choices.weighting is None:
             return None
         return loss_factor(self.choices.weighting, self.path, self.config.prediction, t, density.slope(u))
-
-    def use_average(self, average: WeightAverage) -> None:
-        """Learn from this average of the module's weights; without one, from the weights as they are."""
-        self.average = average
-
-
-def weighted_mean(error: Tensor, batch: dict[str, Any]) -> Tensor:
-    """Return the mean of the rows (B,), each times its sample's weight."""
-    return (error * batch["weights"] if "weights" in batch else error).mean()
 
 
 class Density(Protocol):
@@ -265,7 +209,9 @@ def _compared_by(condition: Condition) -> Tensor | None:
 
 
 @torch.no_grad()
-def validation_loss(loss: FlowLoss, data: LatentData, device: torch.device, batch_size: int = 64) -> float:
+def validation_loss(
+    loss: ConditionedLoss, data: LatentData, device: torch.device, batch_size: int = 64
+) -> float:
     """Return the mean loss over held-out samples at fixed noises and fixed times, conditions in place.
 
     The training loss is noise from one t to the next; this one moves only when the network does.

@@ -42,13 +42,15 @@ _SHOWN = (
     "resolution", "network", "network_preset", "width", "depth", "heads", "patch_size", "vae", "init_from", "lora_rank",
     "lora_alpha", "lora_layers", "quantize", "family_options", "prior_samples", "prior_prompts", "checkpoint", "method",
     "guidance", "text_encoder", "path", "prediction", "coupling", "objective", "weighting", "time_density",
-    "condition_dropout", "inpainting", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
-    "optimizer", "learning_rate", "lr_scheduler", "lr_decay_share", "ema_decay", "seed",
+    "token_source", "kappa", "kappa_options", "token_objective", "token_weighting", "condition_dropout", "inpainting",
+    "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler",
+    "lr_decay_share", "ema_decay", "seed",
 )  # fmt: skip
 # Settings without effect where the network is a checkpoint's.
 _OF_NEW_NETWORK = ("network", "network_preset", "width", "depth", "heads", "patch_size")
 # Settings of our own networks and their training, which a pretrained model does not have.
 _OF_OWN_NETWORKS = ("path", "prediction", "coupling", "objective", "inpainting")
+_OF_TOKENS = ("token_source", "kappa", "kappa_options", "token_objective", "token_weighting")
 _WITHOUT_ADAPTER = ("lora_rank", "lora_alpha", "lora_layers")  # settings that have no effect at rank 0
 
 
@@ -266,7 +268,8 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
             if run.config.get(name) not in (None, {}, [])
             and not (name in _WITHOUT_ADAPTER and not run.config.get("lora_rank"))
             and not (name in _OF_NEW_NETWORK and base)
-            and not (name in _OF_OWN_NETWORKS and facts.stock)
+            and not (name in _OF_OWN_NETWORKS and (facts.stock or run.config.get("tokens")))
+            and not (name in _OF_TOKENS and not run.config.get("tokens"))
             and not (name == "lr_decay_share" and run.config.get("lr_scheduler") == "constant")
         ],
         "verdict": _as_text(verdict.remark) if verdict else "",

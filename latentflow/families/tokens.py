@@ -1,0 +1,147 @@
+"""latentflow's own checkpoints of tokens: a ``TokenDiT``, which jumps from token to token and has no velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import flow
+from ..autoencoder import detokenize, filled, tokenize
+from ..errors import UserError
+from ..flow.discrete import Posterior, guide_batched
+from ..flow.discrete.table import mixture_path
+from ..flow.tensors import uniform_like
+from ..models import settings_of
+from ..utils.files import MEND
+from .few_steps import require_velocity
+from .latentflow import LatentFlowModel
+from .model import Generators, Rows
+from .sizes import check_size
+
+#: guidance scale where nobody asks for one: on log-probabilities, which it sharpens, less is needed than on velocities
+TOKEN_GUIDANCE = 2.0
+
+
+class TokenModel(LatentFlowModel):
+    """The flow model of checkpoints of tokens: latents are tokens (B, h, w) int64 of the autoencoder's codebook.
+
+    Attributes:
+        token_path: the path of its tokens.
+
+    Raises:
+        UserError: the pipeline's settings are none, or do not fit the network.
+    """
+
+    has_velocity, draws_tokens = False, True
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        settings = pipeline.config["token_path"]
+        if not isinstance(settings, Mapping) or {*settings} != {"source", "kappa", "kappa_options"}:
+            raise UserError(f"token_path is {settings}", f"Expected: source, kappa and kappa_options. {MEND}")
+        vocabulary = self.setting("vocabulary", 2)  # without a network it says nothing
+        self.token_path = mixture_path(vocabulary, **settings)
+        if self.token_path.states > (self.setting("states") or vocabulary + 1):
+            raise UserError(
+                f"the source of the tokens is '{settings['source']}', and the network knows no mask", MEND
+            )
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """Return a setting of the network or its transformer, or ``default`` where it has none or is not loaded."""
+        return default if self.network is None else settings_of(self.network).get(name, default)
+
+    # ---------------------------------------------------------------- images and tokens
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens (B, h, w) of images, and None; see `FlowModel.encode`."""
+        with self.steady_vae() as vae:
+            return tokenize(vae, images), None
+
+    def known_tokens(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Return the tokens (B, h, w) of images whose holes are filled from the nearest kept pixel.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            masks: (B, 1, H, W) in {0, 1}; what is under 1 has no influence.
+        """
+        return self.encode(filled(images, masks))
+
+    def decode(self, x1: Tensor) -> Tensor:
+        """Tokens (B, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1].
+
+        Raises:
+            UserError: there are masks among them, or other numbers that are no tokens; no autoencoder is loaded.
+        """
+        with self.steady_vae() as vae:
+            return detokenize(vae, x1)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Return (h, w) of the tokens of an image of this size in pixels."""
+        factor = self.pipeline.vae_scale_factor
+        return height // factor, width // factor
+
+    def noise(self, n: int, height: int, width: int, generator: Generators | None = None) -> Tensor:
+        """Return the tokens to start from, (n, h, w) int64; see `FlowModel.noise`."""
+        check_size(height, width, self.size_multiple)
+        like = torch.empty(n, *self.latent_shape(height, width), device=self.device)
+        return self.token_path.start(uniform_like(like, generator, 1)[0])
+
+    def mixed(self, x0: Tensor, x1: Tensor, t: Tensor, generator: Generators | None = None) -> Tensor:
+        """Return tokens (B, h, w) at time t of the path: those of the data x1 with probability kappa(t), else of x0."""
+        share = self.token_path.progress(t).to(x0.device)
+        return torch.where(uniform_like(x0, generator, 1)[0] < share, x1, x0)
+
+    # ---------------------------------------------------------------- from noise to data
+
+    @property
+    def usual_solver(self) -> str:
+        """The sampler that draws where none is named, a key of ``latentflow.flow.discrete.SAMPLERS``."""
+        return "exact"
+
+    def usual_grid(self, steps: int | None, height: int, width: int) -> Tensor:
+        """Return even times: how many tokens become known by each of them is kappa's to say."""
+        return self.time_grid(steps, height, width)
+
+    def guidance(self, scale: float | None) -> float:
+        """Return the guidance scale that is used where ``scale`` is asked for."""
+        return TOKEN_GUIDANCE if scale is None else scale
+
+    def logits(
+        self,
+        rows: Rows,
+        guidance_scale: float | None = None,
+        negative: Rows | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Posterior:
+        """Return (x, t) -> logits (B, h, w, V) of the data, which ``latentflow.flow.discrete.simulate`` follows.
+
+        Args:
+            rows, guidance_scale, negative, interval: see `FlowModel.velocity`.
+
+        Raises:
+            UserError: the numbers of rows and negative rows differ.
+        """
+        scale, alone = self.guidance(guidance_scale), self._logits(rows)
+        both = None if scale == 1.0 else self.beside_negative(rows, negative)
+        return alone if both is None else guide_batched(self._logits(both), alone, scale, interval)
+
+    def _logits(self, rows: Rows) -> Posterior:
+        condition = self.prepare(rows)
+
+        def posterior(x: Tensor, t: Tensor) -> Tensor:
+            each = t.to(x.device, torch.float32).expand(len(x))
+            return self.predict(x, each, condition, None, 1.0)
+
+        return posterior
+
+    def velocity(self, *arguments: Any, **options: Any) -> flow.Velocity:
+        """Refuse: there is none.
+
+        Raises:
+            UserError: always; says what the checkpoint can do.
+        """
+        require_velocity(self)
+        raise AssertionError

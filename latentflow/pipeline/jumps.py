@@ -1,0 +1,101 @@
+"""Sampling of tokens: the settings of their jumps, and tokens that are kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, lookup
+from ..flow.discrete import SAMPLERS, Posterior, simulate
+
+if TYPE_CHECKING:
+    from ..families import FlowModel
+    from ..families.model import Generators
+    from .sampling import AfterStep, Sampler
+
+
+class JumpSettings(NamedTuple):
+    """Arguments of a call that draws tokens; see ``LatentFlowPipeline``."""
+
+    temperature: float = 1.0
+    corrector: float = 0.0
+
+    def check(self, model: FlowModel) -> None:
+        """Refuse settings that would do nothing.
+
+        Raises:
+            UserError: they are given for a model that draws no tokens.
+        """
+        given = [name for name, value in self._asdict().items() if value != self._field_defaults[name]]
+        if given and not model.draws_tokens:
+            raise UserError(
+                f"{given[0]} is {getattr(self, given[0]):g}, and this checkpoint draws no tokens",
+                "Leave it out: it is of checkpoints that were trained with --tokens.",
+            )
+
+
+def sample_tokens(
+    pipe: Any,
+    logits: Posterior,
+    x0: Tensor,
+    steps: int | None,
+    solver: Any,
+    generator: Generators | None,
+    after_step: AfterStep,
+    strength: float,
+    x1: Tensor | None,
+    sampler: Sampler,
+) -> Tensor:
+    """Go from the source's tokens to the data's; end early once interrupted. See `SamplingMixin.sample`.
+
+    Args:
+        pipe: a pipeline of a `TokenModel`.
+        logits: under its conditions.
+        x0: (B, h, w) tokens of the source.
+        sampler: called as ``simulate`` is.
+
+    Raises:
+        UserError: there is no such sampler of tokens.
+    """
+    from .sampling import Interrupted, last_part  # which imports this module
+
+    model = pipe.model
+    method = model.usual_solver if solver is None else solver
+    lookup(SAMPLERS, method if isinstance(method, str) else type(method).__name__, "sampler of tokens")
+    height, width = (side * pipe.vae_scale_factor for side in x0.shape[-2:])
+    times = last_part(model.time_grid(steps, height, width), strength)
+    pipe._num_timesteps = len(times) - 1
+    x = x0 if x1 is None else model.mixed(x0, x1, times[0], generator)
+    if pipe._num_timesteps == 0:
+        return x
+    try:
+        return sampler(
+            logits,
+            x,
+            times,
+            method,
+            path=model.token_path,
+            **pipe._jumps._asdict(),
+            callback=lambda i, t, x: after_step(i, times[i], x),
+            progress=pipe.progress_bar,
+            generator=generator,
+        )
+    except Interrupted as interrupted:
+        return interrupted.latents
+
+
+def keeping(known: Tensor, hole: Tensor) -> Sampler:
+    """Return a sampler of tokens, called as ``integrate`` is, that keeps what is known.
+
+    Args:
+        known: (B, h, w) tokens.
+        hole: (B, 1, h, w), above 0 where they are drawn.
+    """
+    kept = hole[:, 0] == 0
+
+    def run(posterior: Posterior, x: Tensor, times: Tensor, solver: Any, **options: Any) -> Tensor:
+        return simulate(posterior, torch.where(kept, known, x), times, solver, known=kept, **options)
+
+    return run
