@@ -61,6 +61,7 @@ _TYPES: dict[str, Any] = {
     "step_counts": list[int] | None,
     "average": bool,
     "folded_guidance": float,
+    "control": dict[str, Any] | None,
 }
 
 
@@ -78,6 +79,7 @@ class Capabilities:
         guidance: usual guidance scale of an image without a source.
         edit_guidance, edit_strength: usual ones of an edit.
         image_input, needs_images, has_velocity: as of a ``FlowModel``.
+        control: kinds of the control images that it takes; it draws without them, unless they are its image input.
     """
 
     text: bool
@@ -92,6 +94,7 @@ class Capabilities:
     image_input: str = "none"
     needs_images: bool = False
     has_velocity: bool = True
+    control: tuple[str, ...] = ()
 
     @property
     def condition(self) -> bool:
@@ -103,7 +106,8 @@ class Capabilities:
         """Return the programs that serve it, of generate, inpaint and edit."""
         if self.needs_images:
             return ("edit",)
-        return ("inpaint",) if self.image_input == "mask" else ("generate", "inpaint", "edit")
+        only = {"mask": ("inpaint",), "control": ("generate",)}
+        return only.get(self.image_input, ("generate", "inpaint", "edit"))
 
     @property
     def edits_as_it_draws(self) -> bool:
@@ -144,6 +148,7 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
         masks=bool(network.get("condition_channels")),
         steps=(pipe.get("step_counts") or [4 if pipe.get("average") else 16])[-1],
         distilled_guidance=pipe.get("folded_guidance", 1.0) != 1.0,
+        control=tuple(kind for kind in ("image", "labels") if (network.get("control") or {}).get(kind)),
     )
 
 
@@ -163,6 +168,7 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         image_input=model.image_input,
         needs_images=model.needs_images,
         has_velocity=model.has_velocity,
+        control=model.control_kinds,
     )
     return replace(found, edit_guidance=model.usual_guidance) if found.edits_as_it_draws else found
 
