@@ -68,7 +68,7 @@ class EvaluateConfig(AdapterChoice):
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     validation: float | None = None
-    """Share of DATA that the run held out. This and the next eight settings are read from the run's config.yaml if
+    """Share of DATA that the run held out. This and the next ten settings are read from the run's config.yaml if
     CHECKPOINT lies in a run folder; otherwise their defaults are those of `latentflow train`."""
     validation_seed: int | None = None
     """Seed of that run."""
@@ -85,6 +85,10 @@ class EvaluateConfig(AdapterChoice):
     """Rename table columns (of --test as well), as for `latentflow train`."""
     colours: Literal["srgb", "stored"] | None = None
     """Convert images (of --test as well) to sRGB by their colour profiles, or not, as for `latentflow train`."""
+    control: Literal["none", "image", "labels"] | None = None
+    """Kind of control images of DATA and --test, which are then no images of the set."""
+    control_folder: str | None = None
+    """Folder of DATA's control images."""
     background: str | None = None
     """Colour behind transparent images."""
     test: str | None = None
@@ -148,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.evaluation import control, feature_figures, figures, probing, report
     from latentflow.evaluation.data import (
         condition_kind,
+        held_out,
         load_image_sets,
         load_images,
         open_source,
@@ -185,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = dataclasses.replace(config, steps=steps, guidance=guidance, solver=solver)
     source = open_source(config.data, settings)
     kind = condition_kind(model, source)
-    test = None if config.test is None else open_source(config.test, settings)
+    test = None if config.test is None else open_source(config.test, settings | {"control_folder": None})
     train, unseen = load_image_sets(model, source, test, settings)
     data = report.describe_data(source, train, unseen)
     print(
@@ -262,6 +267,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured["shapes"] = figures.shapes(sampler, generated, captions, beside)
     if config.data == "shapes" and control.draws_layouts_of_shapes(model, kind):
         measured["layouts"] = control.layouts(sampler, config.n)
+    led = control.led_by_edges(model, held_out(source, settings) if test is None else test)
+    if led is not None:
+        measured["edges"] = control.edges(sampler, led, settings["background"], config.n)
     if config.attributes:
         combined = sampler.sample(new.captions, HELD_OUT_CAPTIONS, "held-out captions")
         measured["attributes"] = figures.attribute_accuracy(combined, counterparts)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from PIL import Image
 
 from latentflow.autoencoder.losses import lpips_loss
 from latentflow.config import AdapterConfig, LoopConfig, MemoryConfig
 from latentflow.data import find_source
 from latentflow.errors import UserError
 from latentflow.families import FAMILIES
+from latentflow.inference.control_images import edge_map
 from latentflow.inference.memory import check_memory_flags
 from latentflow.metrics.learned import open_fid
 from latentflow.models.vision import EfficientNetLite0
@@ -85,6 +87,7 @@ USES: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "sentencepiece",
         lambda folder: FAMILIES["KolorsPipeline"].open_pipeline(folder),
     ),
+    "opencv-python-headless": ("cv2", lambda folder: edge_map(Image.new("RGB", (8, 8)))),
     "gradio": ("gradio", lambda folder: None),  # by the program, below
     "resvg-py": (
         "resvg_py",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..config import DataConfig, LoopConfig
+from ..config import ControlConfig, DataConfig, LoopConfig
 from ..data import Source, cached_pixels, find_source, pixels_to_images, readable, split
 from ..data.sources.kinds import is_latent_folder
 from ..errors import UserError, few
@@ -20,7 +20,9 @@ from ..utils.files import read_yaml
 ConditionKind = Literal["prompt", "class_labels", "nothing"]
 
 #: Settings of a data set that a run reads it with.
-DATA_SETTINGS = ("condition", "missing_caption", "masks", "columns", "colours")
+DATA_SETTINGS = (
+    "condition", "missing_caption", "masks", "columns", "colours", "control", "control_folder"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +59,20 @@ def run_settings(checkpoint: str, data: str) -> dict[str, Any]:
     read = read_yaml(file, fix) if file.is_file() else {}
     run = read if isinstance(read, dict) else {}
     settings = {
-        name: run.get(name, getattr(DataConfig, name, {}))
+        name: run.get(name, getattr(DataConfig, name, getattr(ControlConfig, name, {})))
         for name in ("validation", "background", *DATA_SETTINGS)
     }
     settings["stratify"] = run.get("stratify", not run)  # runs of before did not
     if run and "colours" not in run and not is_latent_folder(data):
         settings["colours"] = "stored"  # runs of before did not convert colour profiles
     settings["validation_seed"] = run.get("seed", LoopConfig.seed)
-    types = {"validation": (int, float), "validation_seed": (int,), "columns": (dict,), "stratify": (bool,)}
+    types: dict[str, tuple[type, ...]] = {
+        "validation": (int, float),
+        "validation_seed": (int,),
+        "columns": (dict,),
+        "stratify": (bool,),
+        "control_folder": (str, type(None)),
+    }
     for name, value in settings.items():
         if not isinstance(value, types.get(name, (str,))):
             raise UserError(
@@ -76,7 +84,10 @@ def run_settings(checkpoint: str, data: str) -> dict[str, Any]:
 
 def open_source(data: str, settings: Mapping[str, Any]) -> Source:
     """Open a data set as the run did, without the images that cannot be read."""
-    return readable(find_source(data, **{name: settings[name] for name in DATA_SETTINGS}))
+    wanted = {name: settings[name] for name in DATA_SETTINGS}
+    if settings["control"] == "none" or not Path(data).expanduser().is_dir():
+        wanted["control_folder"] = None
+    return readable(find_source(data, **wanted))
 
 
 def condition_kind(model: FlowModel, source: Source) -> ConditionKind:
@@ -137,6 +148,12 @@ def load_image_sets(
     if test is not None:
         unseen["test"] = load_images(model, test, background)
     return train, unseen
+
+
+def held_out(source: Source, settings: Mapping[str, Any]) -> Source:
+    """Return the part of a data set that the run held out; ``settings`` as in `load_image_sets`."""
+    share, seed, stratify = (settings[name] for name in ("validation", "validation_seed", "stratify"))
+    return source.subset(split(source, share, seed, stratify=stratify)[1])
 
 
 def load_images(model: FlowModel, source: Source, background: str) -> ImageSet:

@@ -17,6 +17,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         *_pixels(report, label),
         *_more(report),
         *_layouts(report),
+        *_edges(report),
         *_networks(report),
         *_known(report),
     ]
@@ -98,6 +99,18 @@ def _layouts(report: dict[str, Any]) -> Iterator[str]:
         reach = f"real images: {iou['real']}, through the autoencoder {iou['autoencoder']}"
         said = f"mean IoU {iou['map']} under the label map{caption}, {iou['nothing']} without ({reach})"
         yield _figure("layouts", said)
+
+
+def _edges(report: dict[str, Any]) -> Iterator[str]:
+    if measured := report.get("edges"):
+        f1 = {name: f"{part['f1']:.3f}" for name, part in measured.items() if name != "images"}
+        spans = {
+            name: "95 %: {:.3f} to {:.3f}".format(*measured[name]["interval_95"])
+            for name in ("map", "nothing")
+        }
+        reach = f"real images: {f1['real']}, through the autoencoder {f1['autoencoder']}"
+        said = f"F1 {f1['map']} ({spans['map']}) under the edge map, {f1['nothing']} ({spans['nothing']}) without"
+        yield _figure("edges", f"{said} ({measured['images']} images; {reach})")
 
 
 def _networks(report: dict[str, Any]) -> Iterator[str]:

@@ -61,6 +61,7 @@ _TYPES: dict[str, Any] = {
     "step_counts": list[int] | None,
     "average": bool,
     "folded_guidance": float,
+    "control": dict[str, Any] | None,
 }
 
 
@@ -79,6 +80,7 @@ class Capabilities:
         edit_guidance, edit_strength: usual ones of an edit.
         image_input, needs_images, has_velocity: as of a ``FlowModel``.
         tokens: it draws tokens.
+        control: kinds of the control images that it takes; it draws without them, unless they are its image input.
     """
 
     text: bool
@@ -94,6 +96,7 @@ class Capabilities:
     needs_images: bool = False
     has_velocity: bool = True
     tokens: bool = False
+    control: tuple[str, ...] = ()
 
     @property
     def condition(self) -> bool:
@@ -105,7 +108,8 @@ class Capabilities:
         """Return the programs that serve it, of generate, inpaint and edit."""
         if self.needs_images:
             return ("edit",)
-        return ("inpaint",) if self.image_input == "mask" else ("generate", "inpaint", "edit")
+        only = {"mask": ("inpaint",), "control": ("generate",)}
+        return only.get(self.image_input, ("generate", "inpaint", "edit"))
 
     @property
     def edits_as_it_draws(self) -> bool:
@@ -154,6 +158,7 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
         edit_strength=0.6 if tokens else Capabilities.edit_strength,
         has_velocity=not tokens,
         tokens=tokens,
+        control=tuple(kind for kind in ("image", "labels") if (network.get("control") or {}).get(kind)),
     )
 
 
@@ -174,6 +179,7 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         needs_images=model.needs_images,
         has_velocity=model.has_velocity,
         tokens=model.draws_tokens,
+        control=model.control_kinds,
     )
     return replace(found, edit_guidance=model.usual_guidance) if found.edits_as_it_draws else found
 

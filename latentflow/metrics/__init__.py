@@ -20,6 +20,7 @@ from .features import gaussian_frechet_distance as gaussian_frechet_distance
 from .features import refuse_not_finite as refuse_not_finite
 from .features import usual_space as usual_space
 from .image import SSIM_SIDE as SSIM_SIDE
+from .image import edge_agreement as edge_agreement
 from .image import psnr as psnr
 from .image import ssim as ssim
 from .memorisation import Memorisation as Memorisation

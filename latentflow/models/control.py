@@ -173,19 +173,25 @@ class ControlEmbed(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-class ControlledConv(nn.Conv2d):
-    """A network's first convolution, whose last input channels are those of its control images.
+class ExtendedConv(nn.Conv2d):
+    """A network's first convolution, whose last input channels are those of masks and then of control images.
 
-    What it makes of them is added to what the convolution makes of the others. See `ControlEmbed`.
+    What it makes of them is added to what it makes of the latent, so that weights of zero add nothing. The weights of
+    masks are part of its own; for control images see `ControlEmbed`.
     """
 
-    def __init__(self, first: nn.Conv2d, embed: ControlEmbed) -> None:
+    def __init__(self, first: nn.Conv2d, masks: int, embed: ControlEmbed | None) -> None:
         shape: Any = (first.kernel_size, first.stride, first.padding)
-        super().__init__(first.in_channels, first.out_channels, *shape)
+        super().__init__(first.in_channels, first.out_channels, *shape, device="meta")
         self.weight, self.bias = first.weight, first.bias
+        self.masks = masks
         self.control = embed
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, in_channels + control channels, H, W) -> (B, out_channels, H, W)."""
-        own, control = input.split([self.in_channels, input.shape[1] - self.in_channels], 1)
-        return super().forward(own) + self.control.project(control)
+        latent = self.in_channels - self.masks
+        out = self._conv_forward(input[:, :latent], self.weight[:, :latent], self.bias)
+        if self.masks:
+            of_masks = input[:, latent : self.in_channels]
+            out = out + self._conv_forward(of_masks, self.weight[:, latent:], None)
+        return out if self.control is None else out + self.control.project(input[:, self.in_channels :])

@@ -281,7 +281,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         if control is not None:
             self.control_embedder = ControlEmbed(
                 ControlInputs.of(control),
-                lambda count: PatchConv(count, width, patch_size, patch_size, bias=False),
+                lambda count: PatchConv(count, width, patch_size, bias=False),
             )
         self.t_embedder = TimeEmbed(width, time_scale)
         self.y_embedder = LabelEmbed(num_classes, width) if num_classes is not None else None

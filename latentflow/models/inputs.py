@@ -290,24 +290,35 @@ def with_channels(x: Tensor, channels: Tensor | None, count: int) -> Tensor:
 
 
 class PatchConv(nn.Conv2d):
-    """A convolution whose stride is its kernel, as a matrix product, which skips its changes of layout."""
+    """A convolution whose stride is its kernel, as a matrix product, which skips its changes of layout.
+
+    Args:
+        extra: number of the last input channels whose part is added to that of the others.
+    """
+
+    def __init__(self, channels: int, width: int, patch: int, *, extra: int = 0, bias: bool = True) -> None:
+        super().__init__(channels + extra, width, patch, patch, bias=bias)
+        self.extra = extra
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, width, H / patch, W / patch)."""
-        patch = self.kernel_size[0]
-        tokens = F.linear(patchify(input, patch), self.weight.flatten(1), self.bias)
+        patch, own = self.kernel_size[0], self.in_channels - self.extra
+        tokens = F.linear(patchify(input[:, :own], patch), self.weight[:, :own].flatten(1), self.bias)
+        if self.extra:
+            tokens = tokens + F.linear(patchify(input[:, own:], patch), self.weight[:, own:].flatten(1))
         return tokens.transpose(1, 2).unflatten(2, (input.shape[2] // patch, input.shape[3] // patch))
 
 
 class PatchEmbed(nn.Module):
     """Patches of (B, channels + extra, H, W) -> tokens (B, N, width): a convolution, stride = kernel.
 
-    The weights of the extra channels start at zero, so that a network extended by them starts as it was.
+    The weights of the extra channels start at zero, and what they make is added: so a network extended by them starts,
+    to the last bit, as it was.
     """
 
     def __init__(self, channels: int, extra: int, width: int, patch: int) -> None:
         super().__init__()
-        self.proj = PatchConv(channels + extra, width, kernel_size=patch, stride=patch)
+        self.proj = PatchConv(channels, width, patch, extra=extra)
         with torch.no_grad():
             nn.init.xavier_uniform_(self.proj.weight.flatten(1))
             self.proj.weight[:, channels:] = 0.0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..utils.components import Checked
-from .control import ControlEmbed, ControlInputs, ControlledConv
+from .control import ControlEmbed, ControlInputs, ExtendedConv
 from .inputs import (
     Condition,
     LabelEmbed,
@@ -121,12 +121,15 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         nn.init.zeros_(self.unet.conv_out.bias)
         with torch.no_grad():
             self.unet.conv_in.weight[:, in_channels:] = 0.0
+        embed = None
         if control is not None:
             embed = ControlEmbed(
                 ControlInputs.of(control),
                 lambda count: nn.Conv2d(count, channels[0], 3, padding=1, bias=False),
             )
-            self.unet.conv_in = ControlledConv(self.unet.conv_in, embed)
+        if embed is not None or condition_channels:
+            self.unet.conv_in = ExtendedConv(self.unet.conv_in, condition_channels, embed)
+        if embed is not None:
             skipped = [*self._skip_layerwise_casting_patterns, "conv_in"]
             self._skip_layerwise_casting_patterns = skipped  # type: ignore[misc]
 
@@ -147,8 +150,9 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         latent = with_channels(
             x.to(get_parameter_dtype(self.unet.conv_in)), cond.channels, self.condition_channels
         )
-        if isinstance(self.unet.conv_in, ControlledConv):
-            control = self.unet.conv_in.control.channels(cond.control, cond.layout, latent)
+        embed = getattr(self.unet.conv_in, "control", None)
+        if embed is not None:
+            control = embed.channels(cond.control, cond.layout, latent)
             latent = torch.cat([latent, control], dim=1)
         latent = F.pad(latent, (0, -width % self.multiple, 0, -height % self.multiple))
         tokens = {} if text is None else {"encoder_hidden_states": text, "encoder_attention_mask": mask}

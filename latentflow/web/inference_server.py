@@ -46,6 +46,7 @@ BOUNDS: dict[str, tuple[float, float, type]] = {
     "strength": (0, 1, float),
     "feather": (0, 32, int),
     "margin": (0, 64, int),
+    "control_scale": (0, 10, float),
     "lora_weight": (-LARGEST_WEIGHT, LARGEST_WEIGHT, float),
 }
 
@@ -90,6 +91,8 @@ class GenerationRequest:
     Attributes:
         fast: use the checkpoint's few-step adapter.
         lora: (name, weight) of each adapter that is used; the names are those that the server offers.
+        control_image, control_labels: uploads that lead what is drawn: an image, a label map.
+        control_scale: guidance over them.
 
     Raises:
         UserError: a number is outside its bounds, which are those of the page's sliders; or a text is invalid.
@@ -105,6 +108,9 @@ class GenerationRequest:
     solver: str | None = None
     fast: bool = False
     lora: tuple[tuple[str, float], ...] = ()
+    control_image: str | None = None
+    control_labels: str | None = None
+    control_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.fast, bool):
@@ -168,8 +174,6 @@ class InferenceServer:
         self.chosen = self.choice(flags.fast, weights)
         adapted = self.chosen.fast or self.chosen.lora  # adapters may add classes
         known = None if adapted else read_capabilities(checkpoint)
-        if known is None and self.pipe.model.image_input == "control":
-            self.pipe.model.check_image_input()  # the page has no place for such an image
         self.capabilities = known or model_capabilities(self.pipe.model)
 
     # ---------------------------------------------------------------- opening
@@ -249,6 +253,8 @@ class InferenceServer:
             *([f"{len(labels)} classes"] if labels else []),
             *([] if self.capabilities.condition else ["unconditional: takes no prompt"]),
             *(["trained to inpaint"] if self.capabilities.masks else []),
+            *(["draws under control images"] if "image" in self.capabilities.control else []),
+            *(["draws under label maps"] if "labels" in self.capabilities.control else []),
             *(["few-step adapter"] if self.has_fast else []),
         ]
 
@@ -301,6 +307,23 @@ class InferenceServer:
         image.thumbnail((LARGEST_IMAGE * trained, LARGEST_IMAGE * trained))
         shrunk = f"The image was reduced from {width} x {height} to {image.width} x {image.height} pixels."
         return image, shrunk if image.size != (width, height) else ""
+
+    def control(self, kind: str, upload: str) -> Image:
+        """Open an uploaded control image: RGB on white, or a label map as a palette image in its labels' colours.
+
+        Raises:
+            UserError: it cannot be read, with the file's name without the server's folder; a label map has labels that
+                the checkpoint does not know.
+        """
+        labels = self.pipe.model.control_labels
+        from ..data.images import decode_image, to_rgb
+        from ..data.labels import read_label_ids, to_label_image
+
+        if kind == "image":
+            return to_rgb(_read_upload(upload, read_image))
+        return _read_upload(
+            upload, lambda path: to_label_image(read_label_ids(decode_image(path), labels), labels)
+        )
 
     # ---------------------------------------------------------------- requests
 
@@ -415,6 +438,14 @@ class InferenceServer:
         prompts = [request.prompt or ""] if self.capabilities.text and not chosen else []
         shown = conditions(pipe, prompts, [chosen] if chosen else [], request.negative_prompt or None)
 
+        uploads = {"image": request.control_image, "labels": request.control_labels}
+        controls = {kind: self.control(kind, upload) for kind, upload in uploads.items() if upload}
+        if controls:
+            own = (
+                loaded.model.image_input != "control"
+            )  # others take images alone, and may draw at their size
+            settings["control_image"] = controls if own else controls["image"]
+            settings["control_scale"] = request.control_scale
         decoder = self._preview_decoder(loaded)
 
         def after_step(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

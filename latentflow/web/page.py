@@ -61,6 +61,7 @@ def lay_out_generate(tab: Tab) -> None:
     with gr.Row(elem_classes=["workspace"]):
         with gr.Column(elem_classes=["ask"]):
             tab.add_conditions("Prompt", examples=tab.server.card.prompts)
+            tab.add_control()
             tab.add_buttons()
         with gr.Column(elem_classes=["result"]):
             tab.add_results()
@@ -97,6 +98,7 @@ def lay_out_inpaint(tab: Tab) -> None:
             painted = Painted(editor)
         with gr.Column(elem_classes=["ask"]):
             tab.add_conditions("Prompt for the masked area")
+            tab.add_control()
             tab.add_buttons()
         with gr.Column(elem_classes=["result"]):
             tab.add_results(height=400)

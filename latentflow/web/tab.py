@@ -280,6 +280,47 @@ class Tab:
         self.file = gr.File(label="Image", elem_id=f"{self.name}-file")
         self.inputs["image"] = self.file
 
+    def add_control(self) -> None:
+        """Add an upload field, with a preview, for each kind of control images that the checkpoint takes, and their
+        scale."""
+        capabilities = self.server.capabilities
+        for kind in capabilities.control:
+            label = {"image": "Control image", "labels": "Label map"}[kind]
+            field = gr.File(label=label, elem_id=f"{self.name}-control-{kind}", height=120)
+            shown = gr.Image(
+                show_label=False,
+                interactive=False,
+                height=200,
+                buttons=[],
+                visible=False,
+                elem_id=f"{self.name}-control-{kind}-shown",
+            )
+            self.inputs[f"control_{kind}"] = field
+            field.change(
+                reporting_errors(functools.partial(self._show_control, kind)),
+                field,
+                shown,
+                show_progress="hidden",
+                api_visibility="private",
+            )
+        if capabilities.control and capabilities.image_input != "control":
+            self.inputs["control_scale"] = gr.Slider(
+                0,
+                5,
+                1,
+                step=0.25,
+                label="Control scale",
+                info="0 draws without, more than 1 follows it harder",
+                elem_id=f"{self.name}-control-scale",
+            )
+
+    def _show_control(self, kind: str, path: str | None) -> Any:
+        if path is None:
+            return gr.update(value=None, visible=False)
+        image = self.server.control(kind, path).convert("RGB")
+        image.thumbnail((CANVAS, CANVAS))
+        return gr.update(value=image, visible=True)
+
     # ---------------------------------------------------------------- events
 
     def show_upload(self, field: Any, value_of: Callable[[Image.Image], Any], *hints: gr.HTML) -> None:
@@ -381,7 +422,8 @@ class Tab:
     ) -> tuple[list[tuple[Image.Image, str]], int, str]:
         """Return the outputs of a request: images with their seeds, the first seed, and unknown words."""
         values |= {name: None for name in ("solver", "method") if values.get(name) == USUAL}
-        values["image"] = (values.get("image") or {}).get("path")
+        for name in ("image", "control_image", "control_labels"):
+            values[name] = (values.get(name) or {}).get("path")
         if values["new_seed"]:
             values["seed"] = random.randrange(LARGEST_SEED)
         names = [field.name for field in fields(GenerationRequest)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,5 +253,8 @@ def test_the_page_s_server_edits_by_instruction_and_fills(
     settings = {"method": None, "strength": 1.0, "feather": 0, "margin": 0}
     [filled] = filling.inpaint(request, quiet, upload, [str(tmp_path / "stroke.png")], **settings)
     assert filled.size == (96, 64)
+    led = server("FluxControlPipeline")
+    assert led.capabilities.calls == ("generate",)
     with pytest.raises(UserError, match="draws under a control image"):
-        server("FluxControlPipeline")
+        led.generate(request, quiet)
+    assert len(led.generate(replace(request, control_image=upload), quiet)) == 1

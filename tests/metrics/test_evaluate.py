@@ -23,6 +23,7 @@ from latentflow.data.sources import shapes
 from latentflow.errors import UserError
 from latentflow.evaluation import data, feature_figures, figures, report
 from latentflow.evaluation.data import ImageSet
+from latentflow.inference.control_images import EDGES, open_maker, write_control_images
 from latentflow.metrics import in_proportion, learned, real_split, usual_space
 from latentflow.models import small_text_encoder, train_tokenizer
 from latentflow.training.fine_tune.teacher_samples import TeacherSample
@@ -67,13 +68,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_checkpoint(
-    folder: Path, side: int, captions: Sequence[str] = (), classes: Sequence[str] = ()
+    folder: Path, side: int, captions: Sequence[str] = (), classes: Sequence[str] = (), **conditions: Any
 ) -> Path:
     """Save a pipeline that was never trained, for these captions and classes."""
     torch.manual_seed(0)
     shape = {"autoencoder_widths": (8, 16), "encoder_layers": (0, 1), "decoder_layers": (0, 1)}
     vae = build_autoencoder(AutoencoderConfig(latent_channels=4, **shape), side)
-    conditions: dict[str, Any] = {"num_classes": len(classes)} if classes else {}
+    conditions |= {"num_classes": len(classes)} if classes else {}
     text: dict[str, Any] = {}
     if captions:
         conditions["text_dim"] = 16
@@ -166,6 +167,25 @@ def test_a_run_lends_its_settings(tmp_path: Path) -> None:
     assert example.colours == "stored"
     (tmp_path / "config.yaml").write_text("colours: srgb\n")
     assert data.run_settings(pipeline, "d")["colours"] == "srgb"
+
+
+def test_control_images_of_the_run_are_no_images_of_the_set(
+    evaluate: Evaluate, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    source = find_source(str(folder))
+    write_control_images(source, folder, open_maker("edges", None, EDGES, "cpu"))
+    control = {"image": 4, "labels": [], "cell": 4, "label_width": 4}
+    made = save_checkpoint(tmp_path / "run", 32, source.captions(), control=control)
+    (tmp_path / "run" / "config.yaml").write_text("validation: 0.25\ncontrol: image\ncolours: srgb\n")
+    found = evaluate(made, folder, tmp_path / "report.json", "-n", 2, "--steps", 1)
+    assert found["data"]["images"] == {"training": 9, "held_out": 3}
+    measured = found["edges"]
+    assert measured["images"] == 2 and measured["real"]["f1"] == 1.0
+    assert measured["map"] == measured["nothing"]  # a network that was never trained
+    assert " under the edge map" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no caption for 12 of 24 images"):  # which they would be without
+        evaluate(made, folder, tmp_path / "none.json", "-n", 2, "--control", "none")
 
 
 # ---------------------------------------------------------------- the data's own proportions
@@ -592,6 +612,7 @@ def test_data_that_the_checkpoint_does_not_know_are_refused(
         ("validation: [0.3]", "validation is [0.3]"),
         ("seed: many", "seed is 'many'"),
         ("columns: text", "columns is 'text'"),
+        ("control_folder: [a]", "control_folder is ['a']"),
         ("condition: [", "config.yaml is not valid YAML"),
         ("a: " + "[" * 1500, "config.yaml is nested too deep"),
     ],

@@ -33,6 +33,17 @@ def caption_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def control_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``caption_checkpoint``, without captions, and led by images and label maps."""
+    from ..pipeline.conftest import LatentFlowPipeline, tiny_dit, tiny_vae
+
+    folder, labels = tmp_path_factory.mktemp("control") / "pipeline", [["sky", "#0000ff"], ["sea", "#00ff00"]]
+    network = tiny_dit(control={"image": 2, "labels": labels, "cell": 2, "label_width": 2})
+    LatentFlowPipeline(tiny_vae(), network).save_pretrained(folder)
+    return folder
+
+
 #: A class whose name would be a program in the page.
 MARKUP = "</script><script>alert(1)</script>"
 

@@ -227,6 +227,52 @@ def test_an_adapter_of_another_base_is_refused_by_its_name(adapted, class_checkp
     assert len(server.generate(REQUEST, silent)) == 1  # without it all is well
 
 
+# ---------------------------------------------------------------- control images
+
+
+def test_control_images_lead_as_those_of_generate(
+    control_checkpoint, image, load_program, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server = InferenceServer(str(control_checkpoint), "cpu")
+    assert server.capabilities == model_capabilities(server.pipe.model)
+    assert server.capabilities.control == ("image", "labels")
+    assert "draws under label maps" in server.facts
+    ids = np.random.default_rng(1).integers(0, 2, (8, 8), np.uint8)
+    Image.fromarray(ids).save("ids.png")  # greys that nobody could tell apart
+    colours = np.array([(0, 0, 255), (0, 255, 0)], np.uint8)
+    assert np.array_equal(server.control("labels", str(tmp_path / "ids.png")).convert("RGB"), colours[ids])
+    assert server.control("image", str(image)).size == (12, 8)
+    request = GenerationRequest(steps=2, seed=3)
+    led = replace(
+        request, control_image=str(image), control_labels=str(tmp_path / "ids.png"), control_scale=1.5
+    )
+    [drawn] = server.generate(led, silent)
+    line = ["--checkpoint", control_checkpoint, "--device", "cpu", "--seed", 3, "--steps", 2, "-o", "out.png"]
+    words = ["--control", f"image={image}", "labels=ids.png", "--control-scale", 1.5]
+    load_program("generate").main([*map(str, [*line, *words])])
+    with Image.open("out.png") as expected:
+        assert drawn.tobytes() == expected.tobytes()
+    [plain] = server.generate(request, silent)
+    assert plain.tobytes() != drawn.tobytes()
+    [without] = server.generate(replace(led, control_scale=0), silent)
+    assert without.tobytes() == plain.tobytes()
+
+
+def test_control_images_that_cannot_be_used_are_named_without_the_servers_folder(
+    control_checkpoint, tmp_path
+) -> None:
+    server = InferenceServer(str(control_checkpoint), "cpu")
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "ids.png")
+    (tmp_path / "text.png").write_text("no image")
+    for kind, name, message in (("labels", "ids.png", "the label 7"), ("image", "text.png", "not an image")):
+        with pytest.raises(UserError, match=message) as error:
+            server.control(kind, str(tmp_path / name))
+        assert name in error.value.what and str(tmp_path) not in f"{error.value.what}{error.value.fix}"
+    with pytest.raises(UserError, match="control_scale"):
+        GenerationRequest(control_scale=11)
+
+
 # ---------------------------------------------------------------- checkpoints
 
 

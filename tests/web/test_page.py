@@ -57,8 +57,9 @@ def checkpoint(
         ),
         (checkpoint(classes=("apple", "hat")), {"Class", "Source class", "Guidance scale"}),
         (checkpoint(), set()),
+        (checkpoint(control=("image", "labels")), {"Control image", "Label map", "Control scale"}),
     ],
-    ids=["captions", "classes", "unconditional"],
+    ids=["captions", "classes", "unconditional", "control"],
 )
 def test_the_page_asks_for_what_the_checkpoint_takes(server, shown) -> None:
     blocks = page.build(server).blocks.values()

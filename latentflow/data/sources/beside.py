@@ -103,7 +103,9 @@ def find_controls(
     other, (here, there) = list_folder(root), (root.resolve(), folder.root.resolve())
     inside = f"{here.relative_to(there).as_posix()}/" if here.is_relative_to(there) else None
     within = [name for name in folder.images if inside is not None and name.startswith(inside)]
-    own = {stem_of(name): other.file(name) for name in other.images}
+    stems = {stem_of(name): name for name in other.images}
+    own = {stem.removesuffix(CONTROL_ENDING): other.file(name) for stem, name in stems.items()}
+    own |= {stem: other.file(name) for stem, name in stems.items()}  # the image's own name comes first
     files = {name: own[stem_of(name)] for name in folder.images if stem_of(name) in own}
     files |= {name: folder.file(control) for name, control in listed.items()}
     return ControlFiles(files, frozenset({*within, *named, *listed.values()}), _counted(files))
