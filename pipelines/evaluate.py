@@ -78,7 +78,7 @@ class EvaluateConfig(AdapterChoice):
     condition: Literal["auto", "none", "class", "text"] | None = None
     """Condition of the network for DATA's images."""
     missing_caption: Literal["error", "empty", "skip"] | None = None
-    """Handling of images without a caption."""
+    """Handling of images without a caption or class."""
     masks: Literal["auto", "none", "alpha"] | None = None
     """Origin of the masks; with alpha the images are used without their transparency."""
     columns: dict[str, str] = field(default_factory=dict)

@@ -34,7 +34,8 @@ class CheckConfig:
     condition: Literal["auto", "none", "class", "text"] = "auto"
     """Condition of the model. auto: captions if there are any, else classes, else none."""
     missing_caption: Literal["error", "empty", "skip"] = "error"
-    """Handling of images without a caption: report them as a problem, give them an empty caption, or skip them."""
+    """Handling of images without a caption, or without a class among others that have one: report them as a problem,
+    train on them without (empty), or skip them."""
     masks: Literal["auto", "none", "alpha"] = "auto"
     """Your own inpainting masks. auto: the metadata's mask column, else cat-mask.png beside cat.png. alpha: repaint
     what is transparent."""

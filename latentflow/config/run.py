@@ -37,7 +37,8 @@ class DataConfig:
     condition: Annotated[Literal["auto", "none", "class", "text"], Essential("data")] = "auto"
     """auto: captions, else classes (subfolders), else none. text: captions, else names of classes."""
     missing_caption: Literal["error", "empty", "skip"] = "error"
-    """Handling of images without a caption: stop with an error, train on an empty caption, or skip them."""
+    """Handling of images without a caption, or without a class among others that have one: stop with an error, train
+    on them without (empty), or skip them."""
     caption: Annotated[str | None, Essential("data")] = None
     """Caption of the images that have none, such as "a photo of sks dog"."""
     masks: Annotated[Literal["auto", "none", "alpha"], Essential("data")] = "auto"

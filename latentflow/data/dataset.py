@@ -36,6 +36,9 @@ def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+NO_CLASS = -1  # id of images without a class among others that have one
+
+
 @dataclass(frozen=True)
 class Example(ABC):
     """One image with its annotations.
@@ -196,8 +199,8 @@ class Source:
     Attributes:
         name: as the user called it.
         examples: in a fixed order (by name).
-        kind: "text" (every ``text`` is a string), "class" (every ``label`` is in ``classes``) or
-            "unconditional".
+        kind: "text" (every ``text`` is a string), "class" (every ``label`` is in ``classes``, or None: trained on
+            without a condition) or "unconditional".
         classes: class names in order of their ids; empty unless ``kind`` is "class".
         notes: lines on what was inferred or left out, to be printed before training.
         root: the folder, None for a procedural set. Nothing is ever written below it.
@@ -273,11 +276,13 @@ class Source:
         )
 
     def class_ids(self) -> list[int]:
-        """Return the class id of every example; only for ``kind`` "class"."""
+        """Return the class id of every example, `NO_CLASS` of one that has none; only for ``kind`` "class"."""
         ids = {name: index for index, name in enumerate(self.classes)}
         ids = {composed(name): index for name, index in ids.items()} | ids
-        labels = (example.label or "" for example in self.examples)
-        return [ids[label if label in ids else composed(label)] for label in labels]
+        labels = (example.label for example in self.examples)
+        return [
+            NO_CLASS if not label else ids[label if label in ids else composed(label)] for label in labels
+        ]
 
     def content_keys(self) -> Iterable[str]:
         examples = progress_bar(self.examples, desc="reading files", delay=3, leave=False)

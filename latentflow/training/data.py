@@ -41,6 +41,7 @@ from ..data import (
 from ..data.cache.store import digests
 from ..data.cache.tensors import Encoding, LatentTable, latent_transform
 from ..data.control import cached_layouts, control_images, with_control_checked
+from ..data.dataset import NO_CLASS
 from ..data.labels import read_label_file
 from ..data.sources.kinds import is_latent_folder
 from ..errors import UserError, few, lookup
@@ -334,8 +335,8 @@ def shown_by(source: Source, rows: list[int], model: FlowModel) -> list[str]:
     if source.kind == "text":
         return [(source.examples[row].captions or ("",))[0] for row in rows]
     if source.kind == "class":
-        class_ids = source.class_ids()
-        return [source.classes[class_ids[row]] for row in rows]
+        class_ids = source.class_ids()  # of an image without a class any will do
+        return [source.classes[max(class_ids[row], 0)] for row in rows]
     names = ("",) if model.takes_text else model.classes or ("",)
     return [names[index % len(names)] for index in range(len(rows))]
 
@@ -355,7 +356,10 @@ def conditions_of(
     of mirrored images say left for right.
     """
     if source.kind == "class":
-        return rows_of({"class_labels": torch.as_tensor(source.class_ids())})
+        ids = torch.as_tensor(source.class_ids())
+        unlabelled = ids == NO_CLASS
+        given = {"class_labels": ids.clamp(min=0)}
+        return rows_of(given | {"unlabelled": unlabelled} if bool(unlabelled.any()) else given)
     if source.kind != "text":
         return rows_of({})
     captions = Captions(source, seed, mirror)

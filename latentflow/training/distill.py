@@ -253,7 +253,7 @@ def _prompts(source: Source) -> list[str]:
     if source.kind == "text":
         return [*chain.from_iterable(source.all_captions())]
     if source.kind == "class":
-        return [source.classes[number] for number in sorted({*source.class_ids()})]
+        return [source.classes[number] for number in sorted({*source.class_ids()}) if number >= 0]
     return [""]
 
 

@@ -135,7 +135,9 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     spread = source.spread(_IMAGES)
     rows = [spread[index % len(spread)] for index in range(_IMAGES)]
     if source.kind == "class":
-        texts = shown_classes(model.classes, {source.classes[class_id] for class_id in source.class_ids()})
+        texts = shown_classes(
+            model.classes, {source.classes[number] for number in source.class_ids() if number >= 0}
+        )
     else:
         texts = shown_by(source, rows, model)
     condition = model.call_arguments(texts)

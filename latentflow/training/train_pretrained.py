@@ -16,6 +16,8 @@ import torch
 
 from ..config import RunConfig
 from ..data import Source
+from ..data.dataset import NO_CLASS
+from ..errors import UserError
 from ..families.distilled import training_warning
 from ..families.mask_input import MaskLearningModel
 from ..families.pretrained import PretrainedModel
@@ -270,6 +272,11 @@ def conditions(
         )
     if images.kind == "class":
         class_ids = images.class_ids()
+        if NO_CLASS in class_ids:
+            raise UserError(
+                f"{images.name} has images without a class, and a pretrained model of classes learns those alone",
+                "Leave them out: --missing-caption skip.",
+            )
         return lambda rows, sample_ids: in_batch(
             shape.encode_class([images.classes[class_ids[row]] for row in rows])
         )

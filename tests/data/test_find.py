@@ -76,6 +76,11 @@ FOUND: dict[str, tuple[Files, dict[str, Any], dict[str, Any], list[str]]] = {
         {"1.png": None, "a/2.png": None, "b/3.png": None}, {"condition": "class", "missing_caption": "skip"},
         {"names": ["a/2.png", "b/3.png"]}, [],
     ),
+    "no class, without a condition": (
+        {"1.png": None, "a/2.png": None, "b/3.png": None}, {"condition": "class", "missing_caption": "empty"},
+        {"names": ["1.png", "a/2.png", "b/3.png"], "class_ids": [-1, 0, 1], "classes": ("a", "b")},
+        ["1 image without a class, trained on without a condition: 1.png"],
+    ),
     "a level too high, asked for": (
         {"photos/cat/1.png": None, "photos/dog/2.png": None}, {"condition": "class"}, {"classes": ("photos",)}, [],
     ),

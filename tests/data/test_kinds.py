@@ -317,6 +317,7 @@ def test_numbers_of_classes_that_stand_for_no_name(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no class for 1 of 3 images: row 00000001"):
             find_source(str(data))  # -1 is "not known", not the last one
         assert find_source(str(data), missing_caption="skip").class_ids() == [0, 1]
+        assert find_source(str(data), missing_caption="empty").class_ids() == [0, -1, 1]
     with pytest.raises(UserError, match="row 5: label is 7, of 2 classes"):
         class_name(["hat", "bag"], 7, "row 5")
 

@@ -268,7 +268,7 @@ def _report(source: Source, problems: list[str], labels: Labels) -> tuple[Report
     good = source.subset([row for row, e in enumerate(source.examples) if e.name not in unreadable])
     infos = {name: info for name, info in infos.items() if name not in unreadable}
     sizes = [info.size for info in infos.values()]
-    classes = Counter(example.label or "" for example in good.examples) if source.classes else {}
+    classes = Counter(example.label for example in good.examples if example.label) if source.classes else {}
     bad_masks = {name: info.mask_error for name, info in infos.items() if info.mask_error}
     profiles, unusable_profiles = profiles_of(infos)
     near = _groups(infos, near_groups(list(infos.values())).tolist())

@@ -419,7 +419,7 @@ def build_source(
         notes.append("masks from the alpha channels: what is transparent is to be repainted")
     if request.masks != "auto" or request.colours != "srgb":
         kept = [_as_requested(example, request) for example in kept]
-    classes = tuple(sorted({e.label or "" for e in kept}, key=_numbers_first)) if kind == "class" else ()
+    classes = tuple(sorted({e.label for e in kept if e.label}, key=_numbers_first)) if kind == "class" else ()
     if classes:
         notes.append(f"{plural(len(classes), 'class')}: {few(classes, 12)}")
     if several := sum(bool(example.texts) for example in kept):
@@ -450,14 +450,14 @@ def _in_one_spelling(examples: list[Example]) -> tuple[list[Example], list[str]]
 
     A class of one spelling keeps it: runs that were begun with it go on.
     """
-    spelled = Counter(map(composed, {example.label or "" for example in examples}))
+    spelled = Counter(map(composed, {example.label for example in examples if example.label}))
     several = sorted(name for name, count in spelled.items() if count > 1)
     if not several:
         return examples, []
     respelled = [
         dataclasses.replace(example, label=label) if label in several else example
         for example in examples
-        for label in [composed(example.label or "")]
+        for label in [composed(example.label or "")]  # "" is never among several
     ]
     return respelled, [f"classes in two spellings of Unicode (NFC and NFD) are one each: {few(several)}"]
 
@@ -471,15 +471,16 @@ def _complete(
     what = "caption" if kind == "text" else "class"
     complete = [example for example in examples if (example.text if kind == "text" else example.label)]
     without = [e.name for e in examples if not (e.text if kind == "text" else e.label)]
-    if without and (missing == "error" or (missing == "empty" and kind == "class")):
-        empty = "empty (an empty caption) or " if kind == "text" else ""
+    if without and missing == "error":
         raise UserError(
             f"no {what} for {len(without)} of {plural(len(examples), 'image')}: {few(without)}",
-            f"{hint}Add them, or choose --missing-caption {empty}skip (leave these images out).",
+            f"{hint}Add them, or choose --missing-caption empty (train these images without a {what}) or skip (leave "
+            "them out).",
         )
     if not complete:
         raise UserError(f"no image has a {what}", "Use --condition none for an unconditional model.")
-    fate = "left out" if missing == "skip" else "given the empty caption"
+    empty = "given the empty caption" if kind == "text" else "trained on without a condition"
+    fate = "left out" if missing == "skip" else empty
     notes = [f"{plural(len(without), 'image')} without a {what}, {fate}: {few(without)}"] if without else []
     kept = complete if missing == "skip" else examples
     if kind == "class":

@@ -63,7 +63,8 @@ def find_source(
         condition: "auto" takes captions, else classes, else nothing; in a folder the first of ``metadata.jsonl`` or
             ``metadata.csv`` (file_name, text, label), texts beside the images (``cat.txt``), subfolders as classes,
             nothing. Any other value is obeyed.
-        missing_caption: "error", "empty" (the empty caption) or "skip", for images without a caption.
+        missing_caption: "error", "empty" (the empty caption, or no class) or "skip", for images without a caption, or
+            without a class among others that have one.
         masks: "auto" takes the user's own masks (``mask`` columns and members; ``cat-mask.png`` beside ``cat.png``);
             "alpha" takes the alpha channel of every image (transparent is to be repainted; the image is then what its
             file holds beneath); "none" takes none. Files of masks are never images of the set.

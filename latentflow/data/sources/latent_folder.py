@@ -28,7 +28,7 @@ from ...errors import UserError, plural, reading, shown
 from ...utils.files import read_json, storable
 from ...utils.names import as_spelled
 from ..cache.store import NO_KEY, Array, ShardSet, digests
-from ..dataset import Example, Kind, Source, StoredSizes, top_folder
+from ..dataset import NO_CLASS, Example, Kind, Source, StoredSizes, top_folder
 from .annotations import DataRequest
 from .files import hash_stream, import_optional
 
@@ -103,14 +103,16 @@ def _open_index(path: Path, store: LatentStore) -> _Index:
             f"{path} does not hold the {description['pictures']} rows that {DESCRIPTION} tells of", fix
         )
     index = _Index(table, np.arange(table.num_rows, dtype=np.int32), store)
-    least = 0 if description["kind"] == "class" else -1
-    ranges = {"bucket": (0, len(description["sizes"])), "class_id": (least, len(description["classes"]))}
+    ranges = {"bucket": (0, len(description["sizes"])), "class_id": (NO_CLASS, len(description["classes"]))}
     ranges |= dict.fromkeys(("repeats", "height", "width"), (1, 2**31))
     for name in schema.names:
         numbers = index.numbers(name) if name in ranges and not table[name].null_count else np.zeros(0)
         first, end = ranges.get(name, (0, 0))
         if (table[name].null_count and name != "label") or ((numbers < first) | (numbers >= end)).any():
             raise UserError(f"{path} is damaged: its column {name} holds what was never written", fix)
+    without = table["label"].is_null().to_numpy()
+    if description["kind"] == "class" and ((index.numbers("class_id") == NO_CLASS) != without).any():
+        raise UserError(f"{path} is damaged: its column class_id holds what was never written", fix)
     return index
 
 
@@ -267,7 +269,8 @@ class LatentFolder(Source):
         stored_classes = self.store.description["classes"]
         numbers = [self.classes.index(as_spelled(name, self.classes)) for name in stored_classes]
         stored = self.index.numbers("class_id")
-        return np.asarray(numbers, dtype=np.int64)[stored]  # type: ignore[return-value]
+        known = np.asarray(numbers, dtype=np.int64)[np.maximum(stored, 0)]
+        return np.where(stored < 0, NO_CLASS, known)  # type: ignore[return-value]
 
     def groups(self) -> Array:
         return self.index.numbers("group")

@@ -84,14 +84,17 @@ class ConditionedLoss(nn.Module):
     def prompts(self, batch: dict[str, Any], drop: Tensor | None = None) -> Condition:
         """Return classes, captions and sizes of a batch; the rows where ``drop`` (B,) holds get the null.
 
-        The batch holds ``class_labels`` (B,), or ``input_ids`` and ``attention_mask`` (B, L), or ``text`` (B, L, D) and
-        ``text_mask`` (B, L), or none of these; perhaps ``sizes`` (B, 6).
+        The batch holds ``class_labels`` (B,), perhaps with ``unlabelled`` (B,) bool, rows that get the null; or
+        ``input_ids`` and ``attention_mask`` (B, L); or ``text`` (B, L, D) and ``text_mask`` (B, L); or none of these;
+        perhaps ``sizes`` (B, 6).
         """
         text, mask = batch.get("text"), batch.get("text_mask")
         if self.text_encoder is not None and "input_ids" in batch:
             ids, mask = batch["input_ids"], batch["attention_mask"]
             text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             mask = mask.bool()
+        if "unlabelled" in batch:
+            drop = batch["unlabelled"] if drop is None else drop | batch["unlabelled"]
         return Condition(
             class_labels=batch.get("class_labels"),
             text=text,

@@ -1,0 +1,94 @@
+"""Images without a class among others that have one: they are trained on without a condition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from latentflow import LatentFlowPipeline
+from latentflow.config import FlowConfig
+from latentflow.data import find_source
+from latentflow.models import Condition, DiT
+from latentflow.training.data import conditions_of
+from latentflow.training.losses import FlowLoss
+
+from .command import TINY, call, losses
+
+pytestmark = pytest.mark.usefixtures("no_memorisation")
+
+
+@pytest.fixture(scope="module")
+def half_labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images of random pixels: three in each of two classes, and six without one."""
+    folder = tmp_path_factory.mktemp("half")
+    pixels = torch.randint(0, 256, (12, 16, 16, 3), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
+    for number, image in enumerate(pixels.numpy()):
+        place = folder / ("a", "b", "", "")[number % 4]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(image).save(place / f"{number}.png")
+    return folder
+
+
+def test_they_are_the_null_in_the_loss(half_labelled: Path) -> None:
+    source = find_source(str(half_labelled), condition="class", missing_caption="empty")
+    network = DiT(in_channels=2, width=16, depth=1, heads=1, sample_size=4, num_classes=2)
+    seen: list[Condition] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            seen.append(condition)
+            return network(x, t, condition)
+
+    config = FlowConfig(condition_dropout=0.5)
+    loss = FlowLoss(Watched(), config, seed=0)
+    rows = [*range(12)]
+    batch: dict[str, Any] = {"latents": torch.randn(12, 2, 4, 4), "sample_ids": rows}
+    batch |= conditions_of(source, 0)(rows, rows)
+    missing = torch.tensor([example.label is None for example in source.examples])
+    assert int(missing.sum()) == 6
+    loss.train()(batch)
+    loss.eval()(batch)
+    training, validating = seen
+    assert training.drop is not None and bool(training.drop[missing].all())
+    assert 0 < int(training.drop[~missing].sum()) < 6  # of the others some, at random
+    assert torch.equal(validating.drop, missing)
+    labelled = source.subset([row for row in rows if not missing[row]])
+    assert "unlabelled" not in conditions_of(labelled, 0)([0], [0])  # as runs of before
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_a_run_on_them(precomputed: bool, half_labelled: Path, tmp_path: Path) -> None:
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    flags = ["--condition", "class", "--max-train-steps", 2]
+    refused = call(cache, half_labelled, "-o", run, *TINY, *flags, expect=2)
+    assert "no class for 6 of 12 images" in refused and "--missing-caption empty" in refused
+    said = call(cache, half_labelled, "-o", run, *TINY, *flags, "--missing-caption", "empty")
+    assert "6 images without a class, trained on without a condition" in said and "2 classes: a, b" in said
+    pipe = LatentFlowPipeline.from_pretrained(run / "pipeline")
+    assert pipe.model.classes == ("a", "b")
+    if precomputed:
+        stored, again = tmp_path / "stored", tmp_path / "again"
+        vae = ("--vae", run / "pipeline" / "vae", "--resolution", 16)
+        call(
+            cache,
+            half_labelled,
+            "-o",
+            stored,
+            *vae,
+            *flags[:2],
+            "--missing-caption",
+            "empty",
+            file="precompute",
+        )
+        first = [*TINY, "--vae", run / "pipeline" / "vae", "--max-train-steps", 2]
+        call(cache, stored, "-o", again, *first)
+        direct = tmp_path / "direct"
+        call(cache, half_labelled, "-o", direct, *first, *flags[:2], "--missing-caption", "empty")
+        assert losses(again) == losses(direct)
