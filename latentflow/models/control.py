@@ -180,12 +180,14 @@ class ExtendedConv(nn.Conv2d):
     masks are part of its own; for control images see `ControlEmbed`.
     """
 
-    def __init__(self, first: nn.Conv2d, masks: int, embed: ControlEmbed | None) -> None:
+    control: ControlEmbed | None
+
+    def __init__(self, first: nn.Conv2d, masks: int) -> None:
         shape: Any = (first.kernel_size, first.stride, first.padding)
         super().__init__(first.in_channels, first.out_channels, *shape, device="meta")
         self.weight, self.bias = first.weight, first.bias
         self.masks = masks
-        self.control = embed
+        self.control = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, in_channels + control channels, H, W) -> (B, out_channels, H, W)."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -277,12 +277,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(in_channels, condition_channels, width, patch_size)
-        self.control_embedder: ControlEmbed | None = None
-        if control is not None:
-            self.control_embedder = ControlEmbed(
-                ControlInputs.of(control),
-                lambda count: PatchConv(count, width, patch_size, bias=False),
-            )
+        self.control_embedder = self.new_control_embedder(control)
         self.t_embedder = TimeEmbed(width, time_scale)
         self.y_embedder = LabelEmbed(num_classes, width) if num_classes is not None else None
         self.text_embedder = TextEmbed(text_dim, width) if text_dim is not None else None
@@ -304,6 +299,19 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
             self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), width), requires_grad=False)
             with torch.no_grad():
                 self.pos_embed.copy_(sincos_table(self.grid[0], self.grid[1], width, torch.device("cpu")))
+
+    def new_control_embedder(self, control: Mapping[str, Any] | None) -> ControlEmbed | None:
+        """Return the embedder that ``control`` adds; it is zero at first."""
+        width, patch = int(self.config["width"]), self.patch_size
+        if control is None:
+            return None
+        return ControlEmbed(
+            ControlInputs.of(control), lambda count: PatchConv(count, width, patch, bias=False)
+        )
+
+    def set_control_embedder(self, embedder: ControlEmbed | None) -> None:
+        """Let the network take control images by this part; None: it takes none."""
+        self.control_embedder = embedder
 
     def new_length_embedder(self) -> TimeEmbed:
         """Return the embedder that ``interval_conditioning`` adds; it is zero at first.

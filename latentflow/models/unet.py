@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -121,17 +121,30 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         nn.init.zeros_(self.unet.conv_out.bias)
         with torch.no_grad():
             self.unet.conv_in.weight[:, in_channels:] = 0.0
-        embed = None
-        if control is not None:
-            embed = ControlEmbed(
-                ControlInputs.of(control),
-                lambda count: nn.Conv2d(count, channels[0], 3, padding=1, bias=False),
-            )
-        if embed is not None or condition_channels:
-            self.unet.conv_in = ExtendedConv(self.unet.conv_in, condition_channels, embed)
-        if embed is not None:
+        self.unet.conv_in = ExtendedConv(self.unet.conv_in, condition_channels)
+        self.set_control_embedder(self.new_control_embedder(control))
+
+    @property
+    def control_embedder(self) -> ControlEmbed | None:
+        """The part that takes control images, within the first convolution."""
+        embedder: ControlEmbed | None = self.unet.conv_in.control
+        return embedder
+
+    def set_control_embedder(self, embedder: ControlEmbed | None) -> None:
+        """Let the network take control images by this part; None: it takes none."""
+        self.unet.conv_in.control = embedder
+        if embedder is not None:
             skipped = [*self._skip_layerwise_casting_patterns, "conv_in"]
             self._skip_layerwise_casting_patterns = skipped  # type: ignore[misc]
+
+    def new_control_embedder(self, control: Mapping[str, Any] | None) -> ControlEmbed | None:
+        """Return the embedder that ``control`` adds; it is zero at first."""
+        if control is None:
+            return None
+        width = self.unet.conv_in.out_channels
+        return ControlEmbed(
+            ControlInputs.of(control), lambda count: nn.Conv2d(count, width, 3, padding=1, bias=False)
+        )
 
     def forward(
         self, x: Tensor, t: Tensor | float, cond: Condition | None = None, return_dict: bool = False
@@ -150,9 +163,8 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         latent = with_channels(
             x.to(get_parameter_dtype(self.unet.conv_in)), cond.channels, self.condition_channels
         )
-        embed = getattr(self.unet.conv_in, "control", None)
-        if embed is not None:
-            control = embed.channels(cond.control, cond.layout, latent)
+        if self.control_embedder is not None:
+            control = self.control_embedder.channels(cond.control, cond.layout, latent)
             latent = torch.cat([latent, control], dim=1)
         latent = F.pad(latent, (0, -width % self.multiple, 0, -height % self.multiple))
         tokens = {} if text is None else {"encoder_hidden_states": text, "encoder_attention_mask": mask}

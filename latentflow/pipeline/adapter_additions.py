@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_files import SamplingMode, Tensors
+from .adapter_files import ControlPart, SamplingMode, Tensors
 
 
 @dataclass(kw_only=True)
@@ -26,6 +26,10 @@ class Added:
         modes: adapter -> its sampling mode.
         weights: adapter -> part of the pipeline -> weight.
         scale: part of the pipeline -> scale of what is fused into it.
+        controls: adapter -> the part by which the network takes control images.
+        own_control: of an adapter that was unloaded while fused.
+        installed_control: in effect.
+        has_control: the network takes control images without adapters.
         own_intervals: the network takes the end of an interval without adapters.
         disabled: no adapter is in effect for now.
     """
@@ -43,6 +47,10 @@ class Added:
     fused_labels: Tensors = field(default_factory=dict)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
+    controls: dict[str, ControlPart] = field(default_factory=dict)
+    own_control: ControlPart | None = None
+    installed_control: ControlPart | None = None
+    has_control: bool = False
     own_intervals: bool = False
     disabled: bool = False
 

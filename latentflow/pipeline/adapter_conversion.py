@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import UserError, few, unknown
 from ..utils.components import library_reads, without_reports
 from ..utils.files import MEND, parse_json, save_tensors
-from .adapter_files import CLASSES, INTERVALS, WORDS, settings_of
+from .adapter_files import CLASSES, CONTROL, INTERVALS, WORDS, settings_of
 from .adapter_layouts import OWN_LAYOUT, in_peft_names, layer_of, layout_of
 
 Layout = Literal["diffusers", "comfyui", "kohya"]
@@ -39,7 +39,12 @@ Factors: TypeAlias = tuple[Tensor, Tensor]  # lora_A (rank, in) and lora_B (out,
 Names: TypeAlias = Mapping[str, str | Mapping[str, int]]
 
 _A, _B, _DORA, _LENGTHS = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".dora_scale"
-_ADDED = {WORDS: "new words", CLASSES: "new classes", INTERVALS: "the lengths of a few-step network's steps"}
+_ADDED = {
+    WORDS: "new words",
+    CLASSES: "new classes",
+    INTERVALS: "the lengths of a few-step network's steps",
+    CONTROL: "inputs for control images",
+}
 
 
 def _attention(block: str, *layers: str, shares: Iterable[int] = (1, 1, 1)) -> Mapping[str, int]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, reading, reason
 from ..families.few_steps import FewSteps
+from ..models import ControlInputs
 from ..utils.components import about, is_finite, without_reports
 from ..utils.files import MEND, check_settings, check_types, parse_json, read_settings, save_tensors
 from .adapter_layouts import OWN_LAYOUT, in_peft_names, layer_of, layout_of, model_of
@@ -33,10 +34,13 @@ from .adapter_layouts import OWN_LAYOUT, in_peft_names, layer_of, layout_of, mod
 Tensors: TypeAlias = dict[str, Tensor]
 #: how a network is sampled, and the parameters of the embedder of an interval's length that it is given for that
 SamplingMode: TypeAlias = tuple[FewSteps, Tensors]
+#: the control images that a network is made to take, as `ControlInputs.plain` has them, and the parameters for that
+ControlPart: TypeAlias = tuple[dict[str, Any], Tensors]
 PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
 METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's metadata
 WORDS, CLASSES = "added.words", "added.classes"  # tensors (K, D) of a file
 INTERVALS = "added.intervals."  # and a parameter's name: of the embedder of an interval's length, which the base lacks
+CONTROL = "added.control."  # and a parameter's name: of what takes control images, which the base lacks
 MASKS = "added.masks"  # weight of input channels for masks, which the base lacks; see `latentflow.families.mask_input`
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of a file's settings those that say what its tensors mean. peft has others, some of which import what they name.
@@ -80,6 +84,7 @@ class AdapterFacts:
         base_name: what the base was called, see `shared_name`.
         words, classes: what the base does not know, in the order of the rows.
         few_steps: how the network is sampled with the adapter, as `FewSteps.plain` has it; empty: as without.
+        control: the control images that it is made to take, as `ControlInputs.plain` has them; empty: as without.
     """
 
     base: dict[str, str] = field(default_factory=dict)
@@ -87,10 +92,15 @@ class AdapterFacts:
     words: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     few_steps: dict[str, Any] = field(default_factory=dict)
+    control: dict[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values; those of control images where there are any, which earlier versions did not know."""
+        return {name: value for name, value in asdict(self).items() if name != "control" or value}
 
     def metadata(self) -> dict[str, str]:
         """Return the facts as an entry of a safetensors file's metadata."""
-        return {METADATA_KEY: json.dumps(asdict(self))}
+        return {METADATA_KEY: json.dumps(self.plain())}
 
 
 def facts_of(metadata: Mapping[str, str] | None) -> AdapterFacts:
@@ -393,7 +403,7 @@ def check_architecture(
         layers[WORDS] = parts["text_encoder"].get_input_embeddings()  # type: ignore[operator]
     if getattr(parts["transformer"], "y_embedder", None) is not None:
         layers[CLASSES] = parts["transformer"].y_embedder.embedding_table  # type: ignore[union-attr]
-    own = {key: value for key, value in state.items() if not key.startswith(INTERVALS)}
+    own = {key: value for key, value in state.items() if not key.startswith((INTERVALS, CONTROL))}
     of_text = [key for key in own if key.startswith(("text_encoder.", WORDS))]
     if of_text and "text_encoder" not in parts:
         if parts["transformer"].config.get("text_dim") is None:  # type: ignore[operator, union-attr]
@@ -508,3 +518,38 @@ def take_mode(
                 fix,
             )
     return few, intervals
+
+
+def take_control(
+    state: MutableMapping[str, Tensor], facts: AdapterFacts, network: Any, shown: str, *, has_own: bool
+) -> ControlPart | None:
+    """Take the part that makes the network take control images out of ``state``, and return it; None: there is none.
+
+    Args:
+        has_own: the network takes control images without adapters.
+
+    Raises:
+        UserError: it does not fit the network, which may have its own; or is no such part.
+    """
+    tensors = {key.removeprefix(CONTROL): state.pop(key) for key in [*state] if key.startswith(CONTROL)}
+    if not tensors and not facts.control:
+        return None
+    fix = f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from."
+    if has_own:
+        raise UserError(f"{shown} brings inputs for control images, and this checkpoint has its own", fix)
+    if not facts.control:
+        raise UserError(
+            f"{shown} brings inputs for control images, and does not say of which kind",
+            "The file that training wrote says it, its tensors do not: load that file.",
+        )
+    with about(shown):
+        inputs = ControlInputs.of(facts.control)
+        made = network.new_control_embedder(facts.control).state_dict()
+    fits = {name: value.shape for name, value in made.items()} == {
+        name: value.shape for name, value in tensors.items()
+    }
+    if not fits or inputs.image not in (0, network.config["in_channels"]):
+        raise UserError(
+            f"{shown} is for another architecture: its inputs for control images do not fit this one", fix
+        )
+    return facts.control, tensors

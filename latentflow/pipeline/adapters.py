@@ -33,11 +33,13 @@ from .adapter_files import (
     CLASSES,
     PARTS,
     WORDS,
+    ControlPart,
     SamplingMode,
     Tensors,
     check_architecture,
     read_adapter,
     settings_of,
+    take_control,
     take_mode,
     take_rows,
     type_name,
@@ -82,7 +84,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         if not USE_PEFT_BACKEND:
             raise missing("adapters need", "peft")
         low_memory = kwargs.pop("low_cpu_mem_usage", True)
-        state, metadata, words, labels, mode = self._read_fitting(
+        state, metadata, words, labels, mode, control = self._read_fitting(
             pretrained_model_name_or_path_or_dict, any_base, kwargs
         )
         name = adapter_name or self._free_name()
@@ -116,6 +118,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         loaded.labels[name] = {label: row for label, row in labels.items() if label not in loaded.classes}
         if mode[0]:
             loaded.modes[name] = mode
+        if control is not None:
+            loaded.controls[name] = control
         self._renew()
 
     @with_weights_in_place
@@ -124,7 +128,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         self, source: str | os.PathLike[str], any_base: bool = False, subfolder: str | None = None
     ) -> None:
         """Add an adapter to the weights for good, without peft: ``load_lora_weights``, ``fuse_lora`` and
-        ``unload_lora_weights`` in one, for those of plain LoRA that bring no words and classes.
+        ``unload_lora_weights`` in one, for those of plain LoRA that bring no words, classes and inputs.
 
         Args:
             source: a folder, a file or a hub id.
@@ -135,11 +139,11 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             UserError: as ``load_lora_weights``; or it is more than plain LoRA.
         """
         options = {"subfolder": subfolder}
-        state, metadata, words, labels, mode = self._read_fitting(source, any_base, options)
+        state, metadata, words, labels, mode, control = self._read_fitting(source, any_base, options)
         settings = metadata or {}
         plain = not any(settings.get(f"{part}.{name}") for part in PARTS for name in _MORE_THAN_PLAIN)
         ends = ".lora_A.weight", ".lora_B.weight"
-        if words or labels or not plain or not all(name.endswith(ends) for name in state):
+        if words or labels or control or not plain or not all(name.endswith(ends) for name in state):
             raise UserError(
                 f"the adapter {source} is more than plain LoRA",
                 f"{install_command('peft')}, and use --lora.",
@@ -253,7 +257,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         super().delete_adapters(adapter_names)
         loaded = self._added()
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for rows in (loaded.words, loaded.labels, loaded.weights, loaded.modes):
+            for rows in (loaded.words, loaded.labels, loaded.weights, loaded.modes, loaded.controls):
                 rows.pop(name, None)
         if any(self.get_list_adapters().values()):
             self._renew()
@@ -309,8 +313,12 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         loaded.fused_labels = summed(loaded.fused_labels, labels, self._weights("transformer"))
         for name, mode in loaded.modes.items():  # in the order of loading: the last wins
             loaded.own = mode if name in fused else loaded.own
+        for name, control in loaded.controls.items():
+            loaded.own_control = control if name in fused else loaded.own_control
         super().unload_lora_weights()
-        for held in (loaded.words, loaded.labels, loaded.weights, loaded.scale, loaded.modes):
+        for held in (
+            loaded.words, loaded.labels, loaded.weights, loaded.scale, loaded.modes, loaded.controls,
+        ):  # fmt: skip
             held.clear()
         loaded.disabled = False
         self._renew()
@@ -319,8 +327,9 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
     def _read_fitting(
         self, source: Any, any_base: bool, options: Mapping[str, Any]
-    ) -> tuple[Tensors, dict[str, Any] | None, Tensors, Tensors, SamplingMode]:
-        """Read an adapter that fits this pipeline; return its layers, settings, new words and classes, and mode.
+    ) -> tuple[Tensors, dict[str, Any] | None, Tensors, Tensors, SamplingMode, ControlPart | None]:
+        """Read an adapter that fits this pipeline; return its layers, settings, new words and classes, mode, and inputs
+        for control images.
 
         Raises:
             UserError: it cannot be read, or was made for another architecture or base.
@@ -335,7 +344,9 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             raise other_base(called, facts.base_name)
         words = take_rows(state, WORDS, facts.words, called)
         classes = take_rows(state, CLASSES, facts.classes, called)
-        return state, settings, words, classes, take_mode(state, facts, self.transformer, called)
+        own = self._added().has_control
+        control = take_control(state, facts, self.transformer, called, has_own=own)
+        return state, settings, words, classes, take_mode(state, facts, self.transformer, called), control
 
     def _load_into_text_encoder(
         self, state: Mapping[str, Tensor], name: str, metadata: dict[str, Any] | None, low_memory: bool
@@ -373,6 +384,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
                 num_classes=self.transformer.config.get("num_classes") or 0,
                 own=mode,
                 installed=mode,
+                has_control=bool(self.transformer.config.get("control")),
                 own_intervals=bool(self.transformer.config.get("interval_conditioning")),
             )
             self.transformer._adapters_added = loaded
@@ -414,6 +426,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         if sums or LatentFlowModel(self).labels != loaded.classes:
             self._set_classes(loaded, sums)
         self._set_mode(loaded)
+        self._set_control(loaded)
 
     def _set_words(self, loaded: Added, sums: Tensors) -> None:
         known = len(loaded.tokenizer)
@@ -447,6 +460,22 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             embedder.load_state_dict(intervals)
             embedder.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
         self.transformer.length_embedder = embedder
+
+    def _set_control(self, loaded: Added) -> None:
+        """Let the network take the control images of the last active adapter that brings the inputs, else none."""
+        wanted = loaded.own_control
+        for name in self._weights("transformer") if loaded.controls else ():
+            wanted = loaded.controls.get(name, wanted)
+        if wanted is loaded.installed_control:
+            return
+        loaded.installed_control = wanted
+        control, tensors = wanted or (None, {})
+        embedder = self.transformer.new_control_embedder(control)
+        if embedder is not None:
+            embedder.load_state_dict(tensors)
+            embedder.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
+        self.transformer.set_control_embedder(embedder)
+        self.transformer.register_to_config(control=control)
 
     def _set_classes(self, loaded: Added, sums: Tensors) -> None:
         embed = self.transformer.y_embedder

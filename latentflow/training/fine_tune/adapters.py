@@ -19,7 +19,7 @@ from ...config import AdapterConfig
 from ...errors import UserError
 from ...families import FlowModel
 from ...pipeline.adapter_bases import shared_name
-from ...pipeline.adapter_files import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
+from ...pipeline.adapter_files import CLASSES, CONTROL, INTERVALS, WORDS, AdapterFacts, base_hashes
 from ...utils.files import save_tensors
 
 #: name of the only adapter, while it is trained
@@ -79,18 +79,22 @@ class Adapter:
             words = {word: row for word, row in vocabulary if word not in known}
         names = {name: row for row, name in enumerate(model.classes) if name not in base.classes}
         self.model, self._config = model, config
+        # Inputs that the base lacks: the adapter brings all of them.
+        self._intervals: nn.Module | None = None
+        if not base.network.config.get("interval_conditioning"):
+            self._intervals = getattr(network, "length_embedder", None)
+        self._control: nn.Module | None = None
+        if not base.network.config.get("control"):
+            self._control = network.control_embedder
         self._facts = AdapterFacts(
             base=base_hashes(base.network),
             base_name="/".join(Path(checkpoint).parts[-2:]),
             words=[*words],
             classes=[*names],
             few_steps=model.few_steps.plain(),
+            control={} if self._control is None else dict(network.config["control"]),
         )
         self._base_name = shared_name(checkpoint)
-        # An input that the base lacks: the adapter brings all of it.
-        self._intervals: nn.Module | None = None
-        if not base.network.config.get("interval_conditioning"):
-            self._intervals = getattr(network, "length_embedder", None)
         self._whole = _count(network) + (_count(encoder) if trains_text else 0)
         self._layers = inject(network, config)
         if encoder is not None:
@@ -101,8 +105,9 @@ class Adapter:
                 _learn_rows(encoder, encoder.get_input_embeddings(), [*words.values()])
         if names:
             _learn_rows(network, network.y_embedder.embedding_table, [*names.values()])
-        if self._intervals is not None:
-            self._intervals.requires_grad_(True)
+        for part in (self._intervals, self._control):
+            if part is not None:
+                part.requires_grad_(True)
         self.trains_text = bool(words) or config.lora_text_encoder
 
     def lines(self) -> list[str]:
@@ -117,7 +122,7 @@ class Adapter:
 
     def description(self) -> dict[str, Any]:
         """Return plain values that a resumed run must have as well."""
-        facts = dataclasses.asdict(self._facts)
+        facts = self._facts.plain()
         if not facts["few_steps"]:  # as in runs from before there were any
             del facts["few_steps"]
         return {**self._config.describe(), **facts}
@@ -139,8 +144,9 @@ class Adapter:
             tensors |= {f"{part}.{name}": value for name, value in state.items() if "lora_" in name}
             settings |= {f"{part}.{name}": value for name, value in peft_settings(module).items()}
         tensors |= self._added_rows()
-        if self._intervals is not None:
-            tensors |= {f"{INTERVALS}{name}": value for name, value in self._intervals.state_dict().items()}
+        for start, inputs in ((INTERVALS, self._intervals), (CONTROL, self._control)):
+            if inputs is not None:
+                tensors |= {f"{start}{name}": value for name, value in inputs.state_dict().items()}
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
@@ -170,17 +176,19 @@ class Adapter:
         return rows
 
 
-def _check_same_inputs(base: nn.Module, network: nn.Module, checkpoint: str) -> None:
-    # Classes may be new, positions are computed, and the adapter brings the interval's length itself.
-    other = re.compile(r"embedding_table|^pos_embed$|^length_embedder")
+def _check_same_inputs(base: Any, network: Any, checkpoint: str) -> None:
+    # Classes may be new, positions are computed, and the adapter brings the interval's length and control itself.
+    other = re.compile(
+        r"embedding_table|^pos_embed$|^length_embedder|^control_embedder|^unet\.conv_in\.control"
+    )
     shapes = [
         {name: weight.shape for name, weight in module.named_parameters() if not other.search(name)}
         for module in (base, network)
     ]
-    if shapes[0] != shapes[1]:
+    if shapes[0] != shapes[1] or base.config.get("control") not in (None, network.config.get("control")):
         raise UserError(
-            f"--lora-rank: {checkpoint} lacks the inputs for --inpainting, --size-conditioning or --control, and an "
-            "adapter cannot bring them",
+            f"--lora-rank: {checkpoint} lacks the inputs for --inpainting, --size-conditioning or --control (beside "
+            "another kind), and an adapter cannot bring them",
             "Leave these out (data with masks: --masks none), or teach them to all weights first, without --lora-rank.",
         )
 
