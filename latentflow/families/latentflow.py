@@ -43,11 +43,13 @@ class LatentFlowModel(ControlledModel):
         UserError: the pipeline's settings are none, or do not belong together.
     """
 
-    def __new__(cls, pipeline: Any) -> LatentFlowModel:
+    def __new__(cls, pipeline: Any = None) -> LatentFlowModel:  # None: a copy is made
         """Return a model of tokens for a pipeline that has such a network."""
-        from .tokens import TokenModel  # which derives from this class
+        if pipeline is not None and pipeline.config.get("token_path") is not None:
+            from .tokens import TokenModel  # which derives from this class
 
-        return super().__new__(TokenModel if pipeline.config.get("token_path") is not None else cls)
+            cls = TokenModel
+        return super().__new__(cls)
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)

@@ -19,7 +19,8 @@ from .images import Images
 from .inversion import InversionCalls, as_many
 from .originals import read_masked_originals
 from .references import edit_by_reference
-from .sampling import Interrupted, by_row, last_part
+from .sampling import by_row
+from .steps import Interrupted, last_part
 
 
 class EditCalls(InversionCalls):

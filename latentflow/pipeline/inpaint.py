@@ -22,7 +22,8 @@ from .control import read_control
 from .images import Images, transparent_again
 from .inpaint_batch import read_batch
 from .jumps import keeping
-from .sampling import AfterStep, BindVelocity, RunningCall, Sampler
+from .sampling import BindVelocity, RunningCall
+from .steps import AfterStep, Sampler
 
 TRAINED = "trained"
 #: the method of tokens, which has no name in a call: those that are known stay

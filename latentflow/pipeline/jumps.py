@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..errors import UserError, lookup
 from ..flow.discrete import SAMPLERS, Posterior, simulate
+from .steps import AfterStep, Interrupted, Sampler, last_part
 
 if TYPE_CHECKING:
     from ..families import FlowModel
     from ..families.model import Generators
-    from .sampling import AfterStep, Sampler
 
 
 class JumpSettings(NamedTuple):
@@ -59,8 +59,6 @@ def sample_tokens(
     Raises:
         UserError: there is no such sampler of tokens.
     """
-    from .sampling import Interrupted, last_part  # which imports this module
-
     model = pipe.model
     method = model.usual_solver if solver is None else solver
     lookup(SAMPLERS, method if isinstance(method, str) else type(method).__name__, "sampler of tokens")

@@ -38,6 +38,7 @@ from .arguments import (
     labels,
 )
 from .jumps import JumpSettings, sample_tokens
+from .steps import AfterStep, Interrupted, Sampler, last_part
 from .tuned import TunedSolver, fitting, required
 
 if TYPE_CHECKING:
@@ -45,14 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: (step, time at which it began, x) -> x
-AfterStep: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
 #: grid of an average velocity, or None -> the velocity
 BindVelocity: TypeAlias = Callable[[Tensor | None], Velocity]
-#: called as ``integrate`` is: (velocity, x, times, solver, callback=, progress=, generator=) -> x at times[-1]
-Sampler: TypeAlias = Callable[..., Tensor]
-# Times that differ by less are the same time of a grid, reached by different sums.
-ROUNDING = 1e-9
 # A callback's tensor, and the rows of a `RunningCall` whose text it is.
 _NAMES = {"prompt_embeds": "rows", "negative_prompt_embeds": "negative"}
 # An image while it is drawn, at least: three channels in float32.
@@ -491,20 +486,6 @@ def _check_replacement(value: Any, earlier: Tensor | None, what: str) -> None:
     require_finite(value, what, "Check the callback.")
 
 
-def last_part(times: Tensor, strength: float) -> Tensor:
-    """Return the part of a grid from t = 1 - ``strength`` on, which it begins with exactly; at strength 1 all of it."""
-    if strength == 1.0:
-        return times
-    first = times[:1].clamp(min=1.0 - strength)
-    return torch.cat([first, times[times > first + ROUNDING]])
-
-
 def by_row(solver: str | Solver) -> str | Solver:
     """Return the solver of this name whose rows do not depend on one another: a generator alone decides its image."""
     return BY_ROW.get(solver, solver) if isinstance(solver, str) else solver
-
-
-class Interrupted(Exception):  # noqa: N818 - no error: the way out of any solver's loop
-    def __init__(self, latents: Tensor) -> None:
-        super().__init__("interrupted by a callback")
-        self.latents = latents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -229,6 +230,7 @@ def test_a_folder_opens_as_it_was_saved(tmp_path: Path) -> None:
         narrow.set_progress_bar_config(disable=True)
         assert narrow(class_labels="hat", output_type="pt").images.isfinite().all()
         shared = LatentFlowInpaintPipeline.from_pipe(again)
+        assert isinstance(copy.copy(model), TokenModel)
         assert isinstance(shared.model, TokenModel) and shared.transformer is again.transformer
 
 
