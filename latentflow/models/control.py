@@ -183,9 +183,8 @@ class ExtendedConv(nn.Conv2d):
     control: ControlEmbed | None
 
     def __init__(self, first: nn.Conv2d, masks: int) -> None:
-        shape: list[Any] = [first.kernel_size, first.stride, first.padding]
-        kernel, stride, padding = shape
-        super().__init__(first.in_channels, first.out_channels, kernel, stride, padding, device="meta")
+        shape: Any = {"kernel_size": first.kernel_size, "stride": first.stride, "padding": first.padding}
+        super().__init__(first.in_channels, first.out_channels, device="meta", **shape)
         self.weight, self.bias = first.weight, first.bias
         self.masks = masks
         self.control = None

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import hashlib
 import html
+import inspect
 import logging
 import random
 import threading
@@ -43,6 +44,8 @@ Values: TypeAlias = dict[str, Any]  # values of a request, by the names of its i
 USUAL = "default"
 NAMED_STEPS = 20  # of methods that fill or edit
 PATIENCE = 10.0  # seconds after its request in which a client has to listen for the answer
+# Inputs that a program may leave out though they have no value at first.
+OPTIONAL = ("class_label", "source_class", "control_image", "control_labels")
 # Options of events that need neither the queue nor the models.
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # On a narrow screen the result is below the button that asks for it.
@@ -401,7 +404,7 @@ class Tab:
         triggers = [self._go.click] + ([self.inputs["prompt"].submit] if "prompt" in self.inputs else [])
         running = gr.on(
             triggers,
-            with_previews if self.server.preview_vae else handler,
+            with_optional(with_previews if self.server.preview_vae else handler),
             None,
             [self._gallery, self.inputs["seed"], self._unknown],
             inputs_kwargs=self.inputs,
@@ -485,6 +488,15 @@ class Painted:
 def source_of(values: Values) -> Any:
     """Return the prompt or class of the image that is edited; "": unknown."""
     return values.get("source_prompt") or values.get("source_class") or ""
+
+
+def with_optional(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a handler of keywords the parameters `OPTIONAL`, with None as their default, which Gradio looks for."""
+    signature = inspect.signature(handler)
+    *own, keywords = signature.parameters.values()
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OPTIONAL]
+    handler.__signature__ = signature.replace(parameters=[*own, *more, keywords])  # type: ignore[attr-defined]
+    return handler
 
 
 def reporting_errors(work: Callable[..., Any]) -> Callable[..., Any]:

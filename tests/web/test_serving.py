@@ -462,6 +462,25 @@ def test_no_adapter_is_opened_but_those_that_are_offered(caption_checkpoint, tmp
         assert answer.status_code == 422  # there is no switch, as there is no such adapter
 
 
+def test_uploads_lead_what_a_program_asks_for(control_checkpoint, tmp_path) -> None:
+    with serving(InferenceServer(str(control_checkpoint), "cpu"), tmp_path / "uploads") as client:
+
+        def pixels(**values: Any) -> bytes:
+            state, data = ask(client, seed=5, new_seed=False, steps=1, **values)
+            assert state == "complete", data
+            return client.get(data[0][0]["image"]["url"]).content
+
+        image = upload(client, "a.png", encoded(Image.new("RGB", (8, 8), "red")))
+        layout = upload(client, "b.png", encoded(Image.new("L", (8, 8), 1)))
+        plain, by_image, by_labels = pixels(), pixels(control_image=image), pixels(control_labels=layout)
+        assert len({plain, by_image, by_labels}) == 3
+        assert pixels(control_image=image, control_labels=layout, control_scale=0) == plain
+        state, data = ask(client, steps=1, control_labels=image)
+        assert state == "error" and "a.png" in data["error"] and str(tmp_path) not in data["error"], data
+        elsewhere = {"path": str(Path(__file__)), "meta": {"_type": "gradio.FileData"}}
+        assert ask(client, steps=1, control_image=elsewhere)[0] == "error"
+
+
 def refuse_without_password(client: httpx.Client) -> None:
     requests = {
         "/config": "GET",
