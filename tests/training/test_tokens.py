@@ -62,7 +62,12 @@ def test_one_flag_trains_tokens(runs: Path) -> None:
     assert '"val_loss"' in (runs / "run" / "metrics.jsonl").read_text()
     assert "the masks of the data are not used" in (runs / "run" / "train.log").read_text()
     card = (runs / "run" / "pipeline" / "README.md").read_text()
-    assert "| kappa | cosine |" in card and "| path |" not in card and ", for inpainting as well" in card
+    assert (
+        "| kappa | cosine |" in card
+        and "| path |" not in card
+        and "Trained by discrete flow matching of tokens" in card
+    )
+    assert ", for inpainting as well" in card
     assert yaml.safe_load((runs / "run" / "config.yaml").read_text())["tokens"] is True
     tokens = sampled(pipe, prompt=["a red circle", "a blue square"])
     assert tokens.shape == (2, 8, 8) and int(tokens.max()) < 12
