@@ -182,12 +182,18 @@ class ExtendedConv(nn.Conv2d):
 
     control: ControlEmbed | None
 
-    def __init__(self, first: nn.Conv2d, masks: int) -> None:
-        shape: Any = {"kernel_size": first.kernel_size, "stride": first.stride, "padding": first.padding}
-        super().__init__(first.in_channels, first.out_channels, device="meta", **shape)
-        self.weight, self.bias = first.weight, first.bias
-        self.masks = masks
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # as peft makes convolutions
+        super().__init__(*arguments, **options)
+        self.masks = 0
         self.control = None
+
+    @classmethod
+    def around(cls, first: nn.Conv2d, masks: int) -> Self:
+        """Return a convolution of the parameters of ``first``, whose last ``masks`` channels are of masks."""
+        shape: Any = {"kernel_size": first.kernel_size, "stride": first.stride, "padding": first.padding}
+        made = cls(first.in_channels, first.out_channels, device="meta", **shape)
+        made.weight, made.bias, made.masks = first.weight, first.bias, masks
+        return made
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, in_channels + control channels, H, W) -> (B, out_channels, H, W)."""

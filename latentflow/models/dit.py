@@ -306,7 +306,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         if control is None:
             return None
         return ControlEmbed(
-            ControlInputs.of(control), lambda count: PatchConv(count, width, patch, bias=False)
+            ControlInputs.of(control), lambda count: PatchConv(count, width, patch, patch, bias=False)
         )
 
     def set_control_embedder(self, embedder: ControlEmbed | None) -> None:

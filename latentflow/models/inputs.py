@@ -292,13 +292,11 @@ def with_channels(x: Tensor, channels: Tensor | None, count: int) -> Tensor:
 class PatchConv(nn.Conv2d):
     """A convolution whose stride is its kernel, as a matrix product, which skips its changes of layout.
 
-    Args:
+    Attributes:
         extra: number of the last input channels whose part is added to that of the others.
     """
 
-    def __init__(self, channels: int, width: int, patch: int, *, extra: int = 0, bias: bool = True) -> None:
-        super().__init__(channels + extra, width, patch, patch, bias=bias)
-        self.extra = extra
+    extra = 0  # no argument: peft makes convolutions of this class as it makes others
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, width, H / patch, W / patch)."""
@@ -318,7 +316,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, extra: int, width: int, patch: int) -> None:
         super().__init__()
-        self.proj = PatchConv(channels, width, patch, extra=extra)
+        self.proj = PatchConv(channels + extra, width, patch, patch)
+        self.proj.extra = extra
         with torch.no_grad():
             nn.init.xavier_uniform_(self.proj.weight.flatten(1))
             self.proj.weight[:, channels:] = 0.0

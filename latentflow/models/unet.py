@@ -121,18 +121,22 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         nn.init.zeros_(self.unet.conv_out.bias)
         with torch.no_grad():
             self.unet.conv_in.weight[:, in_channels:] = 0.0
-        self.unet.conv_in = ExtendedConv(self.unet.conv_in, condition_channels)
+        self.unet.conv_in = ExtendedConv.around(self.unet.conv_in, condition_channels)
         self.set_control_embedder(self.new_control_embedder(control))
+
+    @property
+    def _first(self) -> ExtendedConv:
+        first: ExtendedConv = getattr(self.unet.conv_in, "base_layer", self.unet.conv_in)  # of an adapter
+        return first
 
     @property
     def control_embedder(self) -> ControlEmbed | None:
         """The part that takes control images, within the first convolution."""
-        embedder: ControlEmbed | None = self.unet.conv_in.control
-        return embedder
+        return self._first.control
 
     def set_control_embedder(self, embedder: ControlEmbed | None) -> None:
         """Let the network take control images by this part; None: it takes none."""
-        self.unet.conv_in.control = embedder
+        self._first.control = embedder
         if embedder is not None:
             skipped = [*self._skip_layerwise_casting_patterns, "conv_in"]
             self._skip_layerwise_casting_patterns = skipped  # type: ignore[misc]
@@ -141,7 +145,7 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         """Return the embedder that ``control`` adds; it is zero at first."""
         if control is None:
             return None
-        width = self.unet.conv_in.out_channels
+        width = self._first.out_channels
         return ControlEmbed(
             ControlInputs.of(control), lambda count: nn.Conv2d(count, width, 3, padding=1, bias=False)
         )

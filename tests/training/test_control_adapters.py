@@ -85,6 +85,19 @@ def test_the_file_makes_the_base_take_control_images_until_it_is_taken_away(
     torch.testing.assert_close(merged.transformer(x, 0.3, LED), led)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "layer"), [("dit", "x_embedder.proj"), ("unet", "unet.conv_in")])
+def test_peft_adapts_the_first_convolution_too(name: str, layer: str) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    network = build(name, control=CONTROL, condition_channels=2)
+    expected = network(latents(), 0.3, LED)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=[layer]), network, "more")
+    assert torch.equal(network(latents(), 0.3, LED), expected)
+    perturb(network)
+    assert not torch.allclose(network(latents(), 0.3, LED), expected, atol=1e-3)
+
+
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     trained("dit", tmp_path)
 
