@@ -431,4 +431,6 @@ def test_programs_that_cannot_use_such_a_model_say_so(
         load_program("interpolate").main(["red apple", "green hat", *line])
     with pytest.raises(UserError, match="this checkpoint"):
         load_program("evaluate").main([str(folders(name)), ".", "--features", "pixels-16", "-n", "2"])
-    InferenceServer(str(folders(name)), "cpu")  # the page has a tab for what fills a hole, and for control images
+    InferenceServer(
+        str(folders(name)), "cpu"
+    )  # the page has a tab for what fills a hole, and for control images
