@@ -156,6 +156,8 @@ def audit(classifier: Classifier, source: Source, background: str = "white", oth
         UserError: the data have no labels, or one; the model takes none of that kind, or does not know one.
     """
     model = classifier.model
+    texts = source.captions() if source.kind == "text" else [one.label or "" for one in source.examples]
+    source = source.subset([row for row, text in enumerate(texts) if text])
     labels = [*source.captions()] if source.kind == "text" else [one.label or "" for one in source.examples]
     if source.kind == "unconditional" or not any(labels):
         raise UserError(f"{source.name} has neither classes nor captions", "There is nothing to doubt.")

@@ -138,22 +138,29 @@ def load_image_sets(
             f"{source.name} is a data set of kind '{source.kind}', and --test {test.name} one of kind '{test.kind}'",
             "Give a --test whose images have captions or classes as those of DATA have.",
         )
-    train = load_images(model, source.subset(kept), background)
+    train = load_images(model, labelled(source.subset(kept)), background)
     if len(train.images.flatten(1).unique(dim=0)) < 2:
         raise UserError(
             f"{source.name} holds {len(kept)} training images, all of them equal",
             "Nothing can be compared with one image: give at least two different ones beside what is held out.",
         )
-    unseen = {"held_out": load_images(model, source.subset(held_out), background)} if held_out else {}
+    parts = {"held_out": source.subset(held_out)} if held_out else {}
     if test is not None:
-        unseen["test"] = load_images(model, test, background)
-    return train, unseen
+        parts["test"] = test
+    return train, {name: load_images(model, labelled(part), background) for name, part in parts.items()}
+
+
+def labelled(source: Source) -> Source:
+    """Return the images that have a class, where others of the data have none; else all."""
+    if source.kind != "class":
+        return source
+    return source.subset([row for row, example in enumerate(source.examples) if example.label])
 
 
 def held_out(source: Source, settings: Mapping[str, Any]) -> Source:
     """Return the part of a data set that the run held out; ``settings`` as in `load_image_sets`."""
     share, seed, stratify = (settings[name] for name in ("validation", "validation_seed", "stratify"))
-    return source.subset(split(source, share, seed, stratify=stratify)[1])
+    return labelled(source.subset(split(source, share, seed, stratify=stratify)[1]))
 
 
 def load_images(model: FlowModel, source: Source, background: str) -> ImageSet:

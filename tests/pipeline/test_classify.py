@@ -173,7 +173,9 @@ def test_check_audits_labels(
     said = capsys.readouterr().out
     assert "images are likelier with another label" in said and "least like the others" in said
     assert Image.open(sheet).height > 100
-    check([str(data), "--audit", str(dit_folder), "--json"])
+    photos(data, 1, labelled=False)  # it has no class, and nothing to doubt
+    empty = ["--missing-caption", "empty", "--condition", "class"]
+    check([str(data), "--audit", str(dit_folder), "--json", *empty])
     found = json.loads(capsys.readouterr().out)["audit"]
     assert len(found) == 6 and {one["label"] for one in found} == {*KINDS}
     ratios = [one["log_ratio"] for one in found]

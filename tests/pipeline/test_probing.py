@@ -120,6 +120,16 @@ def test_the_command_measures_both(
     measured = json.loads(report.read_text())
     assert {entry["t"] for entry in measured["probe"]["table"]} == {0.3, 0.6, 0.9}
     assert measured["likelihood"]["other"]["n"] == 4
+    for file in other.iterdir():
+        file.rename(data / f"unlabelled-{file.name}")
+    evaluate(
+        class_folder, data, "-o", tmp_path / "part.json", "--missing-caption", "empty", "--condition", "class"
+    )
+    kinds = json.loads((tmp_path / "part.json").read_text())["data"]["images"]
+    assert sum(kinds.values()) == sum(
+        measured["data"]["images"].values()
+    )  # those without a class are not measured
+    photos(other, 6, labelled=False)
     with pytest.raises(UserError, match="plain has no classes to read"):
         evaluate(dit_folder, other, "-o", tmp_path / "more.json", "--probe")
     with pytest.raises(UserError, match="--other without --likelihood"):
