@@ -207,12 +207,12 @@ def main() -> None:
     for part in ("found again", "unseen pairs"):
         for name, entries in figures[part].items():
             for each, entry in entries.items() if isinstance(entries, dict) else ():
-                told = (
+                figure = (
                     f"{entry['share']:.1%} ({entry['count']} of {entry['n']})"
                     if isinstance(entry, dict)
                     else entry
                 )
-                print(f"{part}: {name}, {each}: {told}")
+                print(f"{part}: {name}, {each}: {figure}")
 
 
 if __name__ == "__main__":

@@ -164,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for example, places, found in zip(source.examples, order, probabilities, strict=True)
     ]
     for entry in result["images"][:20]:
-        told = ", ".join(f"{name} {value:.1%}" for name, value in list(entry["probabilities"].items())[:3])
-        print(printable(f"  {entry['image']}: {told}"))
+        best = ", ".join(f"{name} {value:.1%}" for name, value in list(entry["probabilities"].items())[:3])
+        print(printable(f"  {entry['image']}: {best}"))
     if len(source) > 20:
         print(f"  ... {len(source) - 20:,} more")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ class TokenConfig:
     """Learn the tokens of an autoencoder with a codebook (a VQModel named by --vae, or one trained first by
     --autoencoder-class vq or fsq) in place of latents. Such a model inpaints without being trained to."""
     token_source: Literal["mask", "uniform"] = "mask"
-    """What every token is at first: mask (it is not known yet), or uniform (a random one)."""
+    """State of every token at first: mask (it is not known yet), or uniform (a random one)."""
     kappa: str = "linear"
     """Schedule of the share of tokens that are known at time t: linear, polynomial, cosine or cubic."""
     kappa_options: dict[str, float] = field(default_factory=dict)

@@ -10,13 +10,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data import Source, cached_pixels, pixels_to_images
+from ..data import Source
 from ..errors import UserError
 from ..families import FlowModel, Rows
 from ..families.few_steps import require_velocity
 from ..flow import WEIGHTINGS, compare_conditions, log_likelihood, make
 from ..inference.sample import generators
 from ..utils.progress import progress_bar
+from .data import load_images
 
 Method = Literal["flow-matching", "likelihood"]
 # Random vectors of a likelihood.
@@ -60,9 +61,7 @@ class Classifier:
 
     def images(self, source: Source, background: str = "white") -> Tensor:
         """Return the images (N, 3, H, W) in [-1, 1] at the model's size."""
-        if self.model.native_size is None:
-            raise UserError("this checkpoint does not say its size", "Give one that latentflow has trained.")
-        return pixels_to_images(cached_pixels(source, self.model.native_size, background)[:])
+        return load_images(self.model, source, background).images
 
     @torch.no_grad()
     def compare(self, images: Tensor, rows: Rows, *, own: bool = False) -> tuple[Tensor, Tensor]:
@@ -158,7 +157,7 @@ def audit(classifier: Classifier, source: Source, background: str = "white", oth
     model = classifier.model
     texts = source.captions() if source.kind == "text" else [one.label or "" for one in source.examples]
     source = source.subset([row for row, text in enumerate(texts) if text])
-    labels = [*source.captions()] if source.kind == "text" else [one.label or "" for one in source.examples]
+    labels = [text for text in texts if text]
     if source.kind == "unconditional" or not any(labels):
         raise UserError(f"{source.name} has neither classes nor captions", "There is nothing to doubt.")
     if len({*labels}) < 2:
@@ -175,7 +174,7 @@ def audit(classifier: Classifier, source: Source, background: str = "white", oth
         candidates = [
             [own, *drawn] for own, drawn in zip(labels, _others(labels, others, classifier.seed), strict=True)
         ]
-        rows = model.encode_prompt([text for texts in candidates for text in texts])
+        rows = model.encode_prompt([text for compared in candidates for text in compared])
         places = [0] * len(labels)
     ratios, losses = classifier.compare(images, rows, own=source.kind == "text")
     right = torch.tensor(places)[:, None]
@@ -183,8 +182,8 @@ def audit(classifier: Classifier, source: Source, background: str = "white", oth
     own_loss = losses.gather(1, right)[:, 0]
     surprise = (own_loss - own_loss.mean()) / own_loss.std().clamp(min=1e-12)
     found = [
-        Doubt(one.name, label, texts[int(best)], float(ratio), float(far))
-        for one, label, texts, best, ratio, far in zip(
+        Doubt(one.name, label, compared[int(best)], float(ratio), float(far))
+        for one, label, compared, best, ratio, far in zip(
             source.examples, labels, candidates, ratios.argmax(1), apart, surprise, strict=True
         )
     ]

@@ -88,7 +88,7 @@ def compare_conditions(
         log_snr: least and largest.
         batch_size: rows of the velocity's input.
         generator: of the noises, one for all samples or one for each.
-        progress: is told the number of evaluations after each batch.
+        progress: called with the number of evaluations after each batch.
 
     Raises:
         UserError: fewer than two conditions or evaluations, or an odd number of these; a loss is not finite.

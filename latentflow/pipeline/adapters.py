@@ -442,9 +442,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
     def _set_mode(self, loaded: Added) -> None:
         """Put the sampling mode of the last active adapter that has one into effect, else that without adapters."""
-        wanted = loaded.own
-        for name in self._weights("transformer") if loaded.modes else ():
-            wanted = loaded.modes.get(name, wanted)
+        wanted = self._last_active(loaded.modes, loaded.own)
         if wanted is loaded.installed:
             return
         loaded.installed = wanted
@@ -456,26 +454,31 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             return
         self.transformer.register_to_config(interval_conditioning=bool(intervals))
         embedder = self.transformer.new_length_embedder() if intervals else None
-        if embedder is not None:
-            embedder.load_state_dict(intervals)
-            embedder.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
-        self.transformer.length_embedder = embedder
+        self.transformer.length_embedder = self._with_weights(embedder, intervals)
 
     def _set_control(self, loaded: Added) -> None:
         """Let the network take the control images of the last active adapter that brings the inputs, else none."""
-        wanted = loaded.own_control
-        for name in self._weights("transformer") if loaded.controls else ():
-            wanted = loaded.controls.get(name, wanted)
+        wanted = self._last_active(loaded.controls, loaded.own_control)
         if wanted is loaded.installed_control:
             return
         loaded.installed_control = wanted
         control, tensors = wanted or (None, {})
         embedder = self.transformer.new_control_embedder(control)
-        if embedder is not None:
-            embedder.load_state_dict(tensors)
-            embedder.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
-        self.transformer.set_control_embedder(embedder)
+        self.transformer.set_control_embedder(self._with_weights(embedder, tensors))
         self.transformer.register_to_config(control=control)
+
+    def _last_active(self, brought: Mapping[str, Any], own: Any) -> Any:
+        """Return what the last active adapter brings; ``own`` where none does."""
+        for name in self._weights("transformer") if brought else ():
+            own = brought.get(name, own)
+        return own
+
+    def _with_weights(self, part: Any, tensors: Tensors) -> Any:
+        """Return a part that an adapter brings to the network, with its weights, frozen; None: it brings none."""
+        if part is not None:
+            part.load_state_dict(tensors)
+            part.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
+        return part
 
     def _set_classes(self, loaded: Added, sums: Tensors) -> None:
         embed = self.transformer.y_embedder

@@ -1,4 +1,4 @@
-"""What every way from noise to data has in common: its times, what is called after a step, and its end."""
+"""The common part of all ways from noise to data: times, what is called after a step, and the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every loss of a generator has in common: the conditions of a batch, and the random numbers of its samples."""
+"""The common part of the losses of generators: the conditions of a batch, and the random numbers of its samples."""
 
 from __future__ import annotations
 
