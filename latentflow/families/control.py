@@ -33,7 +33,7 @@ class ControlledModel(FlowModel):
     @property
     def control_kinds(self) -> tuple[str, ...]:
         """Kinds of the control images that the network takes, all of which it also draws without."""
-        return self.control_inputs.kinds
+        return self.control_inputs.kinds or super().control_kinds
 
     @property
     def control_labels(self) -> tuple[tuple[str, str], ...]:
@@ -42,7 +42,7 @@ class ControlledModel(FlowModel):
 
     def with_control(self, rows: Rows, images: Tensor) -> Rows:
         """See `Rows.with_control`."""
-        if "image" not in self.control_kinds:
+        if not self.control_inputs.image:
             return super().with_control(rows, images)
         check_counts(rows, images)
         return keep(rows, control=self.encode(images.to(self.device)))
@@ -54,7 +54,7 @@ class ControlledModel(FlowModel):
             UserError: the network takes no label maps; numbers of maps and rows that do not fit; labels beyond those
                 that the network knows.
         """
-        if "labels" not in self.control_kinds:
+        if not self.control_inputs.labels:
             return super().with_layout(rows, layouts)
         check_counts(rows, layouts[:, None])
         if not -1 <= int(layouts.min()) <= int(layouts.max()) < len(self.control_labels):
@@ -73,7 +73,11 @@ class ControlledModel(FlowModel):
 
         where v is the network's velocity. More than 1 follows them harder; every s but 0 and 1 doubles the evaluations.
         """
-        if scale == 1.0 or not CONTROL & rows.kept.keys():
+        if scale == 1.0:
+            return rows
+        if not self.control_inputs.kinds:
+            return super().with_control_scale(rows, scale)
+        if not CONTROL & rows.kept.keys():
             return rows
         if scale == 0.0:
             return _uncontrolled(rows)

@@ -9,15 +9,15 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL.Image import Image
 from torch import Tensor
 
+from .added_inputs import ExtendableModel
 from .extra_channels import ControlModel, MaskedModel
-from .mask_input import MaskLearningModel
 from .model import Size, Values
 from .pretrained import PackedModel, PretrainedModel
 from .references import ReferenceModel
 from .training_defaults import TrainingDefaults
 
 
-class FluxModel(MaskLearningModel, PackedModel):
+class FluxModel(ExtendableModel, PackedModel):
     """Flow model of FLUX.1. Its rows have embeds (B, L, D) and pooled (B, D').
 
     FLUX.1 dev takes its guidance scale as an input; classifier-free guidance is added by the option

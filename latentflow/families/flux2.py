@@ -11,13 +11,13 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL.Image import Image
 from torch import Tensor
 
-from .mask_input import MaskLearningModel
+from .added_inputs import ExtendableModel
 from .model import Size, Values
 from .references import ReferenceModel
 from .training_defaults import TrainingDefaults
 
 
-class Flux2Model(ReferenceModel, MaskLearningModel):
+class Flux2Model(ReferenceModel, ExtendableModel):
     """Flow model of FLUX.2. Its rows have embeds (B, L, D).
 
     FLUX.2 dev takes its guidance scale as an input, klein has classifier-free guidance, and none where it is

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .mask_input import MaskLearningModel
+from .added_inputs import ExtendableModel
 from .model import Values
 from .training_defaults import TrainingDefaults
 
 
-class Lumina2Model(MaskLearningModel):
+class Lumina2Model(ExtendableModel):
     """Flow model of Lumina-Image 2.0. Its rows have embeds (B, L, D) and mask (B, L).
 
     A system prompt stands before a prompt, but not before a negative one. Each line of pixels of a guided latent is

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from .mask_input import MaskLearningModel
+from .added_inputs import ExtendableModel
 from .model import Rows, Size, Values
 from .pretrained import PackedModel, PretrainedModel
 from .references import ReferenceModel
 from .training_defaults import TrainingDefaults
 
 
-class QwenImageModel(MaskLearningModel, PackedModel):
+class QwenImageModel(ExtendableModel, PackedModel):
     """Flow model of Qwen-Image. Its rows have embeds (B, L, D) and mask (B, L) bool.
 
     Guided tokens are as long as those of the prompt alone.

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .added_inputs import ExtendableModel
 from .consistency import ConsistencyModel
-from .mask_input import MaskLearningModel
 from .model import Values
 from .pretrained import FixedShiftModel
 from .training_defaults import TrainingDefaults
 
 
-class SanaModel(MaskLearningModel, FixedShiftModel):
+class SanaModel(ExtendableModel, FixedShiftModel):
     """Flow model of Sana. Its rows have embeds (B, L, D) and mask (B, L).
 
     An instruction stands before a prompt, but not before a negative one.

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..errors import UserError, shown
 from ..flow import LogitNormal, Velocity
+from .added_inputs import ExtendableModel
 from .edit_defaults import EditDefaults
-from .mask_input import MaskLearningModel
 from .model import Rows, Values
 from .training_defaults import TrainingDefaults
 
 
-class StableDiffusion3Model(MaskLearningModel):
+class StableDiffusion3Model(ExtendableModel):
     """Flow model of Stable Diffusion 3 and 3.5. Its rows have embeds (B, L, D) and pooled (B, D').
 
     Guidance is classifier-free; the option ``skip_guidance_layers`` adds skip-layer guidance, which leads away from

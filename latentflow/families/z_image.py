@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .mask_input import MaskLearningModel
+from .added_inputs import ExtendableModel
 from .model import Values
 from .training_defaults import TrainingDefaults
 
 
-class ZImageModel(MaskLearningModel):
+class ZImageModel(ExtendableModel):
     """Flow model of Z-Image. Its rows have embeds, a list of B tensors (L, D) of different lengths.
 
     Its guidance scale s means v + s (v - v_negative), which is 1 + s elsewhere; 0 is none.

@@ -41,7 +41,8 @@ METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's meta
 WORDS, CLASSES = "added.words", "added.classes"  # tensors (K, D) of a file
 INTERVALS = "added.intervals."  # and a parameter's name: of the embedder of an interval's length, which the base lacks
 CONTROL = "added.control."  # and a parameter's name: of what takes control images, which the base lacks
-MASKS = "added.masks"  # weight of input channels for masks, which the base lacks; see `latentflow.families.mask_input`
+# weights of a pretrained model's input channels, which the base lacks; see `latentflow.families.added_inputs`
+INPUTS = {"masks": "added.masks", "control": f"{CONTROL}weight"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of a file's settings those that say what its tensors mean. peft has others, some of which import what they name.
 _SETTINGS: dict[str, Any] = {
@@ -221,10 +222,9 @@ def read_facts(source: Any, shown: str, options: Mapping[str, Any]) -> AdapterFa
 
 
 @contextmanager
-def without_masks(
-    source: Any, options: dict[str, Any]
-) -> Iterator[tuple[Any, dict[str, Any], Tensor | None]]:
-    """Yield an adapter as diffusers' own loaders take it, their options, and its weight of input channels for masks.
+def without_inputs(source: Any, options: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any], Tensors]]:
+    """Yield an adapter as diffusers' own loaders take it, their options, and its weights of input channels, by their
+    kinds.
 
     Args:
         source, options: see `read_adapter`.
@@ -235,16 +235,16 @@ def without_masks(
             tensors, _, metadata = _fetch(source if isinstance(source, Mapping) else str(source), place)
     except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError, HTTPError):
         tensors, metadata = {}, None  # as in `read_facts`
-    masks = tensors.get(MASKS)
-    rest = {name: value for name, value in tensors.items() if name != MASKS}
-    if masks is None:
-        yield source, options, None
+    inputs = {kind: tensors[name] for kind, name in INPUTS.items() if name in tensors}
+    rest = {name: value for name, value in tensors.items() if name not in INPUTS.values()}
+    if not inputs:
+        yield source, options, {}
     elif isinstance(source, Mapping):
-        yield rest, options, masks
+        yield rest, options, inputs
     else:
         with TemporaryDirectory() as folder:
             save_tensors(rest, Path(folder) / LORA_WEIGHT_NAME_SAFE, metadata)
-            yield folder, {name: value for name, value in options.items() if name not in _PLACE}, masks
+            yield folder, {name: value for name, value in options.items() if name not in _PLACE}, inputs
 
 
 def _fetch(source: Any, place: Mapping[str, Any]) -> tuple[Any, Any, Any]:

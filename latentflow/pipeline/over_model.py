@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..autoencoder import downscale_factor
 from ..errors import UserError, few, with_article
 from ..families import FlowModel, Rows
+from ..families.added_inputs import ExtendableModel
 from ..families.model import Size
 from .arguments import ConditionArguments
 from .calls import CallMixin
@@ -83,46 +84,40 @@ class ModelPipeline(CallMixin):
         return self
 
     def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> None:
-        """Load an adapter by the stock pipeline's loader, and its input channels for masks, if it has any; see
-        `load_adapter`.
+        """Load an adapter by the stock pipeline's loader, and its input channels for masks and control
+        images, if it has any; see `load_adapter`.
 
         Raises:
             UserError: it cannot be read, has nothing for this model, or was made for another base.
         """
-        take_masks = getattr(self.model, "add_mask_input", None)
-        load_adapter(self.model.pipeline, source, adapter_name, take_masks=take_masks, **options)
+        add_inputs = getattr(self.model, "add_inputs", None)
+        load_adapter(self.model.pipeline, source, adapter_name, add_inputs=add_inputs, **options)
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Forget these adapters, with their input channels for masks."""
-        names, masks = [adapter_names] if isinstance(adapter_names, str) else adapter_names, self._mask_input
+        """Forget these adapters, with their input channels for masks and control images."""
         self.model.pipeline.delete_adapters(adapter_names)
-        if masks is not None and masks.adapter in names:
-            self._forget_masks()
+        self._remove_inputs([adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
     def unload_lora_weights(self) -> None:
-        """Take the adapters away, with their input channels for masks; what is fused stays in the weights.
+        """Take the adapters away, with their input channels for masks and control images; what is fused stays in the
+        weights.
 
         Raises:
             UserError: an adapter with such channels is fused: the stock weights have no place for them.
         """
-        if self._mask_input is not None:
+        if getattr(self.model, "added_inputs", None):
             parts = [part for part in self.components.values() if isinstance(part, nn.Module)]
             if any(getattr(layer, "merged", False) for part in parts for layer in part.modules()):
                 raise UserError(
-                    "an adapter with input channels for masks is fused, and cannot be unloaded",
+                    "an adapter with input channels for masks or control images is fused, and cannot be unloaded",
                     "pipe.unfuse_lora() first.",
                 )
-            self._forget_masks()
+            self._remove_inputs()
         self.model.pipeline.unload_lora_weights()
 
-    @property
-    def _mask_input(self) -> Any:
-        """The input channels for masks that an adapter has brought; None: there are none."""
-        return getattr(self.model, "mask_input", None)
-
-    def _forget_masks(self) -> None:
-        model: Any = self.model
-        model.remove_mask_input()
+    def _remove_inputs(self, adapters: list[str] | None = None) -> None:
+        if isinstance(self.model, ExtendableModel):
+            self.model.remove_inputs(adapters)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write the stock pipeline's folder; see ``DiffusionPipeline.save_pretrained``.

@@ -24,7 +24,7 @@ from ..families.text_encoders import text_encoders
 from ..utils.components import about, is_finite, library_reads, without_reports
 from ..utils.libraries import missing
 from .adapter_bases import fingerprint, is_other_base, other_base
-from .adapter_files import read_facts, without_masks
+from .adapter_files import Tensors, read_facts, without_inputs
 from .adapter_layouts import model_of
 from .offloading import weights_in_place
 
@@ -40,7 +40,7 @@ def load_adapter(
     name: str | None,
     *,
     any_base: bool = False,
-    take_masks: Callable[[Tensor, str], None] | None = None,
+    add_inputs: Callable[[Tensors, str], None] | None = None,
     **options: Any,
 ) -> None:
     """Load an adapter into a stock pipeline; one that is refused leaves the pipeline as it was.
@@ -52,7 +52,7 @@ def load_adapter(
         source: file, folder, hub id, or tensors by name.
         name: what to call it; default: as diffusers does.
         any_base: accept one that was made for another base of the same family.
-        take_masks: is given the weight of input channels for masks, where the adapter brings any, and its name.
+        add_inputs: is given the weights of input channels by their kinds, where the adapter brings any, and its name.
         options: of the pipeline's own ``load_lora_weights``.
 
     Raises:
@@ -75,7 +75,7 @@ def load_adapter(
     if not any_base:
         _check_base(pipeline, source, options)
     try:
-        _load(pipeline, source, name, options, take_masks)
+        _load(pipeline, source, name, options, add_inputs)
     except BaseException:
         if new := _adapter_names(pipeline) - before:
             pipeline.delete_adapters([*new])
@@ -126,7 +126,7 @@ def _load(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
     name: str | None,
     options: Any,
-    take_masks: Callable[[Tensor, str], None] | None,
+    add_inputs: Callable[[Tensors, str], None] | None,
 ) -> None:
     """Load an adapter and check it; see `load_adapter`. An adapter that is refused may still be there afterwards."""
     shown, hint = "the adapter", ""
@@ -135,7 +135,7 @@ def _load(
     kind = type(pipeline).__name__
     fix = f"Give a LoRA that was trained for this model, {with_article(kind)}.{hint}"
     before = _adapter_names(pipeline)
-    with without_masks(source, options) as (stock, place, masks):
+    with without_inputs(source, options) as (stock, place, inputs):
         with library_reads(shown, fix=fix), _absent_encoders_skipped(pipeline):
             pipeline.load_lora_weights(stock, adapter_name=name, **place)
         with without_reports():
@@ -169,13 +169,15 @@ def _load(
         raise UserError(f"{shown} is not finite in {few(damaged, 3)}", "Copy or download it again.")
     if len(loaded) < asked:
         log.warning("left out for lack of a place in this %s: %s of %s", kind, left_out, shown)
-    if masks is not None:
-        if take_masks is None:
+    if inputs:
+        if add_inputs is None:
             raise UserError(
-                f"{shown} brings input channels for masks, which {with_article(kind)} cannot be given", fix
+                f"{shown} brings input channels for {' and '.join(inputs)}, which {with_article(kind)} cannot be "
+                "given",
+                fix,
             )
         with about(shown):
-            take_masks(masks, next(iter(new)))
+            add_inputs(inputs, next(iter(new)))
 
 
 def _adapter_names(pipeline: Any) -> set[str]:

@@ -12,8 +12,8 @@ import torch
 
 from ..config import AdapterConfig
 from ..errors import UserError
+from ..families.added_inputs import KEPT, ExtendableModel
 from ..families.from_configs import model_from_configs
-from ..families.mask_input import MaskLearningModel
 from ..utils.files import result_of, unfinished_run
 from ..utils.flags import parse_options
 from .fine_tune.pretrained_adapter import PretrainedAdapter
@@ -57,9 +57,9 @@ class AdaptedRun:
         adapter = PretrainedAdapter(shape, AdapterConfig(**settings))
         adapter.fingerprint = base  # which the shapes alone do not have
         weights = {**state["flow-weights"], **state["flow-average"]}
-        if any(".mask_input." in name for name in weights):
-            assert isinstance(shape, MaskLearningModel)
-            shape.add_mask_input()
+        if kinds := [kind for kind in KEPT if any(f".added.{kind}." in name for name in weights)]:
+            assert isinstance(shape, ExtendableModel)
+            shape.add_inputs(dict.fromkeys(kinds))
         parts = {  # by their names in `PretrainedLoss`
             "network.network.": shape.network,
             **{f"text_encoders.{name}.": part for name, part in adapter.encoders.items()},

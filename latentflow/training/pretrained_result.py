@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import RunConfig
 from ..data import Source, to_pil
+from ..data.control import cut_control
 from ..families.index import read_index
 from ..families.pretrained import PretrainedModel
 from ..pipeline.generate import LatentFlowPipeline
@@ -100,12 +101,15 @@ class PretrainedResult:
         return to_pil(make_grid(images * 2 - 1, nrow=_SHOWN, padding=2, pad_value=1.0))
 
     def _condition(self, source: Source, row: int) -> dict[str, Any]:
-        model = self.model
+        model, side = self.model, self.splits.data.resolution
+        given: dict[str, Any] = {}
+        if source.control != "none":
+            given["control_image"] = cut_control(source.examples[row], (side, side), source.control)
         if model.takes_classes:
-            return model.call_arguments(shown_by(source, [row], model))
+            return given | model.call_arguments(shown_by(source, [row], model))
         if source.kind == "text":
-            return {"prompt_embeds": self.prompts.rows(shown_by(source, [row], model), model)}
-        return {"prompt_embeds": self.prompts.null(model)}
+            return given | {"prompt_embeds": self.prompts.rows(shown_by(source, [row], model), model)}
+        return given | {"prompt_embeds": self.prompts.null(model)}
 
     # ---------------------------------------------------------------- files
 
@@ -173,6 +177,8 @@ class PretrainedResult:
             samples=_SHOWN,
             sample_steps=(model.usual_steps,),
             resolution=self.splits.data.resolution,
+            inpaints=model.takes_masks,
+            control=model.control_kinds,
             stock=type(pipeline).__name__,
         )
 

@@ -18,8 +18,8 @@ from ..config import RunConfig
 from ..data import Source
 from ..data.dataset import NO_CLASS
 from ..errors import UserError
+from ..families.added_inputs import ExtendableModel
 from ..families.distilled import training_warning
-from ..families.mask_input import MaskLearningModel
 from ..families.pretrained import PretrainedModel
 from ..families.quantization import check_quantization, quantization
 from ..pipeline.adapter_files import weights_hash
@@ -40,6 +40,7 @@ from .loop.distributed import check_precision, process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
 from .loop.stopping import Stop
+from .losses.control import ControlImages
 from .losses.flow import Masking, validation_loss
 from .losses.latent_data import Conditions, LatentData
 from .losses.pretrained import PretrainedLoss, in_batch
@@ -160,12 +161,16 @@ def train_pretrained(
         data = MixedData(own, drawn, config.fine_tuning.prior_share)
     torch.manual_seed(config.loop.seed)  # the adapter's first weights
     adapter = PretrainedAdapter(model, config.adapter) if config.adapter.lora_rank else None
-    masking = None
+    masking = control = None
     if config.flow.inpainting:
-        assert isinstance(model, MaskLearningModel)
-        model.add_mask_input()
+        assert isinstance(model, ExtendableModel)
+        model.add_inputs({"masks": None})
         shapes = config.flow.shapes(splits.source.has_masks)
         masking = Masking(vae, shapes, config.loop.seed, model.mask_condition)
+    if splits.source.control != "none":
+        assert isinstance(model, ExtendableModel)
+        model.add_inputs({"control": None})
+        control = ControlImages(model.control_inputs, config.control.control_dropout, config.loop.seed)
     if adapter is None:
         model.network.requires_grad_(True)
     for line in adapter.lines() if adapter else [f"all {base.size / 1e6:.0f} M parameters are trained"]:
@@ -178,6 +183,7 @@ def train_pretrained(
         config.flow,
         config.loop.seed,
         masking=masking,
+        control=control,
         outside=config.fine_tuning.outside_mask,
         samples=config.loop.max_train_steps * batch,
         samples_per_step=batch,
@@ -297,6 +303,7 @@ def _description(
     return {
         **described,
         "flow": config.flow.describe(),
+        **config.control.describe(),
         "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
         "quantize": config.fine_tuning.quantize,
         "family_options": {name: base.options[name] for name in sorted(base.options)},

@@ -1,4 +1,4 @@
-"""Adapters that teach pretrained models to inpaint, through the command line."""
+"""Adapters that teach pretrained models to inpaint and to draw under control images, through the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentflow import LatentFlowInpaintPipeline
+from latentflow import LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.inference.opening import open_pipeline
 
 from .command import call, losses
@@ -57,3 +57,49 @@ def test_a_run_learns_to_inpaint_and_opens_at_any_time(
         drawn.append(np.asarray(filled))
         assert np.array_equal(drawn[-1][mask == 0], np.asarray(image)[mask == 0])
     assert np.array_equal(*drawn)
+
+
+def test_a_run_learns_to_draw_under_control_images(
+    pretrained: Callable[[str], Path], cache: Path, tmp_path: Path
+) -> None:
+    data, run, base = photos(tmp_path / "photos", 16, 4), tmp_path / "run", pretrained(NAME)
+    line: list[Any] = [data, "-o", run, *base_flags(NAME, base), *QUICK, "--max-train-steps", 2]
+    adapts = ["--lora-rank", 2, "--learning-rate", 0.01]
+    assert "4 images of 4 without a control image" in call(
+        cache, *line, *adapts, "--control", "image", expect=2
+    )
+    for number in range(4):
+        edges = np.zeros((16, 16), np.uint8)
+        edges[4 * number :] = 255
+        Image.fromarray(edges).save(data / f"{number}-control.png")
+    refused = call(cache, *line, *adapts, "--control", "labels", expect=2)
+    assert "learns control images, not label maps" in refused and "use --control image" in refused
+    refused = call(cache, *line, "--lora-rank", 0, "--control", "image", expect=2)
+    assert "--control: " in refused and "Add --lora-rank 16" in refused
+
+    flags = ["--control", "image", "--inpainting", "--train-batch-size", 4, "--preview-steps", 2]
+    call(cache, *line, *adapts, *flags)
+    made = adapter(run)
+    assert made["added.control.weight"].any() and made["added.masks"].any()
+    open_run = tmp_path / "open"  # as between its last checkpoint and its result
+    shutil.copytree(run, open_run, ignore=shutil.ignore_patterns("adapter"))
+    drawn = []
+    for folder in (run, open_run):
+        pipe: Any = open_pipeline(LatentFlowPipeline, str(folder), "cpu")
+        assert pipe.takes_masks and pipe.model.control_kinds == ("image",)
+        for scale in (1.0, 0.0):
+            drawn.append(
+                pipe(
+                    "a red apple", control_image=Image.open(data / "1-control.png"), control_scale=scale,
+                    num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt",
+                ).images
+            )  # fmt: skip
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
+    assert not torch.equal(drawn[0], drawn[1])
+    words: list[Any] = ["a red apple", "--checkpoint", run, "--control", data / "1-control.png"]
+    call(cache, *words, "--steps", 1, "-o", tmp_path / "out.png", file="../pipelines/generate")
+    assert Image.open(tmp_path / "out.png").size == (16, 16)
+    card = (run / "adapter" / "README.md").read_text()
+    assert "also draws under a control image" in card and "--method trained" in card
+    assert "With diffusers" not in card and "how they were filled" not in card
+    assert (run / "samples" / "step-000002.png").is_file()

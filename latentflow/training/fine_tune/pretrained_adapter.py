@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ...config import AdapterConfig
 from ...errors import UserError, with_article
+from ...families.added_inputs import ExtendableModel
 from ...families.pretrained import PretrainedModel
 from ...families.stored_weights import parameter_count
 from ...families.text_encoders import text_encoders
 from ...pipeline.adapter_bases import fingerprint, shared_name
 from ...pipeline.adapter_conversion import with_text_model
-from ...pipeline.adapter_files import MASKS, AdapterFacts
+from ...pipeline.adapter_files import INPUTS, AdapterFacts
 from ...pipeline.stock_adapters import adapted_encoders, adapted_part
 from ...utils.files import save_tensors
 from .adapters import ADAPTER, adapted_layers, inject, peft_settings, plan_line, trained_parameters
@@ -113,8 +114,8 @@ class PretrainedAdapter:
         """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of the stock pipeline reads. Its
         metadata name the base and hold the fingerprint.
 
-        With input channels for masks it holds those as well, which our pipelines read: diffusers' own loaders refuse
-        such a file, or read its layers alone.
+        With input channels for masks or control images it holds those as well, which our pipelines read: diffusers' own
+        loaders refuse such a file, or read its layers alone.
         """
         from peft.utils import get_peft_model_state_dict
 
@@ -130,9 +131,16 @@ class PretrainedAdapter:
             if f"{name}_lora_adapter_metadata" in taken:
                 given[f"{name}_lora_adapter_metadata"] = settings
         pipeline.save_lora_weights(folder, **given)
-        facts = AdapterFacts(base=self.fingerprint, base_name=shared_name(pipeline.name_or_path or ""))
-        masks = getattr(self._model, "mask_input", None)
-        added = {} if masks is None else {MASKS: masks.weight.detach()}
+        model, control = self._model, None
+        added = {}
+        if isinstance(model, ExtendableModel):
+            added = {INPUTS[kind]: made.weight.detach() for kind, made in model.added_inputs.items()}
+            control = model.control_inputs.plain()
+        facts = AdapterFacts(
+            base=self.fingerprint,
+            base_name=shared_name(pipeline.name_or_path or ""),
+            control=control or {},
+        )
         _add(added, folder / LORA_WEIGHT_NAME_SAFE, facts.metadata())
 
 

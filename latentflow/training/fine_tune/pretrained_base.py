@@ -17,6 +17,7 @@ from torch import nn
 
 from ...config import RunConfig
 from ...data import Source, find_source, readable, split
+from ...data.control import with_control_checked
 from ...errors import UserError, few, with_article
 from ...families import FlowModel
 from ...families.from_configs import model_from_configs
@@ -233,10 +234,10 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
         UserError: there are none; or they lack what the model draws from.
     """
     data, shape = config.data, base.shape
-    if config.control.control != "none":
+    if config.control.control == "labels":
         raise UserError(
-            f"--control {config.control.control}: {base.name} is a pretrained model, which learns no control images",
-            "They go with networks of our own; checkpoints that draw under control images open in `generate`.",
+            f"--control labels: {base.name} is a pretrained model, which learns control images, not label maps",
+            "Save the label maps as images in their labels' colours, and use --control image.",
         )
     if data.masks == "alpha" and not config.flow.inpainting:
         raise UserError(
@@ -244,13 +245,13 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
             "Leave it out, or put masks beside the images that are white where it should learn (cat-mask.png); with "
             "--inpainting they are holes, and it learns to fill them.",
         )
-    source = readable(find_source(data.data, **data.wanted()))
+    source = readable(find_source(data.data, **data.wanted(), **config.control.wanted()))
     if source.precomputed:
         raise UserError(
             f"{data.data} holds latents, and a pretrained model encodes images itself",
             "Give the folder of images: their latents are cached.",
         )
-    source = _conditioned(source, base, asked=data.condition)
+    source = with_control_checked(_conditioned(source, base, asked=data.condition))
     if config.adapter.lora_text_encoder and shape.takes_text and source.kind != "text":
         raise UserError(
             f"--lora-text-encoder: {source.name} is used without captions, from which a text encoder would learn",

@@ -65,32 +65,34 @@ def with_base_settings(
         )
     if adapter.lora_rank:
         check_adapter(base.shape, adapter)
-    _check_inpainting(tuned, base, given)
+    _check_added_inputs(tuned, base, given)
     rate = defaults.learning_rate if adapter.lora_rank else defaults.full_learning_rate
     return replace(tuned, network=network, loop=_fitted(config.loop, given, images, rate, adapter, own_share))
 
 
-def _check_inpainting(config: RunConfig, base: PretrainedBase, given: Collection[str]) -> None:
+def _check_added_inputs(config: RunConfig, base: PretrainedBase, given: Collection[str]) -> None:
     if config.flow.mask_shapes and not config.flow.inpainting:
         raise UserError(
             "--mask-shapes without --inpainting: masks of the data weight the loss of a pretrained model",
             "Add --inpainting to hide parts of the images, or leave --mask-shapes out.",
         )
-    if not config.flow.inpainting:
-        return
-    if getattr(base.shape, "first_layer", None) is None:
-        raise UserError(
-            f"--inpainting: {base.name} is {with_article(type(base.shape.pipeline).__name__)}, which cannot be given "
-            "input channels for masks",
-            "Start from SD3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image, Sana or Lumina2; `latentflow inpaint` "
-            "steers every checkpoint.",
-        )
-    if not config.adapter.lora_rank:
-        raise UserError(
-            f"--inpainting: {base.name} learns it in an adapter, and all weights are to be trained",
-            "Add --lora-rank 16: the adapter's file holds the input channels for masks as well.",
-        )
-    if "outside_mask" in given:
+    asked = {"--inpainting": "masks"} if config.flow.inpainting else {}
+    if config.control.control != "none":
+        asked["--control"] = "control images"
+    for flag, inputs in asked.items():
+        if getattr(base.shape, "first_layer", None) is None:
+            kind = with_article(type(base.shape.pipeline).__name__)
+            steered = "; `latentflow inpaint` steers every checkpoint" if flag == "--inpainting" else ""
+            raise UserError(
+                f"{flag}: {base.name} is {kind}, which cannot be given input channels for {inputs}",
+                f"Start from SD3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image, Sana or Lumina2{steered}.",
+            )
+        if not config.adapter.lora_rank:
+            raise UserError(
+                f"{flag}: {base.name} learns it in an adapter, and all weights are to be trained",
+                f"Add --lora-rank 16: the adapter's file holds the input channels for {inputs} as well.",
+            )
+    if config.flow.inpainting and "outside_mask" in given:
         raise UserError(
             "--outside-mask with --inpainting: masks are then holes to fill, and errors count everywhere",
             "Leave one of the two out.",

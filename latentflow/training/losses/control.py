@@ -37,16 +37,10 @@ class ControlImages:
         The batch holds ``sample_ids``, and perhaps ``control`` (B, C, h, w) or ``layout`` (B, 1, H, W) uint8, 255 = no
         label; what it lacks counts as dropped.
         """
-        latents: Tensor = batch["latents"]
-        kept = sent(
-            torch.tensor([not training or self._keeps(number) for number in batch["sample_ids"]]),
-            latents.device,
-        )
         if self._inputs.image:
-            image = batch.get("control")
-            image = torch.zeros_like(latents) if image is None else image * kept[:, None, None, None]
-            condition = replace(condition, control=image)
+            condition = replace(condition, control=self.image(batch, training=training))
         if self._inputs.labels:
+            latents, kept = batch["latents"], self._kept(batch, training)
             layout = batch.get("layout")
             if layout is None:
                 sides = (side * self._inputs.cell for side in latents.shape[2:])
@@ -56,6 +50,18 @@ class ControlImages:
                 layout = torch.where(kept[:, None, None] & (ids != NO_LABEL), ids, -1)
             condition = replace(condition, layout=layout)
         return condition
+
+    def image(self, batch: Mapping[str, Any], *, training: bool) -> Tensor:
+        """Return the latents (B, C, h, w) of the control images of a batch; zeros where they are dropped."""
+        image: Tensor | None = batch.get("control")
+        if image is None:
+            return torch.zeros_like(batch["latents"])
+        return image * self._kept(batch, training)[:, None, None, None]
+
+    def _kept(self, batch: Mapping[str, Any], training: bool) -> Tensor:
+        """Return (B,) bool: the rows that keep their control image."""
+        kept = [not training or self._keeps(number) for number in batch["sample_ids"]]
+        return sent(torch.tensor(kept), batch["latents"].device)
 
     def _keeps(self, sample_id: int) -> bool:
         return np.random.default_rng([self._seed, Stream.CONTROL, sample_id]).uniform() >= self._dropout

@@ -116,8 +116,11 @@ class PretrainedLoss(FlowLoss):
         return Rows.cat([rows, null])[places]
 
     def condition(self, batch: dict[str, Any], drop: Tensor | None = None) -> Any:
-        """Return the rows of a batch, with what a mask leaves of each image where the network learns to inpaint."""
+        """Return the rows of a batch, with its control images and what a mask leaves of each image where the network
+        learns from them."""
         rows = self.prompts(batch, drop)
+        if self.control is not None:
+            rows = keep(rows, control=self.control.image(batch, training=self.training))
         return rows if self.masking is None else keep(rows, channels=self.masking(batch))
 
     def dropped(self, random: SampleRandom) -> Tensor:

@@ -1,4 +1,5 @@
-"""Input channels for masks in pretrained networks: the base to the last bit at first, then a wider first layer."""
+"""Input channels for masks and control images in pretrained networks: the base to the last bit at first, then a wider
+first layer."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from latentflow.autoencoder import masked_condition
 from latentflow.config import AdapterConfig, FlowConfig
 from latentflow.errors import UserError
 from latentflow.families import FAMILIES
+from latentflow.families.added_inputs import KEPT
 from latentflow.training.fine_tune.pretrained_adapter import PretrainedAdapter
+from latentflow.training.losses.control import ControlImages
 from latentflow.training.losses.flow import Masking
 from latentflow.training.losses.pretrained import PretrainedLoss, in_batch
 
@@ -45,59 +48,84 @@ def half_hidden(side: int, count: int = 2) -> tuple[Tensor, Tensor]:
     return images, masks
 
 
+def randomised(model: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for added in model.added_inputs.values():
+        nn.init.normal_(added.weight, std=0.1, generator=generator)
+
+
 @torch.no_grad()
 def test_the_base_to_the_last_bit_before_training(name: str) -> None:
     model, side = opened(name), TINY[name].side
     rows = model.encode_prompt(["a red apple", "a pear"])
+    images, masks = half_hidden(side)
     x = model.noise(2, side, side, torch.Generator().manual_seed(2))
-    t = torch.tensor(0.4)
-    before = model.velocity(rows, 2.0)(x, t)
-    assert not model.takes_masks
-    model.add_mask_input()
-    assert model.takes_masks
-    known = rows.with_known(*half_hidden(side))
-    assert torch.equal(model.velocity(rows, 2.0)(x, t), before)
-    assert torch.equal(model.velocity(known, 2.0)(x, t), before)
-    nn.init.normal_(model.mask_input.weight, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(model.velocity(rows, 2.0)(x, t), before)  # nothing is known
-    assert not torch.allclose(model.velocity(known, 2.0)(x, t), before, atol=1e-3)
-    model.remove_mask_input()
-    assert torch.equal(model.velocity(rows, 2.0)(x, t), before)
-    assert not model.takes_masks and not [key for key in model.network.state_dict() if "mask" in key]
+
+    def velocity(rows: Any) -> Tensor:
+        return model.velocity(rows, 2.0)(x, torch.tensor(0.4))  # type: ignore[no-any-return]
+
+    before = velocity(rows)
+    assert not model.takes_masks and not model.control_kinds
+    model.add_inputs({"masks": None, "control": None})
+    assert model.takes_masks and model.control_kinds == ("image",)
+    known, led = rows.with_known(images, masks), rows.with_control(-images)
+    both = known.with_control(-images)
+    for given in (rows, known, led, both):
+        assert torch.equal(velocity(given), before)
+    randomised(model)
+    assert torch.equal(velocity(rows), before)  # nothing is given
+    found = [velocity(given) for given in (known, led, both)]
+    for number, one in enumerate(found):
+        assert not torch.allclose(one, before, atol=1e-3)
+        assert not torch.allclose(one, found[number - 1], atol=1e-3)
+    scaled = velocity(model.with_control_scale(both, 0.25))
+    torch.testing.assert_close(scaled, torch.lerp(found[0], found[2], 0.25))
+    assert torch.equal(velocity(model.with_control_scale(both, 0.0)), found[0])
+
+    control = model.added_inputs["control"].weight.clone()
+    model.remove_inputs()
+    assert torch.equal(velocity(rows), before)
+    assert not model.added_inputs and not [key for key in model.network.state_dict() if ".added." in key]
+    model.add_inputs({"control": control})
+    torch.testing.assert_close(velocity(led), found[1])  # one input alone: as without what the other takes
 
 
 @torch.no_grad()
 def test_equals_a_network_with_a_wider_first_layer(name: str) -> None:
-    """diffusers' own network with as many input channels, the two weights side by side in its first layer."""
+    """diffusers' own network with as many input channels, the weights side by side in its first layer."""
     if name == "ZImagePipeline":
         pytest.skip("diffusers has no such network with other channels at its input than at its output")
     model, side = opened(name), TINY[name].side
-    model.add_mask_input()
-    nn.init.normal_(model.mask_input.weight, std=0.1, generator=torch.Generator().manual_seed(3))
-    rows = model.encode_prompt(["a red apple", "a pear"]).with_known(*half_hidden(side))
+    model.add_inputs({"masks": None, "control": None})
+    randomised(model)
+    images, masks = half_hidden(side)
+    rows = model.encode_prompt(["a red apple", "a pear"]).with_known(images, masks).with_control(-images)
     x = model.noise(2, side, side, torch.Generator().manual_seed(2))
     ours = model.velocity(rows, 1.0)(x, torch.tensor(0.4))
 
-    weight, network, parts = model.mask_input.weight.clone(), model.network, model.mask_input.cells
+    weights = [added.weight.clone() for added in model.added_inputs.values()]
+    network, parts = model.network, model.patch**2 if model.cells_in_order else 1
     first = f"{model.first_layer}.weight"
-    model.remove_mask_input()
+    model.remove_inputs()
     state = network.state_dict()
     own = state[first]
-    state[first] = torch.cat([each.unflatten(1, (parts, -1)) for each in (own, weight)], 2).flatten(1, 2)
+    state[first] = torch.cat([each.unflatten(1, (parts, -1)) for each in (own, *weights)], 2).flatten(1, 2)
     config = {key: value for key, value in network.config.items() if not key.startswith("_")}
     channels = config["in_channels"]
-    more = weight.shape[1] * channels // own.shape[1]
+    more = sum(weight.shape[1] for weight in weights) * channels // own.shape[1]
     out = config.get("out_channels") or channels
     wide = type(network)(**{**config, "in_channels": channels + more, "out_channels": out}).eval()
     wide.load_state_dict(state)
     model.pipeline.transformer = wide
+    beside = torch.cat([x, *(rows.kept[kept] for kept in KEPT.values())], 1)
+    model.with_extra = lambda x, condition: beside
     torch.testing.assert_close(model.velocity(rows, 1.0)(x, torch.tensor(0.4)), ours)
 
 
 @torch.no_grad()
 def test_what_is_known_is_that_of_networks_of_our_own(name: str) -> None:
     model, side = opened(name), TINY[name].side
-    model.add_mask_input()
+    model.add_inputs({"masks": None})
     images, masks = half_hidden(side)
     masks[1] = 1.0  # nothing is known
     rows = model.encode_prompt(["a red apple", "a pear"]).with_known(images, masks)
@@ -113,18 +141,25 @@ def test_refusals(name: str) -> None:
     rows = model.encode_prompt(["a red apple"])
     with pytest.raises(UserError, match="not trained with masks"):
         rows.with_known(images[:1], masks[:1])
-    with pytest.raises(UserError, match="shape"):
-        model.add_mask_input(torch.zeros(3, 5))
-    assert not model.takes_masks
-    model.add_mask_input()
-    with pytest.raises(UserError, match="already"):
-        model.add_mask_input()
+    with pytest.raises(UserError, match="takes no control image"):
+        rows.with_control(images[:1])
+    for kind, words in (("masks", "for masks"), ("control", "for control images")):
+        with pytest.raises(UserError, match=f"{words} have shape"):
+            model.add_inputs({"control": None, kind: torch.zeros(3, 5)})
+    assert not model.added_inputs
+    model.add_inputs({"masks": None})
+    with pytest.raises(UserError, match="for masks already"):
+        model.add_inputs({"control": None, "masks": None})
+    assert [*model.added_inputs] == ["masks"]
     with pytest.raises(UserError, match="masks have shape"):
         rows.with_known(images[:1], masks)
+    with pytest.raises(UserError, match="takes no control image"):
+        rows.with_control(images[:1])
 
 
 def test_a_trained_adapter_opens_on_the_base(name: str, tmp_path: Path) -> None:
-    """Held-out holes are filled better, and one file brings layers and channels to the stock base."""
+    """Held-out holes are filled better under control images, and one file brings layers and channels to the stock
+    base."""
     model, side = opened(name), TINY[name].side
     kind = type(model)
     with torch.no_grad():
@@ -132,6 +167,7 @@ def test_a_trained_adapter_opens_on_the_base(name: str, tmp_path: Path) -> None:
         batch = {
             **in_batch(model.encode_prompt([f"a red apple {number}" for number in range(8)])),
             "latents": model.encode(images),
+            "control": model.encode(-images),
             "pixels": ((images + 1) * 127.5).round().to(torch.uint8),
             "sample_ids": [*range(8)],
         }
@@ -139,9 +175,10 @@ def test_a_trained_adapter_opens_on_the_base(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         base = plain(batch)["per_sample"]
     adapter = PretrainedAdapter(model, AdapterConfig(lora_rank=2, lora_alpha=3.0))
-    model.add_mask_input()
+    model.add_inputs({"masks": None, "control": None})
     masking = Masking(model.vae, {"half-plane": 1.0}, 1, model.mask_condition)
-    loss = PretrainedLoss(model, FlowConfig(inpainting=True), seed=1, masking=masking)
+    control = ControlImages(model.control_inputs, 0.25, 1)
+    loss = PretrainedLoss(model, FlowConfig(inpainting=True), seed=1, masking=masking, control=control)
 
     def held_out() -> Tensor:
         loss.eval()
@@ -152,7 +189,8 @@ def test_a_trained_adapter_opens_on_the_base(name: str, tmp_path: Path) -> None:
 
     assert torch.equal(held_out(), base)
     learned = [weight for weight in model.network.parameters() if weight.requires_grad]
-    assert any(weight is model.mask_input.weight for weight in learned)
+    for added in model.added_inputs.values():
+        assert any(weight is added.weight for weight in learned)
     optimizer = torch.optim.AdamW(learned, lr=3e-3)
     for step in range(1, 31):
         made = loss({**batch, "sample_ids": [8 * step + number for number in range(8)]})
@@ -160,12 +198,13 @@ def test_a_trained_adapter_opens_on_the_base(name: str, tmp_path: Path) -> None:
         made["loss"].backward()
         optimizer.step()
     assert held_out().mean() < base.mean()
-    assert model.mask_input.weight.any()
+    assert all(added.weight.any() for added in model.added_inputs.values())
     adapter.save(tmp_path)
 
     call: dict[str, Any] = {
         "prompt": "a red apple", "num_inference_steps": 3, "output_type": "np", "method": "trained",
         "image": (images[:1] / 2 + 0.5), "mask_image": half_hidden(side, 1)[1],
+        "control_image": {"image": -images[:1] / 2 + 0.5},
     }  # fmt: skip
     drawn = LatentFlowInpaintPipeline(model)(generator=seeded(), **call).images
     stock = deepcopy(checkpoint(name))
@@ -178,12 +217,18 @@ def test_a_trained_adapter_opens_on_the_base(name: str, tmp_path: Path) -> None:
     left = (images[0].permute(1, 2, 0)[:, : side // 2] / 2 + 0.5).numpy()
     assert float(abs(again[0][:, : side // 2] - left).max()) <= 1e-6  # kept pixels are the image's own
 
+    without = pipe(generator=seeded(), **{**call, "control_scale": 0.0}).images
+    assert float(abs(without - again).max()) > 1e-4
+    assert (
+        float(abs(pipe(generator=seeded(), **{**call, "control_image": None}).images - without).max()) == 0.0
+    )
+
     pipe.disable_lora()
-    assert not pipe.takes_masks
+    assert not pipe.takes_masks and not pipe.model.control_kinds
     pipe.enable_lora()
-    assert pipe.takes_masks
+    assert pipe.takes_masks and pipe.model.control_kinds == ("image",)
     pipe.unload_lora_weights()
-    assert not pipe.takes_masks and not pipe.get_list_adapters()
+    assert not pipe.model.added_inputs and not pipe.get_list_adapters()
     other = deepcopy(checkpoint(name))
     with torch.no_grad():
         next(weight for weight in other.transformer.parameters() if weight.ndim == 1).add_(0.5)
@@ -193,7 +238,7 @@ def test_a_trained_adapter_opens_on_the_base(name: str, tmp_path: Path) -> None:
     assert not others.takes_masks
     file = tmp_path / "pytorch_lora_weights.safetensors"
     tensors = load_file(file)
-    tensors["added.masks"] = tensors["added.masks"][:, :-1]
-    with pytest.raises(UserError, match="input channels for masks have shape"):
-        pipe.load_lora_weights(tensors)
-    assert not pipe.takes_masks and not any(pipe.get_list_adapters().values())
+    for key, inputs in (("added.masks", "masks"), ("added.control.weight", "control images")):
+        with pytest.raises(UserError, match=f"input channels for {inputs} have shape"):
+            pipe.load_lora_weights({**tensors, key: tensors[key][:, :-1]})
+        assert not pipe.model.added_inputs and not any(pipe.get_list_adapters().values())

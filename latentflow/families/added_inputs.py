@@ -1,0 +1,261 @@
+"""Input channels that a pretrained network was made without: for masks, it learns to inpaint; for control images, to
+draw under them. It still draws without.
+
+What the new channels bring is added to what the network's first layer makes of the noisy latent, which equals further
+input channels of that layer. Their weights start at zero, so that the network computes, to the last bit, what it
+computed before; and without masks and control images it skips them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError, with_article
+from ..models import ControlInputs
+from .control import ControlledModel
+from .extra_channels import checked_holes
+from .pretrained import PretrainedModel
+from .rows import Rows, keep
+
+#: kind of input -> what rows keep of it, (B, C', h, w)
+KEPT = {"masks": "channels", "control": "control"}
+#: kind of input -> what it is for, in messages
+NAMES = {"masks": "masks", "control": "control images"}
+
+
+class AddedInput(nn.Module):
+    """Channels beside a noisy latent -> what is added to the features that the first layer makes of it; zero at first.
+
+    The weight is in float32, whatever the network's precision: its steps are too small for 16 bits. It computes in the
+    precision of its input, as it will when images are drawn.
+
+    Args:
+        first: the network's first layer, linear or a convolution.
+        ratio: new channels for each of the latent.
+
+    Attributes:
+        adapter: name of the adapter that it belongs to; None: it is the network's own.
+        channels: of its input at the layer.
+    """
+
+    def __init__(self, first: Any, ratio: float) -> None:
+        super().__init__()
+        self.adapter: str | None = None
+        base: Any = getattr(first, "base_layer", first)  # of an adapter
+        convolves = isinstance(base, nn.Conv2d)
+        self.stride: Any = base.stride if convolves else None
+        width, kernel = (base.out_channels, base.kernel_size) if convolves else (base.out_features, ())
+        self.channels = round(ratio * _inputs(base))
+        self.weight = nn.Parameter(torch.zeros((width, self.channels, *kernel), device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C', h, w) or (B, N, C') -> features (B, width, h', w') or (B, N, width)."""
+        weight = self.weight.to(x.dtype)
+        return F.linear(x, weight) if self.stride is None else F.conv2d(x, weight, stride=self.stride)
+
+
+class _Widened:
+    """A network's first layer with added inputs, whose channels follow its own, if there are more than its own.
+
+    Attributes:
+        added: kind -> its `AddedInput`.
+        cells: parts of a token that each hold all channels; 1: it holds one channel after the other.
+    """
+
+    added: nn.ModuleDict
+    cells: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Any = getattr(self, "base_layer", self)
+        convolves, own = isinstance(base, nn.Conv2d), _inputs(base)
+        if x.shape[1 if convolves else -1] == own:
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        inputs: Any = [*self.added.values()]
+        channels = [own, *(added.channels for added in inputs)]
+        if convolves:
+            parts = x.split(channels, 1)
+        else:
+            cells = x.unflatten(-1, (self.cells, -1)).split([count // self.cells for count in channels], -1)
+            parts = tuple(part.flatten(-2) for part in cells)
+        features: Tensor = super().forward(parts[0])  # type: ignore[misc]
+        for added, part in zip(inputs, parts[1:], strict=True):
+            features = features + added(part)
+        return features
+
+
+def _inputs(layer: Any) -> int:
+    return int(layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features)
+
+
+@cache
+def _widened(kind: Any) -> type:
+    return type(kind.__name__, (_Widened, kind), {"__module__": kind.__module__})
+
+
+class ExtendableModel(ControlledModel, PretrainedModel):
+    """Family whose network can be given inputs for masks and for control images.
+
+    Its rows then may keep ``channels`` (B, f^2 + C, h, w), those of networks of our own (`masked_condition`): which
+    pixels of each cell are kept, and the latent of the image with its hole in grey; and ``control`` (B, C, h, w), the
+    latent of the control image.
+    """
+
+    #: the network's layer that takes the noisy latent; None: it cannot
+    first_layer: str | None = None
+    #: the network's tokens hold one cell after the other, each with all channels; else one channel after the other
+    cells_in_order: bool = False
+
+    @property
+    def added_inputs(self) -> Mapping[str, AddedInput]:
+        """Kind -> the input, "masks" or "control", in the order in which the network takes them."""
+        if self.first_layer is None:
+            return {}
+        found: Any = getattr(self.network.get_submodule(self.first_layer), "added", {})
+        return dict(found)
+
+    @property
+    def optional_extra(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of what rows may keep for the network's added inputs."""
+        return tuple(KEPT[kind] for kind in self.added_inputs)
+
+    @property
+    def takes_masks(self) -> bool:
+        """True for a network that was trained to inpaint, by an adapter that is in effect."""
+        return self._in_effect("masks")
+
+    @property
+    def control_inputs(self) -> ControlInputs:
+        """The control images that the network takes, by an adapter that is in effect."""
+        return self._control if self._in_effect("control") else ControlInputs()
+
+    def _in_effect(self, kind: str) -> bool:
+        found = self.added_inputs.get(kind)
+        if found is None or found.adapter is None:
+            return found is not None
+        layers = (layer for layer in self.network.modules() if hasattr(layer, "lora_A"))
+        layer: Any = next(layers, None)
+        return layer is not None and not layer.disable_adapters and found.adapter in layer.active_adapters
+
+    def add_inputs(self, weights: Mapping[str, Tensor | None], adapter: str | None = None) -> None:
+        """Give the network inputs, which learn.
+
+        Args:
+            weights: kind, "masks" or "control" -> its trained weight, which is frozen; None: zero.
+            adapter: name of the adapter that brings them, and without which they have no effect.
+
+        Raises:
+            UserError: the network has one of this kind, or cannot have one; the weight is of another shape.
+        """
+        kind = with_article(type(self.pipeline).__name__)
+        made = {}
+        for name, weight in weights.items():
+            if self.first_layer is None:
+                raise UserError(
+                    f"{kind} cannot be given input channels for {NAMES[name]}",
+                    "Steer it: LatentFlowInpaintPipeline fills holes with every checkpoint."
+                    if name == "masks"
+                    else "Use a checkpoint of its family that draws under control images, if there is one.",
+                )
+            if name in self.added_inputs:
+                raise UserError(
+                    f"the network has input channels for {NAMES[name]} already",
+                    "Load one such adapter at a time: pipe.unload_lora_weights() takes it away.",
+                )
+            made[name] = AddedInput(self._first, self._added_channels(name) / self._channels)
+            if weight is not None:
+                if weight.shape != made[name].weight.shape:
+                    raise UserError(
+                        f"its input channels for {NAMES[name]} have shape {tuple(weight.shape)}, and those of this "
+                        f"{kind[2:]} would have {tuple(made[name].weight.shape)}",
+                        "Load it onto the base that it was trained on.",
+                    )
+                made[name].weight = nn.Parameter(weight.to(made[name].weight), requires_grad=False)
+            made[name].adapter = adapter
+        if not made:
+            return
+        first = self._first
+        if not hasattr(first, "added"):
+            first.added = nn.ModuleDict()
+            first.cells = self.patch**2 if self.cells_in_order else 1
+            plain: Any = type(first)
+            first.__class__ = _widened(plain)
+        first.added.update(made)
+
+    def remove_inputs(self, adapters: Collection[str] | None = None) -> None:
+        """Take the inputs of these adapters away, or all: without any the network is as it was."""
+        found = self.added_inputs
+        for kind, added in found.items():
+            if adapters is None or added.adapter in adapters:
+                del self._first.added[kind]
+        if found and not self.added_inputs:
+            first = self._first
+            del first.added, first.cells
+            first.__class__ = type(first).__mro__[2]
+
+    @property
+    def _first(self) -> Any:
+        return self.network.get_submodule(self.first_layer or "")
+
+    @property
+    def _channels(self) -> int:
+        return self.latent_shape(self.size_multiple, self.size_multiple)[0]
+
+    @property
+    def _cell(self) -> int:
+        """Pixels of a cell of the latent along a side."""
+        return self.size_multiple // self.latent_shape(self.size_multiple, self.size_multiple)[1]
+
+    @property
+    def _control(self) -> ControlInputs:
+        return ControlInputs(image=self._channels, cell=self._cell)
+
+    def _added_channels(self, kind: str) -> int:
+        """Return the channels of an input on the grid of the latent."""
+        return self._channels + self._cell**2 * (kind == "masks")
+
+    def with_extra(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
+        """Return x (B, C, h, w) and, in further channels, what its added inputs take: zeros where nothing is given of a
+        kind, and x alone where nothing is given at all. See `PretrainedModel.with_extra`."""
+        kinds = self.added_inputs
+        if any(KEPT[kind] in condition for kind in kinds):
+            empty = {
+                KEPT[kind]: x.new_zeros(len(x), self._added_channels(kind), *x.shape[2:]) for kind in kinds
+            }
+            condition = {**empty, **condition}
+        return super().with_extra(x, condition)
+
+    def with_known(self, rows: Rows, images: Tensor, masks: Tensor, known: Tensor | None = None) -> Rows:
+        """See `Rows.with_known`.
+
+        Args:
+            known: latents (P, C, h, w) of the images with their holes hidden; default: made from them.
+        """
+        if not self.takes_masks:
+            return super().with_known(rows, images, masks, known)
+        holes = checked_holes(rows, images, masks).to(self.device)
+        return keep(rows, channels=self.mask_condition(images.to(self.device), holes, known))
+
+    def known_latents(self, rows: Rows) -> Tensor:
+        """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""
+        channels = rows.kept.get("channels")
+        return channels[:, self._cell**2 :] if isinstance(channels, Tensor) else super().known_latents(rows)
+
+    def mask_condition(self, images: Tensor, masks: Tensor, known: Tensor | None = None) -> Tensor:
+        """Return the channels (B, f^2 + C, h, w) of masked images; see `latentflow.autoencoder.masked_condition`.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            masks: (B, 1, H, W) in {0, 1}, 1 = repaint.
+            known: as of `with_known`.
+        """
+        kept = 1.0 - masks.float()
+        if known is None:
+            known = self.encode(images.float() * kept)
+        some = kept.flatten(1).amax(1)[:, None, None, None]
+        return torch.cat([F.pixel_unshuffle(kept, self._cell), known.to(kept) * some], 1)
