@@ -41,12 +41,14 @@ class AddedInput(nn.Module):
 
     Attributes:
         adapter: name of the adapter that it belongs to; None: it is the network's own.
+        coupling: that of masks, with which it was trained: "independent" or "data-dependent".
         channels: of its input at the layer.
     """
 
     def __init__(self, first: Any, ratio: float) -> None:
         super().__init__()
         self.adapter: str | None = None
+        self.coupling = "independent"
         base: Any = getattr(first, "base_layer", first)  # of an adapter
         convolves = isinstance(base, nn.Conv2d)
         self.stride: Any = base.stride if convolves else None
@@ -130,6 +132,11 @@ class ExtendableModel(ControlledModel, PretrainedModel):
         return self._in_effect("masks")
 
     @property
+    def coupling(self) -> str:  # type: ignore[override]
+        """The coupling with which it was trained: data-dependent where the flow fills a hole from the known latents."""
+        return self.added_inputs["masks"].coupling if self.takes_masks else "independent"
+
+    @property
     def control_inputs(self) -> ControlInputs:
         """The control images that the network takes, by an adapter that is in effect."""
         return self._control if self._in_effect("control") else ControlInputs()
@@ -142,12 +149,18 @@ class ExtendableModel(ControlledModel, PretrainedModel):
         layer: Any = next(layers, None)
         return layer is not None and not layer.disable_adapters and found.adapter in layer.active_adapters
 
-    def add_inputs(self, weights: Mapping[str, Tensor | None], adapter: str | None = None) -> None:
+    def add_inputs(
+        self,
+        weights: Mapping[str, Tensor | None],
+        adapter: str | None = None,
+        coupling: str = "independent",
+    ) -> None:
         """Give the network inputs, which learn.
 
         Args:
             weights: kind, "masks" or "control" -> its trained weight, which is frozen; None: zero.
             adapter: name of the adapter that brings them, and without which they have no effect.
+            coupling: that of masks.
 
         Raises:
             UserError: the network has one of this kind, or cannot have one; the weight is of another shape.
@@ -176,7 +189,7 @@ class ExtendableModel(ControlledModel, PretrainedModel):
                         "Load it onto the base that it was trained on.",
                     )
                 made[name].weight = nn.Parameter(weight.to(made[name].weight), requires_grad=False)
-            made[name].adapter = adapter
+            made[name].adapter, made[name].coupling = adapter, coupling
         if not made:
             return
         first = self._first

@@ -41,8 +41,13 @@ METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's meta
 WORDS, CLASSES = "added.words", "added.classes"  # tensors (K, D) of a file
 INTERVALS = "added.intervals."  # and a parameter's name: of the embedder of an interval's length, which the base lacks
 CONTROL = "added.control."  # and a parameter's name: of what takes control images, which the base lacks
-# weights of a pretrained model's input channels, which the base lacks; see `latentflow.families.added_inputs`
-INPUTS = {"masks": "added.masks", "control": f"{CONTROL}weight"}
+# weights of a pretrained model's input channels, which the base lacks, by their kind and by the coupling of masks; see
+# `latentflow.families.added_inputs`
+INPUTS = {
+    ("masks", "independent"): "added.masks",
+    ("masks", "data-dependent"): "added.masks.data-dependent",
+    ("control", "independent"): f"{CONTROL}weight",
+}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of a file's settings those that say what its tensors mean. peft has others, some of which import what they name.
 _SETTINGS: dict[str, Any] = {
@@ -222,9 +227,11 @@ def read_facts(source: Any, shown: str, options: Mapping[str, Any]) -> AdapterFa
 
 
 @contextmanager
-def without_inputs(source: Any, options: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any], Tensors]]:
+def without_inputs(
+    source: Any, options: dict[str, Any]
+) -> Iterator[tuple[Any, dict[str, Any], dict[tuple[str, str], Tensor]]]:
     """Yield an adapter as diffusers' own loaders take it, their options, and its weights of input channels, by their
-    kinds.
+    kinds and couplings.
 
     Args:
         source, options: see `read_adapter`.
@@ -235,7 +242,7 @@ def without_inputs(source: Any, options: dict[str, Any]) -> Iterator[tuple[Any, 
             tensors, _, metadata = _fetch(source if isinstance(source, Mapping) else str(source), place)
     except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError, HTTPError):
         tensors, metadata = {}, None  # as in `read_facts`
-    inputs = {kind: tensors[name] for kind, name in INPUTS.items() if name in tensors}
+    inputs = {key: tensors[name] for key, name in INPUTS.items() if name in tensors}
     rest = {name: value for name, value in tensors.items() if name not in INPUTS.values()}
     if not inputs:
         yield source, options, {}

@@ -24,7 +24,7 @@ from ..families.text_encoders import text_encoders
 from ..utils.components import about, is_finite, library_reads, without_reports
 from ..utils.libraries import missing
 from .adapter_bases import fingerprint, is_other_base, other_base
-from .adapter_files import Tensors, read_facts, without_inputs
+from .adapter_files import read_facts, without_inputs
 from .adapter_layouts import model_of
 from .offloading import weights_in_place
 
@@ -40,7 +40,7 @@ def load_adapter(
     name: str | None,
     *,
     any_base: bool = False,
-    add_inputs: Callable[[Tensors, str], None] | None = None,
+    add_inputs: Callable[..., None] | None = None,
     **options: Any,
 ) -> None:
     """Load an adapter into a stock pipeline; one that is refused leaves the pipeline as it was.
@@ -52,7 +52,8 @@ def load_adapter(
         source: file, folder, hub id, or tensors by name.
         name: what to call it; default: as diffusers does.
         any_base: accept one that was made for another base of the same family.
-        add_inputs: is given the weights of input channels by their kinds, where the adapter brings any, and its name.
+        add_inputs: gives the network the input channels that an adapter brings, see `ExtendableModel.add_inputs`; None:
+            it cannot have any.
         options: of the pipeline's own ``load_lora_weights``.
 
     Raises:
@@ -126,7 +127,7 @@ def _load(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
     name: str | None,
     options: Any,
-    add_inputs: Callable[[Tensors, str], None] | None,
+    add_inputs: Callable[..., None] | None,
 ) -> None:
     """Load an adapter and check it; see `load_adapter`. An adapter that is refused may still be there afterwards."""
     shown, hint = "the adapter", ""
@@ -172,12 +173,14 @@ def _load(
     if inputs:
         if add_inputs is None:
             raise UserError(
-                f"{shown} brings input channels for {' and '.join(inputs)}, which {with_article(kind)} cannot be "
+                f"{shown} brings input channels for {' and '.join(of for of, _ in inputs)}, which {with_article(kind)} cannot be "
                 "given",
                 fix,
             )
         with about(shown):
-            add_inputs(inputs, next(iter(new)))
+            weights = {of: weight for (of, _), weight in inputs.items()}
+            coupling = next((coupling for of, coupling in inputs if of == "masks"), "independent")
+            add_inputs(weights, next(iter(new)), coupling)
 
 
 def _adapter_names(pipeline: Any) -> set[str]:

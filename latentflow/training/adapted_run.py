@@ -59,7 +59,7 @@ class AdaptedRun:
         weights = {**state["flow-weights"], **state["flow-average"]}
         if kinds := [kind for kind in KEPT if any(f".added.{kind}." in name for name in weights)]:
             assert isinstance(shape, ExtendableModel)
-            shape.add_inputs(dict.fromkeys(kinds))
+            shape.add_inputs(dict.fromkeys(kinds), coupling=state["description"]["flow"]["coupling"])
         parts = {  # by their names in `PretrainedLoss`
             "network.network.": shape.network,
             **{f"text_encoders.{name}.": part for name, part in adapter.encoders.items()},

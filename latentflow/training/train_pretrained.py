@@ -164,7 +164,7 @@ def train_pretrained(
     masking = control = None
     if config.flow.inpainting:
         assert isinstance(model, ExtendableModel)
-        model.add_inputs({"masks": None})
+        model.add_inputs({"masks": None}, coupling=config.flow.coupling)
         shapes = config.flow.shapes(splits.source.has_masks)
         masking = Masking(vae, shapes, config.loop.seed, model.mask_condition)
     if splits.source.control != "none":

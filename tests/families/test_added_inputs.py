@@ -157,6 +157,48 @@ def test_refusals(name: str) -> None:
         rows.with_control(images[:1])
 
 
+@torch.no_grad()
+def test_the_flow_starts_from_what_is_known_with_a_data_dependent_coupling(name: str, tmp_path: Path) -> None:
+    """In training as in sampling, and the file says so; without known images it starts from noise."""
+    model, side = opened(name), TINY[name].side
+    adapter = PretrainedAdapter(model, AdapterConfig(lora_rank=2))
+    model.add_inputs({"masks": None}, coupling="data-dependent")
+    assert model.coupling == "data-dependent"
+    images, masks = half_hidden(side)
+    masks[1] = 1.0  # nothing is known
+    rows = model.encode_prompt(["a red apple", "a pear"])
+    known = rows.with_known(images, masks)
+    loss = PretrainedLoss(model, FlowConfig(inpainting=True, coupling="data-dependent"), seed=1)
+    noise = model.noise(2, side, side, seeded())
+    left = noise.shape[3] // 2
+    source = loss.source(noise, known)
+    assert torch.equal(source[0, ..., :left], model.known_latents(known)[0, ..., :left])
+    assert torch.equal(source[..., left:], noise[..., left:]) and torch.equal(source[1], noise[1])
+    assert torch.equal(loss.source(noise, rows), noise)
+
+    adapter.save(tmp_path)
+    pipe: Any = LatentFlowInpaintPipeline(type(model)(deepcopy(checkpoint(name)), **TINY[name].call))
+    pipe.load_lora_weights(tmp_path)
+    assert pipe.model.coupling == "data-dependent"
+    begins = []
+
+    def keep_first(_: Any, step: int, t: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        begins.append(state["latents"].clone())
+        return {}
+
+    call: dict[str, Any] = {
+        "prompt": "a red apple", "image": images[:1] / 2 + 0.5, "mask_image": masks[:1], "method": "trained"
+    }  # fmt: skip
+    pipe(
+        **call, num_inference_steps=2, latents=noise[:1], output_type="latent",
+        callback_on_step_end=keep_first, callback_on_step_end_tensor_inputs=["latents"],
+    )  # fmt: skip
+    for state in begins:  # what is known stays as it is from the start on
+        torch.testing.assert_close(state[0, ..., :left].cpu(), source[0, ..., :left])
+    pipe.disable_lora()
+    assert pipe.model.coupling == "independent"
+
+
 def test_a_trained_adapter_opens_on_the_base(name: str, tmp_path: Path) -> None:
     """Held-out holes are filled better under control images, and one file brings layers and channels to the stock
     base."""

@@ -22,8 +22,15 @@ pytestmark = pytest.mark.usefixtures("no_memorisation")
 NAME = "StableDiffusion3Pipeline"
 
 
+@pytest.mark.parametrize(
+    ("coupling", "file_name"),
+    [
+        ("independent", "added.masks"),
+        pytest.param("data-dependent", "added.masks.data-dependent", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_learns_to_inpaint_and_opens_at_any_time(
-    pretrained: Callable[[str], Path], cache: Path, tmp_path: Path
+    pretrained: Callable[[str], Path], cache: Path, tmp_path: Path, coupling: str, file_name: str
 ) -> None:
     data, run = photos(tmp_path / "photos", 16, 4), tmp_path / "run"
     mask = np.zeros((16, 16), np.uint8)
@@ -35,9 +42,10 @@ def test_a_run_learns_to_inpaint_and_opens_at_any_time(
     refused = call(cache, *line, "--lora-rank", 2, "--outside-mask", 0.5, expect=2)
     assert "--outside-mask with --inpainting" in refused
     flags = ["--max-train-steps", 2, "--train-batch-size", 4, "--lora-rank", 2, "--learning-rate", 0.01]
+    flags += ["--coupling", coupling]
     said = call(cache, *line, *flags)
     assert "1 mask in files beside the images" in said and len(losses(run)) == 2
-    assert adapter(run)["added.masks"].any()
+    assert adapter(run)[file_name].any()
 
     open_run = tmp_path / "open"  # as between its last checkpoint and its result
     shutil.copytree(run, open_run, ignore=shutil.ignore_patterns("adapter"))
@@ -45,7 +53,7 @@ def test_a_run_learns_to_inpaint_and_opens_at_any_time(
     drawn = []
     for folder in (run, open_run):
         pipe: Any = open_pipeline(LatentFlowInpaintPipeline, str(folder), "cpu")
-        assert pipe.takes_masks
+        assert pipe.takes_masks and pipe.model.coupling == coupling
         [filled] = pipe(
             "a red apple",
             image,

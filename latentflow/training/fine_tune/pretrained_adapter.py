@@ -134,7 +134,9 @@ class PretrainedAdapter:
         model, control = self._model, None
         added = {}
         if isinstance(model, ExtendableModel):
-            added = {INPUTS[kind]: made.weight.detach() for kind, made in model.added_inputs.items()}
+            added = {
+                INPUTS[kind, made.coupling]: made.weight.detach() for kind, made in model.added_inputs.items()
+            }
             control = model.control_inputs.plain()
         facts = AdapterFacts(
             base=self.fingerprint,

@@ -157,7 +157,7 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
     """Refuse settings that a pretrained model decides itself."""
     network = replace(config.network, gradient_checkpointing=False)
     fixed: list[tuple[Any, Any, Collection[str]]] = [
-        (config.flow, FlowConfig(), _FREE),
+        (config.flow, FlowConfig(), (*_FREE, *["coupling"] * (config.flow.coupling == "data-dependent"))),
         (network, NetworkConfig(), ()),
         (config.autoencoder, AutoencoderConfig(), ()),
         (config.text, type(config.text)(), ()),

@@ -130,13 +130,17 @@ class FlowLoss(ConditionedLoss):
         """Return what a condition-aware coupling compares rows by: labels (B,), or captions as mean tokens (B, D)."""
         return _compared_by(condition)
 
-    def source(self, noise: Tensor, condition: Condition) -> Tensor:
+    def channels(self, condition: Any) -> Tensor | None:
+        """Return what a mask leaves of each image, (B, C', h, w); None: no image is masked."""
+        found: Tensor | None = condition.channels
+        return found
+
+    def source(self, noise: Tensor, condition: Any) -> Tensor:
         """Return where the flow starts: the noise, or with the coupling data-dependent the kept part beside it."""
-        if self.config.coupling != "data-dependent" or condition.channels is None:
+        channels = self.channels(condition)
+        if self.config.coupling != "data-dependent" or channels is None:
             return noise
-        kept, known = condition.channels.split(
-            [condition.channels.shape[1] - noise.shape[1], noise.shape[1]], 1
-        )
+        kept, known = channels.split([channels.shape[1] - noise.shape[1], noise.shape[1]], 1)
         return masked_source(noise, known, 1.0 - kept.amin(1, keepdim=True))
 
     def weight(self, t: Tensor, u: Tensor, density: Density) -> Tensor | None:

@@ -146,9 +146,10 @@ class PretrainedLoss(FlowLoss):
             output, sample = output * cells, sample._replace(velocity=sample.velocity * cells)
         return super().error(output, sample, weight, batch)
 
-    def source(self, noise: Tensor, condition: Any) -> Tensor:
-        """Return the noise: no pretrained model starts from anything else."""
-        return noise
+    def channels(self, condition: Rows) -> Tensor | None:
+        """Return what a mask leaves of each image, (B, C', h, w); None: no image is masked."""
+        found: Any = condition.kept.get("channels")
+        return found
 
     def train(self, mode: bool = True) -> Self:
         """Leave network and text encoders in evaluation mode, but for the dropout of adapters: HiDream's network has
