@@ -139,11 +139,12 @@ def doubt_lines(doubts: Sequence[Doubt], most: int = 10) -> list[str]:
         f"\n{len(wrong)} of {len(doubts):,} images are likelier with another label, the most doubtful first:"
     ]
     lines += [
-        f"  {one.image}: {one.label}; rather {one.rather} ({-one.log_ratio:.3g} nats)" for one in wrong[:most]
+        f"  {doubt.image}: {doubt.label}; rather {doubt.rather} ({-doubt.log_ratio:.3g} nats)"
+        for doubt in wrong[:most]
     ]
     far = sorted(doubts, key=lambda doubt: -doubt.surprise)[:most]
     lines.append("least like the others (standard deviations of the loss above the mean):")
-    lines += [f"  {one.image}: {one.label} ({one.surprise:.1f})" for one in far]
+    lines += [f"  {doubt.image}: {doubt.label} ({doubt.surprise:.1f})" for doubt in far]
     return [printable(line) if line.startswith("  ") else line for line in lines]
 
 
@@ -153,8 +154,8 @@ def doubt_sheet(doubts: Sequence[Doubt], source: Source, most: int = 80) -> Imag
 
     found = {example.name: example for example in source.examples}
     shown = doubts[:most]
-    texts = [f"{one.label} > {one.rather}" if one.log_ratio < 0 else one.label for one in shown]
-    return labelled_sheet([found[one.image] for one in shown], texts)
+    texts = [f"{doubt.label} > {doubt.rather}" if doubt.log_ratio < 0 else doubt.label for doubt in shown]
+    return labelled_sheet([found[doubt.image] for doubt in shown], texts)
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:

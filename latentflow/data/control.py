@@ -31,7 +31,7 @@ _FIX = "`latentflow check DATA --control {}` lists all."
 
 @dataclass(frozen=True)
 class ControlReport:
-    """The result of looking at all control images of a source.
+    """The findings on all control images of a source.
 
     Attributes:
         problems: what would break a run, a line each.
@@ -43,7 +43,7 @@ class ControlReport:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _ControlInfo:
     """The properties of one control image."""
 
     size: tuple[int, int]
@@ -67,56 +67,56 @@ def inspect_controls(source: Source, labels: Labels = (), *, progress: bool = Tr
             f"{plural(len(without), 'image')} of {len(examples)} without a control image: {few(without)}"
         )
     given = [example for example in examples if example.has_control]
-    looks: dict[str, _Look] = {}
+    infos_by_name: dict[str, _ControlInfo] = {}
     unreadable, sized = [], []
     infos = zip(examples, inspect_images(source, progress=False), strict=True)  # which are known by now
     sizes = [info.size for example, info in infos if example.has_control]
-    found = map_threaded(partial(_look, kind=source.control, labels=labels), given)
+    found = map_threaded(partial(_inspect, kind=source.control, labels=labels), given)
     bar = progress_bar(
         zip(given, sizes, found, strict=True),
         total=len(given),
         desc="checking control images",
         hidden=not progress,
     )
-    for example, (width, height), look in bar:
-        if isinstance(look, str):
-            unreadable.append(one_line(look))
-        elif look.size != (width, height):
-            own = f"{look.size[0]}x{look.size[1]}"
+    for example, (width, height), info in bar:
+        if isinstance(info, str):
+            unreadable.append(one_line(info))
+        elif info.size != (width, height):
+            own = f"{info.size[0]}x{info.size[1]}"
             sized.append(f"{example.name} ({width}x{height}, its control image {own})")
         else:
-            looks[example.name] = look
+            infos_by_name[example.name] = info
     if sized:
         problems.append(f"{plural(len(sized), 'control image')} of another size than the image: {few(sized)}")
     if unreadable:
         problems.append(f"{plural(len(unreadable), 'control image')} cannot be used: {few(unreadable)}")
     if source.control != "labels":
         return ControlReport(tuple(problems))
-    table, differing = _table(looks, labels)
+    table, differing = _table(infos_by_name, labels)
     return ControlReport((*problems, *differing), table)
 
 
-def _look(example: Example, kind: str, labels: Labels) -> _Look | str:
+def _inspect(example: Example, kind: str, labels: Labels) -> _ControlInfo | str:
     """Return the properties of an example's control image, or why it cannot be used."""
     try:
         control = example.open_control()
         assert control is not None
         if kind != "labels":
-            return _Look(control.size)
+            return _ControlInfo(control.size)
         ids = read_label_ids(control, labels).astype(np.int64)
-        return _Look(control.size, palette_of(control), int(ids[ids != NO_LABEL].max(initial=-1)))
+        return _ControlInfo(control.size, palette_of(control), int(ids[ids != NO_LABEL].max(initial=-1)))
     except UserError as error:
         return error.what
 
 
-def _table(looks: dict[str, _Look], labels: Labels) -> tuple[Labels, list[str]]:
+def _table(infos_by_name: dict[str, _ControlInfo], labels: Labels) -> tuple[Labels, list[str]]:
     """Return the table of label maps, and a line where their palettes differ from it or from one another."""
-    most = max((look.most for look in looks.values()), default=-1)
+    most = max((info.most for info in infos_by_name.values()), default=-1)
     colours = [colour for _, colour in labels]
     first = "the labels"
     differing = []
-    for name, look in looks.items():
-        palette = look.palette[: len(labels) or most + 1]
+    for name, info in infos_by_name.items():
+        palette = info.palette[: len(labels) or most + 1]
         if not palette:
             continue
         if not labels and len(palette) > len(colours):

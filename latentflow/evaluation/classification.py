@@ -155,7 +155,9 @@ def audit(classifier: Classifier, source: Source, background: str = "white", oth
         UserError: the data have no labels, or one; the model takes none of that kind, or does not know one.
     """
     model = classifier.model
-    texts = source.captions() if source.kind == "text" else [one.label or "" for one in source.examples]
+    texts = (
+        source.captions() if source.kind == "text" else [example.label or "" for example in source.examples]
+    )
     source = source.subset([row for row, text in enumerate(texts) if text])
     labels = [text for text in texts if text]
     if source.kind == "unconditional" or not any(labels):
@@ -182,8 +184,8 @@ def audit(classifier: Classifier, source: Source, background: str = "white", oth
     own_loss = losses.gather(1, right)[:, 0]
     surprise = (own_loss - own_loss.mean()) / own_loss.std().clamp(min=1e-12)
     found = [
-        Doubt(one.name, label, compared[int(best)], float(ratio), float(far))
-        for one, label, compared, best, ratio, far in zip(
+        Doubt(example.name, label, compared[int(best)], float(ratio), float(far))
+        for example, label, compared, best, ratio, far in zip(
             source.examples, labels, candidates, ratios.argmax(1), apart, surprise, strict=True
         )
     ]

@@ -146,7 +146,7 @@ def _class_accuracy(sets: FeatureSets) -> dict[str, Any]:
         found = metrics.neighbour_labels(rows, sets.train[n:], labels[n:], k=_NEIGHBOURS)
         counts, expected = Counter(asked), Counter(found)
         chance = sum(expected[label] * count for label, count in counts.items()) / len(asked) ** 2
-        right = sum(one == other for one, other in zip(found, asked, strict=True))
+        right = sum(name == other for name, other in zip(found, asked, strict=True))
         return {**share(right, len(asked)), "chance": chance}
 
     return {

@@ -45,12 +45,12 @@ def _space(found: dict[str, Any], label: str) -> Iterator[str]:
             yield _figure(name, f"{value['value']:.1%} {meaning} (real images: {value['real']:.1%})")
     density = found["density"]
     if density["value"] is not None:
-        said = f"{density['value']:.2f} (real images: {density['real']:.2f}; higher is better: images are typical)"
-        yield _figure("density", said)
+        text = f"{density['value']:.2f} (real images: {density['real']:.2f}; higher is better: images are typical)"
+        yield _figure("density", text)
     if accuracy := found.get("class_accuracy"):
         real = accuracy["real"]["share"]
-        said = f"{_share(accuracy)} are nearest to images of their class (real images: {real:.1%}; "
-        yield _figure("class accuracy", f"{said}by chance: {accuracy['chance']:.1%})")
+        text = f"{_share(accuracy)} are nearest to images of their class (real images: {real:.1%}; "
+        yield _figure("class accuracy", f"{text}by chance: {accuracy['chance']:.1%})")
     yield from _retrieval(found.get("caption_retrieval"), label)
     if pairs := found.get("combinations"):
         yield from _combinations(pairs)
@@ -59,8 +59,8 @@ def _space(found: dict[str, Any], label: str) -> Iterator[str]:
         yield _figure("diversity", f"unknown: {diversity.get('ratio_reason') or diversity['value_reason']}")
     else:
         pairs = f"of one {label} " if diversity["within"] == "condition" else ""
-        said = f"images {pairs}differ {diversity['ratio']:.2f} times as much as real ones (1 is best)"
-        yield _figure("diversity", said)
+        text = f"images {pairs}differ {diversity['ratio']:.2f} times as much as real ones (1 is best)"
+        yield _figure("diversity", text)
 
 
 def _pixels(report: dict[str, Any], label: str) -> Iterator[str]:
@@ -86,8 +86,8 @@ def _more(report: dict[str, Any]) -> Iterator[str]:
         value, real = (_number(clip, name) for name in ("value", "real"))
         yield _figure("CLIP score", f"{value} (real images: {real}; higher is better)")
     if attributes := report.get("attributes"):
-        said = f"{_share(attributes['right'])} are nearest to the real image with their attribute "
-        yield _figure("attributes", f"{said}(by chance: {attributes['chance']:.1%})")
+        text = f"{_share(attributes['right'])} are nearest to the real image with their attribute "
+        yield _figure("attributes", f"{text}(by chance: {attributes['chance']:.1%})")
     for name, right in report.get("shapes", {}).items():
         yield _figure(f"shapes, {name.replace('_', ' ')}", f"{_share(right)} show what the caption says")
 
@@ -97,8 +97,8 @@ def _layouts(report: dict[str, Any]) -> Iterator[str]:
         iou = {name: f"{value:.3f}" for name, value in measured["mean_iou"].items()}
         caption = f", {iou['map_and_caption']} with its caption too" if "map_and_caption" in iou else ""
         reach = f"real images: {iou['real']}, through the autoencoder {iou['autoencoder']}"
-        said = f"mean IoU {iou['map']} under the label map{caption}, {iou['nothing']} without ({reach})"
-        yield _figure("layouts", said)
+        text = f"mean IoU {iou['map']} under the label map{caption}, {iou['nothing']} without ({reach})"
+        yield _figure("layouts", text)
 
 
 def _edges(report: dict[str, Any]) -> Iterator[str]:
@@ -109,36 +109,36 @@ def _edges(report: dict[str, Any]) -> Iterator[str]:
             for name in ("map", "nothing")
         }
         reach = f"real images: {f1['real']}, through the autoencoder {f1['autoencoder']}"
-        said = f"F1 {f1['map']} ({spans['map']}) under the edge map, {f1['nothing']} ({spans['nothing']}) without"
-        yield _figure("edges", f"{said} ({measured['images']} images; {reach})")
+        text = f"F1 {f1['map']} ({spans['map']}) under the edge map, {f1['nothing']} ({spans['nothing']}) without"
+        yield _figure("edges", f"{text} ({measured['images']} images; {reach})")
 
 
 def _networks(report: dict[str, Any]) -> Iterator[str]:
     yield "The networks, on images that were not trained on"
     for name, part in report["reconstruction"].items():
         psnr, ssim = (_number(part, figure) for figure in ("psnr", "ssim"))
-        said = f"PSNR {psnr} dB, SSIM {ssim} (higher is better; no generated image can be sharper)"
-        yield _figure("autoencoder", f"{name.replace('_', ' ')}: {said}")
+        text = f"PSNR {psnr} dB, SSIM {ssim} (higher is better; no generated image can be sharper)"
+        yield _figure("autoencoder", f"{name.replace('_', ' ')}: {text}")
     for name, part in report["validation_loss"].items():
         error = "" if part.get("standard_error") is None else f" +- {part['standard_error']:.2g}"
-        said = f"{_number(part, 'value')}{error} (lower is better, for one autoencoder and data set)"
-        yield _figure(part.get("unit", "flow loss"), f"{name.replace('_', ' ')}: {said}")
+        text = f"{_number(part, 'value')}{error} (lower is better, for one autoencoder and data set)"
+        yield _figure(part.get("unit", "flow loss"), f"{name.replace('_', ' ')}: {text}")
 
 
 def _known(report: dict[str, Any]) -> Iterator[str]:
     if (probed := report.get("probe")) and (best := probed["best"]):
-        said = f"{_share(best['linear'])} by a linear probe behind block {best['block']} at t = {best['t']}"
-        yield _figure("classes read", f"{said}, {best['nearest']['share']:.1%} by the 5 nearest images there")
+        text = f"{_share(best['linear'])} by a linear probe behind block {best['block']} at t = {best['t']}"
+        yield _figure("classes read", f"{text}, {best['nearest']['share']:.1%} by the 5 nearest images there")
     for name, part in report.get("likelihood", {}).items():
         error = f" +- {part['standard_error']:.2g}" if part["standard_error"] is not None else ""
-        said = (
+        text = (
             f"{name.replace('_', ' ')}: {part['bits_per_dim']:.4f}{error} bits per dimension of the latents"
         )
         if "auroc" in part:
-            said += (
+            text += (
                 f"; AUROC {part['auroc']:.3f} by the density, {part['auroc_of_typicality']:.3f} by typicality"
             )
-        yield _figure("density", said)
+        yield _figure("density", text)
 
 
 # ---------------------------------------------------------------- parts of lines
@@ -177,8 +177,8 @@ def _combinations(found: dict[str, Any]) -> Iterator[str]:
             yield _figure(
                 name, f"{_share(found[key])} {meaning} (real images: {found[key]['real']['share']:.1%})"
             )
-    said = "are, among real images with their attribute, nearest to the one with their caption"
-    yield _figure("both right", f"{_share(found['caption'])} {said}")
+    text = "are, among real images with their attribute, nearest to the one with their caption"
+    yield _figure("both right", f"{_share(found['caption'])} {text}")
 
 
 def _distance(name: str, found: dict[str, Any]) -> str:
@@ -201,8 +201,8 @@ def _number(found: dict[str, Any], name: str) -> str:
     return f"unknown ({found[f'{name}_reason']})" if value is None else f"{value:.4g}"
 
 
-def _figure(name: str, said: str) -> str:
-    return _wrapped(f"  {name:<18}{said}", indent=20)
+def _figure(name: str, text: str) -> str:
+    return _wrapped(f"  {name:<18}{text}", indent=20)
 
 
 def _wrapped(text: str, indent: int = 2) -> str:

@@ -55,8 +55,8 @@ def probe(sampler: Sampler, train: ImageSet, unseen: ImageSet) -> dict[str, Any]
             table.append(
                 {"block": block, "t": t}
                 | {
-                    name: share(sum(map(str.__eq__, said, unseen.captions)), len(unseen))
-                    for name, said in found.items()
+                    name: share(sum(map(str.__eq__, classes, unseen.captions)), len(unseen))
+                    for name, classes in found.items()
                 }
             )
     best = max(table, key=lambda entry: float(entry["linear"]["share"]))

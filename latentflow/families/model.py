@@ -248,7 +248,9 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
         diffusers takes the first floating-point weight, which beside layers in 4 bits may be an adapter's.
         """
         network = self.network
-        weights = ((name, one.dtype) for name, one in network.named_parameters() if one.is_floating_point())
+        weights = (
+            (name, weight.dtype) for name, weight in network.named_parameters() if weight.is_floating_point()
+        )
         first, _ = next(weights, ("", None))
         if "lora_" not in first:
             return network.dtype  # type: ignore[no-any-return]

@@ -162,6 +162,6 @@ def _draws(
 ) -> tuple[Tensor, Tensor]:
     """Return noises (N, count, ...) like x1, and numbers (N,) in [0, 1), drawn on the CPU."""
     each = generator if isinstance(generator, list) else [generator] * len(x1)
-    shifts = torch.stack([torch.rand((), generator=one, dtype=torch.float64) for one in each])
-    noises = torch.stack([torch.randn(count, *x1.shape[1:], generator=one) for one in each])
+    shifts = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in each])
+    noises = torch.stack([torch.randn(count, *x1.shape[1:], generator=generator) for generator in each])
     return noises.to(x1), shifts

@@ -82,7 +82,7 @@ def tune_sampler(
         for begin in range(first, first + number, batch_size):
             seeds = range(begin, min(begin + batch_size, first + number))
             rows = condition_rows(
-                model, [pool[random.Random(one).randrange(len(pool))] for one in seeds if pool], len(seeds)
+                model, [pool[random.Random(seed).randrange(len(pool))] for seed in seeds if pool], len(seeds)
             )
             noise = model.noise(len(seeds), height, width, generators(begin, len(seeds)))
             velocity = _counted(model.velocity(rows, scale), bar)

@@ -90,7 +90,7 @@ def _named_scales(signature: inspect.Signature) -> inspect.Signature:
 
 def _not_taken(what: str, name: str, known: Iterable[str]) -> UserError:
     """Return the error for an argument that ``what`` does not have."""
-    names = [one for one in known if one != "self"]
+    names = [name for name in known if name != "self"]
     guess = nearest(name, names)
     fix = FOREIGN.get(name) or (f"Did you mean {guess}?" if guess else f"It takes {', '.join(names)}.")
     return UserError(f"{what} takes no argument {shown(name)}", fix)

@@ -172,9 +172,9 @@ def _load(
         log.warning("left out for lack of a place in this %s: %s of %s", kind, left_out, shown)
     if inputs:
         if add_inputs is None:
+            brought = " and ".join(kind_of_input for kind_of_input, _ in inputs)
             raise UserError(
-                f"{shown} brings input channels for {' and '.join(of for of, _ in inputs)}, which {with_article(kind)} cannot be "
-                "given",
+                f"{shown} brings input channels for {brought}, which {with_article(kind)} cannot be given",
                 fix,
             )
         with about(shown):

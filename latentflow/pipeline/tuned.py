@@ -108,7 +108,7 @@ def write_tuned(folder: Path, tuned: TunedSolver, overwrite: bool = False) -> Pa
     ]
     solvers = sorted([*others, tuned], key=lambda one: (one.steps, one.guidance))
     with replacing(folder / FILE) as partial:
-        lines = ",\n".join(json.dumps(one.plain()) for one in solvers)
+        lines = ",\n".join(json.dumps(solver.plain()) for solver in solvers)
         partial.write_text(f'{{"solvers": [\n{lines}\n]}}\n', encoding="utf-8")
     restore_permissions(folder / FILE)
     return folder / FILE
@@ -120,7 +120,7 @@ def check_free(folder: Path, steps: int, guidance: float, height: int, width: in
     Raises:
         UserError: one serves such calls already.
     """
-    if any(one.steps == steps and one.suits(guidance, height, width) for one in read_tuned(folder)):
+    if any(solver.steps == steps and solver.suits(guidance, height, width) for solver in read_tuned(folder)):
         raise UserError(
             f"{folder / FILE} has a sampler of {steps} steps at guidance {guidance:g} already",
             "--overwrite replaces it.",
@@ -141,10 +141,14 @@ def fitting(
     Args:
         steps: None is any number; of several the most.
     """
-    suit = [one for one in stored(model) if steps in (None, one.steps) and one.suits(guidance, height, width)]
+    suit = [
+        solver
+        for solver in stored(model)
+        if steps in (None, solver.steps) and solver.suits(guidance, height, width)
+    ]
     if not suit or is_adapted(model) or is_other_base(suit[0].network, fingerprint(model.network)):
         return None
-    return max(suit, key=lambda one: one.steps)
+    return max(suit, key=lambda solver: solver.steps)
 
 
 def required(model: FlowModel, steps: int | None, guidance: float, height: int, width: int) -> TunedSolver:
@@ -166,7 +170,7 @@ def required(model: FlowModel, steps: int | None, guidance: float, height: int, 
             "solver 'tuned': adapters change the network that it was tuned for",
             "Leave the solver out; or write a checkpoint with the adapter merged, and tune that: latentflow export.",
         )
-    if not any(steps in (None, one.steps) and one.suits(guidance, height, width) for one in there):
+    if not any(steps in (None, solver.steps) and solver.suits(guidance, height, width) for solver in there):
         asked = (
             "" if steps is None else f"{steps} steps, "
         ) + f"guidance {guidance:g}, {width} x {height} pixels"
@@ -181,4 +185,7 @@ def required(model: FlowModel, steps: int | None, guidance: float, height: int, 
 
 
 def _named(solvers: Sequence[TunedSolver]) -> list[str]:
-    return [f"{one.steps} steps at guidance {one.guidance:g}, {one.width} x {one.height}" for one in solvers]
+    return [
+        f"{solver.steps} steps at guidance {solver.guidance:g}, {solver.width} x {solver.height}"
+        for solver in solvers
+    ]

@@ -319,7 +319,7 @@ def pipeline_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
         if len(found) == 1:
             fix = f"Did you mean '{found[0]}'?"
         elif found:
-            fix = f"Give one of the folders in it: {few([str(one) for one in found])}."
+            fix = f"Give one of the folders in it: {few([str(path) for path in found])}."
         raise UserError(f"'{folder}' is not a pipeline folder: it holds no {index}", fix)
     if folder.is_file():
         raise UserError(

@@ -18,7 +18,7 @@ from latentflow.models import DiT
 from latentflow.training import fit, log_to
 from latentflow.training.loop import fit as fit_module
 from latentflow.training.loop.fit import Callbacks, Loop
-from latentflow.training.loop.loader import Ahead, load_batches
+from latentflow.training.loop.loader import BatchPrefetcher, load_batches
 from latentflow.training.loop.step_figures import StepFigures
 from latentflow.training.losses import alignment, flow_loss
 from latentflow.training.losses.alignment import Routing, make_alignment
@@ -94,7 +94,9 @@ def test_a_step_looks_at_no_value_on_the_device(tmp_path: Path, monkeypatch: pyt
         dataclasses.replace(CONFIG, ema_lengths=(0.1,)),
     )
     loop = Loop({"flow": module}, Latents(), config, tmp_path, Callbacks(), "train", False)
-    batches = Ahead(load_batches(Latents(), loop.order.batches(0, 9, 0), num_workers=0, pin_memory=False))
+    batches = BatchPrefetcher(
+        load_batches(Latents(), loop.order.batches(0, 9, 0), num_workers=0, pin_memory=False)
+    )
     for step in range(3):
         figures = loop.train_step(batches)
         loop.step = step + 1
@@ -110,7 +112,7 @@ def test_figures_are_read_when_the_next_step_was_begun(
     happened: list[tuple[str, int]] = []
     begin, read = Loop.train_step, StepFigures.read
 
-    def begun(self: Loop, batches: Ahead) -> StepFigures:
+    def begun(self: Loop, batches: BatchPrefetcher) -> StepFigures:
         figures = begin(self, batches)
         happened.append(("begun", figures.step))
         return figures
@@ -183,7 +185,7 @@ def test_no_step_waits_for_a_gpu(optimizer: str, tmp_path: Path, monkeypatch: py
     """CUDA itself reports what waits; Muon asks once whether the step is good."""
     begin = Loop.train_step
 
-    def watched(self: Loop, batches: Ahead) -> StepFigures:
+    def watched(self: Loop, batches: BatchPrefetcher) -> StepFigures:
         torch.cuda.set_sync_debug_mode("error" if self.step > 2 and optimizer == "adamw" else "default")
         try:
             return begin(self, batches)

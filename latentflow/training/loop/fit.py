@@ -35,7 +35,7 @@ from .distributed import (
     whole,
 )
 from .loader import (
-    Ahead,
+    BatchPrefetcher,
     DataFailed,
     Part,
     Recovery,
@@ -203,7 +203,7 @@ class Loop:
 
     def train(self, last: int) -> bool:
         """Take the steps up to ``last``, and export; return whether the run is finished."""
-        batches = Ahead(
+        batches = BatchPrefetcher(
             load_batches(
                 self.data,
                 self.order.batches(self.step, last, self.accelerator.process_index),
@@ -245,7 +245,7 @@ class Loop:
         self._export()
         return True
 
-    def train_step(self, batches: Ahead) -> StepFigures:
+    def train_step(self, batches: BatchPrefetcher) -> StepFigures:
         """Take one optimiser step: load, forward and backward, clip, optimiser (if all is finite), average.
 
         Nothing here waits for the device: the figures are read after the next step was begun (`_read_figures`).

@@ -90,7 +90,7 @@ def load_batches(
     return _checked(batches)
 
 
-class Ahead:
+class BatchPrefetcher:
     """The batches of ``batches``, of which the next one can be loaded before it is asked for."""
 
     def __init__(self, batches: Iterator[list[Batch]]) -> None:

@@ -148,7 +148,8 @@ class PretrainedLoss(FlowLoss):
 
     def channels(self, condition: Rows) -> Tensor | None:
         """Return what a mask leaves of each image, (B, C', h, w); None: no image is masked."""
-        found: Any = condition.kept.get("channels")
+        found = condition.kept.get("channels")
+        assert not isinstance(found, list)
         return found
 
     def train(self, mode: bool = True) -> Self:
