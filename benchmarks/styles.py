@@ -1,9 +1,10 @@
 """A captioned checkpoint on `pictograms`: are captions of the training data found again, by style, and are pairs of a
 style and a name drawn that no image showed?
 
-    python benchmarks/styles.py CHECKPOINT PICTOGRAMS [-n 100] [--seed 0] [--fast] [-o runs/styles]
+    python benchmarks/styles.py CHECKPOINT PICTOGRAMS [-n 100] [--styles 3d flat] [--seed 0] [--fast] [-o runs/styles]
 
-PICTOGRAMS is the folder of `train/recipes/pictograms.py`, with its `train` and `test`. All images are drawn as
+PICTOGRAMS is the folder of `train/recipes/pictograms.py`, with its `train` and `test`, of which --styles chooses the
+styles that the checkpoint was trained on. All images are drawn as
 `latentflow generate` draws them, one try each, image i with the seed --seed + i, and are compared in the learned
 features of `latentflow evaluate` (L2 distance).
 
@@ -160,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("data", type=Path)
+    parser.add_argument("--styles", nargs="+", help="that the checkpoint knows; default: all")
     parser.add_argument("-n", type=int, default=100, help="captions of each style")
     parser.add_argument("--unseen", type=int, default=10_000, help="held-out pairs")
     parser.add_argument("--seed", type=int, default=0)
@@ -167,8 +169,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/styles"))
     args = parser.parse_args()
 
-    train, test = rows_of(args.data / "train"), rows_of(args.data / "test")
-    test.sort(key=lambda row: hashlib.sha256(caption(row).encode()).hexdigest())
+    splits = {split: rows_of(args.data / split) for split in ("train", "test")}
+    chosen = {
+        split: [i for i, row in enumerate(rows) if not args.styles or row["style"] in args.styles]
+        for split, rows in splits.items()
+    }
+    train, test = ([splits[split][i] for i in chosen[split]] for split in ("train", "test"))
     asked: list[dict[str, Any]] = []
     for style in dict.fromkeys(row["style"] for row in train):
         of_style = [row for row in train if row["style"] == style]
@@ -183,14 +189,17 @@ def main() -> None:
     kept = args.output / "real.safetensors"
     if not kept.exists():
         save_file(
-            {"train": features_of(train, side, space), "test": features_of(test, side, space)},
+            {split: features_of(rows, side, space) for split, rows in splits.items()},
             kept,
             {"features": f"{space} at {side} px"},
         )
-    real, held_out = load_file(kept)["train"], load_file(kept)["test"]
-    if len(real) != len(train) or len(held_out) != len(test):
+    seen_by = load_file(kept)
+    if any(len(seen_by[split]) != len(rows) for split, rows in splits.items()):
         parser.error(f"{kept} holds features of other images: remove it, or give another output")
-    test, held_out = test[: args.unseen], held_out[: args.unseen]
+    real, held_out = seen_by["train"][chosen["train"]], seen_by["test"][chosen["test"]]
+    hashes = [hashlib.sha256(caption(row).encode()).hexdigest() for row in test]
+    first = sorted(range(len(test)), key=hashes.__getitem__)[: args.unseen]
+    test, held_out = [test[i] for i in first], held_out[first]
     figures: dict[str, Any] = {"checkpoint": args.checkpoint, "features": space, "seed": args.seed}
     for part, rows in {"found again": asked, "unseen pairs": test}.items():
         images = drawn(pipe, [caption(row) for row in rows], args.seed)
