@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow.data import find_source
 from latentflow.errors import UserError
 
 from .images import load_program
@@ -206,6 +207,20 @@ def test_a_held_out_pair_takes_its_skin_tones_along(main: Any, packages: str, tm
             break
     else:
         pytest.fail("no hand was held out")
+
+
+def test_a_mix_of_some_styles(main: Any, packages: str, tmp_path: Path) -> None:
+    """Images with a skin tone once an epoch, the others six times, none of other styles and none that is held out."""
+    line = [packages, "-o", str(tmp_path / "out"), "--resolution", "16", "--test-names", "2"]
+    main([*line, "--mix", "noto", "flat"])
+    trained = rows(tmp_path / "out/train")
+    wanted = {
+        name: 1 if row["skin_tone"] else 6 for name, row in trained.items() if row["style"] in ("noto", "flat")
+    }
+    assert {*wanted.values()} == {1, 6}
+    source = find_source(str(tmp_path / "out" / "mix.yaml"))
+    assert source.kind == "text"
+    assert {Path(example.name).name: example.repeats for example in source.examples} == wanted
 
 
 def test_what_cannot_work(main: Any, packages: str, tmp_path: Path) -> None:

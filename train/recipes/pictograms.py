@@ -102,6 +102,9 @@ class PictogramsConfig:
     """Side of the images in pixels."""
     styles: tuple[Style, ...] = tuple(PACKAGES)
     """Styles to include."""
+    mix: tuple[Style, ...] = ()
+    """Also write mix.yaml, training data of these styles alone: the training images without a skin tone, each six times
+    an epoch, and those with one, once."""
     test_names: int = 240
     """Number of pairs of a style and a name that are held out."""
     near: float = 0.012
@@ -174,6 +177,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"{config.output / part}: {len(members)} images ({', '.join(f'{n} {s}' for s, n in counts.items())})"
         )
+    if config.mix:
+        trained = [
+            drawing for drawing in kept if drawing.style in config.mix and drawing.file_name not in test
+        ]
+        write_mix(config.output, trained, images)
     write_lines(config.output / "left_out.jsonl", left_out)
     write_licenses(config.output / "LICENSES.md", kept)
     reasons = Counter(line["why"].split(":")[0] for line in left_out)
@@ -508,6 +516,17 @@ def write(folder: Path, drawings: Sequence[Drawing], images: Mapping[str, Image.
         )
         rows.append(asdict(row))
     write_lines(folder / "metadata.jsonl", rows)
+
+
+def write_mix(folder: Path, drawings: Sequence[Drawing], images: Mapping[str, Image.Image]) -> None:
+    """The images once more, those with a skin tone apart, and the file that mixes them."""
+    sources = []
+    for part, repeats in (("base", 6), ("toned", 1)):
+        members = [drawing for drawing in drawings if (drawing.skin_tone is not None) == (part == "toned")]
+        write(folder / "mix" / part, members, images)
+        sources.append(f"  - {{data: mix/{part}, repeats: {repeats}}}\n")
+    (folder / "mix.yaml").write_text("sources:\n" + "".join(sources), encoding="utf-8")
+    print(f"{folder / 'mix.yaml'}: {len(drawings)} images")
 
 
 def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
