@@ -25,6 +25,7 @@ from two_dimensional.metrics import mode_metrics, wasserstein2_squared
 from latentflow.config import FlowConfig, LatentVariableConfig
 from latentflow.flow import CondOT, as_velocity, integrate, time_grid
 from latentflow.models import Condition
+from latentflow.models.inputs import linear
 from latentflow.models.latent_variable import LatentEncoder
 from latentflow.training.losses.flow import FlowLoss
 
@@ -42,18 +43,20 @@ class Perceptron(nn.Module):
 
     def __init__(self, channels: int, kind: str | None = None, dim: int = 1) -> None:
         super().__init__()
-        self.dim = dim if kind else 0
+        self.first = nn.Linear(channels + 1, 64)
         layers: list[nn.Module] = []
-        for inputs in (channels + 1 + self.dim, 64, 64):
-            layers += [nn.Linear(inputs, 64), nn.SELU()]
-        self.net = nn.Sequential(*layers, nn.Linear(64, channels))
+        for _ in range(2):
+            layers += [nn.SELU(), nn.Linear(64, 64)]
+        self.rest = nn.Sequential(*layers, nn.SELU(), nn.Linear(64, channels))
+        # last, and zero: the others start as they do without
         self.z_encoder = LatentEncoder(kind, channels, dim, width=16) if kind else None
+        self.z_embedder = linear(dim, 64, zero=True) if kind else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        parts = [x.flatten(1), t.to(x).expand(len(x))[:, None]]
-        if condition.z is not None:
-            parts.append(condition.z)
-        return self.net(torch.cat(parts, 1)).view_as(x)
+        h = self.first(torch.cat([x.flatten(1), t.to(x).expand(len(x))[:, None]], 1))
+        if self.z_embedder is not None:
+            h = h + self.z_embedder(condition.z)
+        return self.rest(h).view_as(x)
 
 
 def fit(

@@ -263,7 +263,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if kind != "nothing" and any(captions):
         measured["caption_retrieval"] = figures.caption_retrieval(generated, captions, train, unseen)
     measured["memorisation"] = figures.memorisation(generated, train, unseen.get("held_out"))
-    if model.latent_variable is not None:  # its prior was drawn from; of training images it flatters by copying
+    if (
+        model.latent_variable is not None
+    ):  # its prior was drawn from; of training images it flatters by copying
         varied = train.rows([order[i % len(order)] for i in range(config.n)]).images
         varied = sampler.sample(captions, VARIATIONS, "variations of training images", like=varied)
         copied = figures.memorisation(varied, train, unseen.get("held_out"))
