@@ -8,6 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..models.latent_variable import Posterior
 from .model import FlowModel, Generators, Rows
 from .rows import check_counts, keep
 
@@ -42,22 +43,21 @@ class LatentVariableModel(FlowModel):
         """
         encoder = self._encoder
         if encoder is None:
-            return super().with_latent_variable(rows, generator, like)
+            return super().with_latent_variable(rows, generator, like, mean=mean)
 
-        def noise(*shape: int) -> Tensor:
-            return randn_tensor(
-                (len(rows), *shape), generator=generator, device=self.device, dtype=torch.float32
-            )
+        def noise(rows: int, *shape: int, by: Generators | None = generator) -> Tensor:
+            return randn_tensor((rows, *shape), generator=by, device=self.device, dtype=torch.float32)
 
         if like is None:
-            return keep(rows, z=noise(encoder.dim))
+            return keep(rows, z=noise(len(rows), encoder.dim))
         check_counts(rows, like)
         x1 = like.repeat_interleave(len(rows) // len(like), 0)
-        if encoder.kind == "path":  # from any noise: z is to suit that which the image is drawn from
-            if mean:
-                generator = torch.Generator().manual_seed(0)
-            x0 = noise(*x1.shape[1:])
-            posterior = encoder(x1, x0, x0, x0.new_zeros(len(x0)))
-        else:
-            posterior = encoder(x1)
-        return keep(rows, z=posterior.mean if mean else posterior.sample(noise(encoder.dim)))
+        seen = [x1]
+        if encoder.kind == "path":  # from any noise: z is to suit that from which the image will be drawn
+            fixed = torch.Generator().manual_seed(0)  # a mean is the same for every row, whatever its company
+            x0 = noise(1 if mean else len(x1), *x1.shape[1:], by=fixed if mean else generator).expand_as(x1)
+            seen += [x0, x0, x0.new_zeros(len(x0))]
+        place = next(encoder.parameters()).device  # where an offloaded network waits
+        place = self.device if place.type == "meta" else place
+        posterior = Posterior(*(part.to(self.device) for part in encoder(*(part.to(place) for part in seen))))
+        return keep(rows, z=posterior.mean if mean else posterior.sample(noise(len(rows), encoder.dim)))

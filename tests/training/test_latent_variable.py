@@ -101,15 +101,26 @@ def test_under_much_weight_it_is_plain_flow_matching() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps of a beta that leaves nothing to tell, the same in two parts, and one of a plain network."""
+    """A run of two steps, the same in two parts, and a checkpoint of a network without a latent variable."""
     root = tmp_path_factory.mktemp("run")
     images = save_images(root / "images", *(f"{number}.png" for number in range(12)))
-    line = [images, *TINY, "--checkpointing-steps", 1]
-    latent = [*line, "--latent-variable", "image", "--latent-variable-dim", 3]
-    call(root / "cache", *line, "--max-train-steps", 1, "-o", root / "plain")
-    call(root / "cache", *latent, "--max-train-steps", 2, "-o", root / "run")
-    call(root / "cache", *latent, "--max-train-steps", 1, "-o", root / "parts")
-    call(root / "cache", *latent, "--max-train-steps", 2, "-o", root / "parts", "--allow-changes")
+    line = [
+        images,
+        *TINY,
+        "--checkpointing-steps",
+        1,
+        "--latent-variable",
+        "image",
+        "--latent-variable-dim",
+        3,
+    ]
+    call(root / "cache", *line, "--max-train-steps", 2, "-o", root / "run")
+    call(root / "cache", *line, "--max-train-steps", 1, "-o", root / "parts")
+    call(root / "cache", *line, "--max-train-steps", 2, "-o", root / "parts", "--allow-changes")
+    pipe = opened(root / "run" / "pipeline")
+    settings = {name: value for name, value in pipe.transformer.config.items() if name[0] != "_"}
+    plain = DiT(**settings | {"latent_variable": None, "latent_variable_dim": None})
+    type(pipe).from_pipe(pipe, transformer=plain).save_pretrained(root / "plain" / "pipeline")
     return root
 
 
@@ -173,8 +184,8 @@ def test_images_are_drawn_anew_and_inverted_under_their_own_z(run: Path, kind: s
     torch.testing.assert_close(kept, pipe.encode_images(2 * image - 1))
     edit = LatentFlowEditPipeline.from_pipe(pipe)
     edit.set_progress_bar_config(disable=True)
-    assert float(edit.invert(image, num_inference_steps=40).error.max()) < 1e-2  # type: ignore[union-attr]
-    frames = edit.interpolate(image=[*image], frames=3, num_inference_steps=40, output_type="latent").images
+    assert float(edit.invert(image, num_inference_steps=60).error.max()) < 0.03  # type: ignore[union-attr]
+    frames = edit.interpolate(image=[*image], frames=3, num_inference_steps=60, output_type="latent").images
     torch.testing.assert_close(frames[[0, 2]], kept, atol=0.05, rtol=0.0)
 
 
