@@ -306,11 +306,10 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
             self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), width), requires_grad=False)
             with torch.no_grad():
                 self.pos_embed.copy_(sincos_table(self.grid[0], self.grid[1], width, torch.device("cpu")))
-        self.z_embedder, self.z_encoder = None, None
-        if latent_variable is not None:  # last: the other weights start as they do without
-            dim = latent_variable_dim or USUAL_DIM
-            self.z_embedder = LatentEmbed(dim, width)
-            self.z_encoder = LatentEncoder(latent_variable, in_channels, dim)
+        # Last: the other weights start as they do without.
+        kind, dim = latent_variable, latent_variable_dim or USUAL_DIM
+        self.z_embedder = LatentEmbed(dim, width) if kind is not None else None
+        self.z_encoder = LatentEncoder(kind, in_channels, dim) if kind is not None else None
 
     def new_control_embedder(self, control: Mapping[str, Any] | None) -> ControlEmbed | None:
         """Return the embedder that ``control`` adds; it is zero at first."""

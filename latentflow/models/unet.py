@@ -103,14 +103,14 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         text = text_dim is not None
         vectors = (num_classes, text_dim, size_conditioning or None, latent_variable)
         attention = len(channels) - 1
-        kind = "CrossAttn{}Block2D" if text else "Attn{}Block2D"
+        block = "CrossAttn{}Block2D" if text else "Attn{}Block2D"
         arguments = {
             "in_channels": in_channels + condition_channels,
             "out_channels": out_channels or in_channels,
             "block_out_channels": tuple(channels),
             "layers_per_block": layers_per_block,
-            "down_block_types": ("DownBlock2D", *[kind.format("Down")] * attention),
-            "up_block_types": (*[kind.format("Up")] * attention, "UpBlock2D"),
+            "down_block_types": ("DownBlock2D", *[block.format("Down")] * attention),
+            "up_block_types": (*[block.format("Up")] * attention, "UpBlock2D"),
             "norm_num_groups": math.gcd(32, *channels, *(c // 4 for c in channels)),
             "resnet_time_scale_shift": "scale_shift",
             "class_embed_type": None if vectors == (None,) * 4 else "identity",
@@ -128,11 +128,10 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
             self.unet.conv_in.weight[:, in_channels:] = 0.0
         self.unet.conv_in = ExtendedConv.around(self.unet.conv_in, condition_channels)
         self.set_control_embedder(self.new_control_embedder(control))
-        self.z_embedder, self.z_encoder = None, None
-        if latent_variable is not None:  # last, as in `DiT`
-            dim = latent_variable_dim or USUAL_DIM
-            self.z_embedder = LatentEmbed(dim, width)
-            self.z_encoder = LatentEncoder(latent_variable, in_channels, dim)
+        # Last: the other weights start as they do without.
+        kind, dim = latent_variable, latent_variable_dim or USUAL_DIM
+        self.z_embedder = LatentEmbed(dim, width) if kind is not None else None
+        self.z_encoder = LatentEncoder(kind, in_channels, dim) if kind is not None else None
 
     @property
     def _first(self) -> ExtendedConv:
