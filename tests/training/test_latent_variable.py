@@ -130,6 +130,7 @@ def test_a_run_is_resumed_to_the_bit_and_its_pipeline_opens(run: Path) -> None:
     pipe = opened(run / "run" / "pipeline")
     assert pipe.model.latent_variable == "image"
     assert pipe.transformer.config.latent_variable_dim == 3
+    assert "It also draws variations of an image" in (run / "run" / "pipeline" / "README.md").read_text()
     assert opened(run / "plain" / "pipeline").model.latent_variable is None
 
 
