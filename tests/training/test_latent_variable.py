@@ -89,7 +89,7 @@ def test_under_much_weight_it_is_plain_flow_matching() -> None:
     for kind in (None, "image"):
         torch.manual_seed(0)
         one = Perceptron(2, kind, dim=2)
-        fit(one, even_gaussians, steps=300, seed=0, beta=1e3, batch=128)
+        fit(one, even_gaussians, steps=200, seed=0, beta=1e3, batch=128)
         loss = FlowLoss(one, FlowConfig(time_density="uniform"), 1).eval()
         held_out = even_gaussians(8000, torch.Generator().manual_seed(1))[:, :, None, None]
         with torch.no_grad():
@@ -137,8 +137,9 @@ def test_a_run_is_resumed_to_the_bit_and_its_pipeline_opens(run: Path) -> None:
 def awake(pipe: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in pipe.transformer.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+        for name, parameter in pipe.transformer.named_parameters():
+            if "z_encoder" not in name:  # whose variances would be large
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
     return pipe
 
 
@@ -173,11 +174,9 @@ def test_an_image_is_varied_by_its_own_z(run: Path) -> None:
     assert other.shape == alike(like=image).shape and not torch.allclose(other, alike(like=image), atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["image", "path"])
-def test_images_are_drawn_anew_and_inverted_under_their_own_z(run: Path, kind: str) -> None:
-    pipe = awake(opened(run / "run" / "pipeline"))
-    if kind == "path":
-        pipe = type(pipe).from_pipe(pipe, transformer=network("path"))
+def test_images_are_drawn_anew_and_inverted_under_their_own_z(run: Path) -> None:
+    pipe = opened(run / "run" / "pipeline")
+    pipe = type(pipe).from_pipe(pipe, transformer=network("path"))
     image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     anew = LatentFlowImg2ImgPipeline.from_pipe(pipe)
     anew.set_progress_bar_config(disable=True)
