@@ -26,7 +26,7 @@ class ImageInputMixin:
 
     @property
     def latent_variable(self) -> str | None:
-        """What the network's latent variable is a code of; None: it has none."""
+        """Subject of the network's latent variable, "image" or "path"; None: it has none."""
         return None
 
     def with_latent_variable(

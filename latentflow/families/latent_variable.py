@@ -18,7 +18,7 @@ class LatentVariableModel(FlowModel):
 
     @property
     def latent_variable(self) -> str | None:
-        """What z is a code of: "image" or "path"; None: there is none."""
+        """Subject of z: "image" or "path"; None: there is none."""
         encoder = self._encoder
         return None if encoder is None else str(encoder.kind)
 
