@@ -46,7 +46,8 @@ class LatentVariableModel(FlowModel):
             return super().with_latent_variable(rows, generator, like, mean=mean)
 
         def noise(rows: int, *shape: int, by: Generators | None = generator) -> Tensor:
-            return randn_tensor((rows, *shape), generator=by, device=self.device, dtype=torch.float32)
+            made: Tensor = randn_tensor((rows, *shape), generator=by, device=self.device, dtype=torch.float32)
+            return made
 
         if like is None:
             return keep(rows, z=noise(len(rows), encoder.dim))

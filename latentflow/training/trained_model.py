@@ -312,8 +312,8 @@ def networks_from(
     if source.control != "none":
         known = ControlInputs.of(config.get("control"))
         changes["control"] = known.joined(control_inputs(source, base.vae)).plain()
-    known = config["latent_variable"], config["latent_variable_dim"]
-    changes |= (latent_variable or LatentVariableConfig()).network(known)
+    own = config["latent_variable"], config["latent_variable_dim"]
+    changes |= (latent_variable or LatentVariableConfig()).network(own)
     if intervals:
         if not isinstance(old, DiT):
             raise _no_intervals(f"{checkpoint}, a {type(old).__name__},")
