@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline
 from latentflow.config import FlowConfig, LatentVariableConfig
-from latentflow.models import DiT
+from latentflow.models import Condition, DiT
 from latentflow.training.losses import flow_loss
+from latentflow.training.losses.distribution_matching import GeneratorLoss
 from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.latent_variable import LatentVariable
 
@@ -68,6 +70,21 @@ def test_average_velocities_are_learned_under_it_as_well(objective: str) -> None
     found["loss"].backward()
     assert found["kl"] > 0
     assert all(parameter.grad is not None for parameter in given.z_encoder.parameters())  # type: ignore[union-attr]
+
+
+def test_a_generator_is_matched_under_z_of_the_prior_and_its_encoder_stays() -> None:
+    given, seen = network("image", interval_conditioning=True), []
+
+    def teacher(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        seen.append(condition.z)
+        return torch.zeros_like(x)
+
+    options: dict[str, Any] = {"teacher": teacher, "step_counts": [1], "every": 1}
+    loss = GeneratorLoss(given, FlowConfig(objective="consistency"), 0, **options).train()
+    loss({**batch(2000), "sample_ids": [*range(2000)]})["loss"].backward()
+    assert seen[0].shape == (2000, 3)
+    torch.testing.assert_close(seen[0].std(0), torch.ones(3), atol=0.1, rtol=0.0)
+    assert all(parameter.grad is None for parameter in given.z_encoder.parameters())  # type: ignore[union-attr]
 
 
 def test_collapse_is_said_once_with_a_beta_to_try() -> None:
@@ -155,6 +172,18 @@ def test_z_is_of_the_samples_own_generator(run: Path) -> None:
     noise = torch.zeros(2, *pipe.model.latent_shape(16, 16))
     by_z = drawn(3, 4, latents=noise)  # the same noise, and another z
     assert not torch.allclose(by_z[0], by_z[1], atol=1e-3)
+
+
+def test_guidance_leads_away_from_the_null_under_the_same_z(run: Path) -> None:
+    pipe = opened(run / "run" / "pipeline")
+    model = type(pipe).from_pipe(pipe, transformer=network("image", num_classes=2), id2label=None).model
+    z = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
+    rows = model.rows_of(Condition(class_labels=torch.tensor([0, 1]), z=z), 2)
+    assert rows.kept["z"] is z
+    x, t = model.noise(2, 16, 16, torch.Generator().manual_seed(0)), torch.tensor(0.4)
+    with torch.no_grad():
+        under, null = model.velocity(rows, 1.0)(x, t), model.velocity(model.unconditional(rows), 1.0)(x, t)
+        torch.testing.assert_close(model.velocity(rows, 3.0)(x, t), null + 3.0 * (under - null))
 
 
 def test_an_image_is_varied_by_its_own_z(run: Path) -> None:
