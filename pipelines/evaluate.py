@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_settings,
     )
     from latentflow.evaluation.lines import lines
-    from latentflow.evaluation.sampler import HELD_OUT_CAPTIONS, TRAINING_CAPTIONS, Sampler
+    from latentflow.evaluation.sampler import HELD_OUT_CAPTIONS, TRAINING_CAPTIONS, VARIATIONS, Sampler
     from latentflow.families.few_steps import require_velocity
     from latentflow.families.latentflow import NAMED_STEPS
     from latentflow.metrics import learned
@@ -263,6 +263,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if kind != "nothing" and any(captions):
         measured["caption_retrieval"] = figures.caption_retrieval(generated, captions, train, unseen)
     measured["memorisation"] = figures.memorisation(generated, train, unseen.get("held_out"))
+    if (
+        model.latent_variable is not None
+    ):  # its prior was drawn from; of training images it flatters by copying
+        varied = train.rows([order[i % len(order)] for i in range(config.n)]).images
+        varied = sampler.sample(captions, VARIATIONS, "variations of training images", like=varied)
+        copied = figures.memorisation(varied, train, unseen.get("held_out"))
+        measured["memorisation_of_variations"] = copied
     if config.data == "shapes" and kind == "prompt":
         measured["shapes"] = figures.shapes(sampler, generated, captions, beside)
     if config.data == "shapes" and control.draws_layouts_of_shapes(model, kind):

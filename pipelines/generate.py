@@ -11,7 +11,14 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.config import TokenSamplingConfig
-from latentflow.inference.images import control_files, enlarge, image_grid, read_controls, save_images
+from latentflow.inference.images import (
+    control_files,
+    enlarge,
+    image_grid,
+    read_controls,
+    read_opaque,
+    save_images,
+)
 from latentflow.inference.opening import open_pipeline
 from latentflow.inference.sample import (
     check_memory,
@@ -40,6 +47,8 @@ class GenerateConfig(TokenSamplingConfig):
     control_scale: float = 1.0
     """Guidance over the control image, for checkpoints that draw without as well. 0: without it; 1: as trained; more
     follows it harder."""
+    like: Annotated[str | None, tyro.conf.arg(metavar="IMAGE")] = None
+    """Draw variations of this image, for checkpoints with a latent variable (`latentflow train --latent-variable`)."""
     grid: bool = False
     """Write one image with all of them in a grid."""
 
@@ -49,12 +58,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(GenerateConfig, argv, prog="latentflow generate")
     check_sampling(config)
     files = control_files(config.control)
+    like = None if config.like is None else read_opaque(config.like)
 
     from latentflow.pipeline import LatentFlowPipeline
 
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config, config.memory)
     controls = read_controls(files, pipe.model)
     rows = with_control(conditions(pipe, config.prompt, config.class_labels, config.negative), controls)
+    if like is not None:
+        rows = [{**row, "like": like} for row in rows]
     pipe.model.check_image_input(controls or None)
     size = pipe.image_size(config.height, config.width, control_image=controls or None)
     check_memory(len(rows) * config.n, size, config.scale)

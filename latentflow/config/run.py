@@ -15,6 +15,7 @@ from ..errors import UserError, lookup
 from ..utils.flags import Essential
 from ..utils.libraries import missing
 from .control import ControlConfig
+from .latent_variable import LatentVariableConfig
 from .loop import LoopConfig
 from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, NetworkConfig, RoutingConfig, TextConfig
 from .tokens import TokenConfig
@@ -217,6 +218,7 @@ class RunConfig:
     text: TextConfig = TextConfig()
     adapter: AdapterConfig = AdapterConfig()
     flow: FlowConfig = FlowConfig()
+    latent_variable: LatentVariableConfig = LatentVariableConfig()
     tokens: TokenConfig = TokenConfig()
     routing: RoutingConfig = RoutingConfig()
     alignment: AlignmentConfig = AlignmentConfig()
@@ -246,6 +248,17 @@ class RunConfig:
                     )
         if self.adapter.lora_rank and not self.init_from:
             raise UserError("--lora-rank without --init-from", "Name the checkpoint that it adapts.")
+        latent = self.latent_variable
+        if latent.latent_variable is None and latent != LatentVariableConfig() and not self.init_from:
+            raise UserError(
+                "settings of a latent variable without --latent-variable",
+                "Add --latent-variable image or path, or leave them out.",
+            )
+        if latent.latent_variable is not None and self.adapter.lora_rank:
+            raise UserError(
+                "--latent-variable with --lora-rank: an adapter has no place for its encoder",
+                "Leave out one of the two.",
+            )
         if self.tokens.tokens:
             self._check_tokens()
         if self.adapter.lora_rank and self.loop.ema_lengths:
@@ -261,7 +274,11 @@ class RunConfig:
                 "--init-from with --tokens: models of tokens are trained from scratch",
                 "Leave out one of the two.",
             )
-        others = {"control": self.control.control != "none", "latents-as-is": self.latents_as_is}
+        others = {
+            "control": self.control.control != "none",
+            "latents-as-is": self.latents_as_is,
+            "latent-variable": self.latent_variable.latent_variable is not None,
+        }
         self.tokens.refuse_unfit(self.flow, self.network, others, (self.routing, self.alignment))
         if not self.vae and not self.autoencoder.has_codebook:
             raise UserError(

@@ -58,8 +58,9 @@ def reconstruction(model: FlowModel, images: Tensor, batch_size: int) -> dict[st
 def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
     """Measure the flow-matching loss on images that were not trained on, averaged over fixed times.
 
-    Each image has its own fixed noise. The loss is that of the velocity on the straight path, whatever path and
-    prediction the network was trained with. Of a model of tokens it is `token_bound`.
+    Each image has its own fixed noise, and the latent variable that its encoder gives it, if any. The loss is that of
+    the velocity on the straight path, whatever path and prediction the network was trained with. Of a model of tokens
+    it is `token_bound`.
     """
     model, path, losses = sampler.model, CondOT(), []
     if isinstance(model, TokenModel):
@@ -71,7 +72,8 @@ def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
         x1 = model.encode(unseen.images[rows])
         noise = [seeded(sampler.seed, VALIDATION, start + i) for i in range(len(x1))]
         x0 = torch.stack([torch.randn(x1.shape[1:], generator=g) for g in noise]).to(x1)
-        velocity = model.velocity(sampler.rows(unseen.captions[rows]), 1.0)
+        condition = model.with_latent_variable(sampler.rows(unseen.captions[rows]), like=x1, mean=True)
+        velocity = model.velocity(condition, 1.0)
         at_times = []
         for t in VALIDATION_TIMES:
             sample = path.sample(x0, x1, torch.full((len(x1),), t, device=x1.device))

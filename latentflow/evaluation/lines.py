@@ -69,10 +69,13 @@ def _pixels(report: dict[str, Any], label: str) -> Iterator[str]:
     yield from _retrieval(report.get("caption_retrieval"), label)
     copies, distance = report["memorisation"]["copies"], report["memorisation"]["ratio"]
     low, high = copies["usual"]
+    varied = ""
+    if variations := report.get("memorisation_of_variations"):
+        varied = f"; of variations of training images {_share(variations['copies'])}"
     yield _figure(
         "copies",
         f"{_share(copies)} are closer to a training image than 95 % of new images are (without memorising: "
-        f"{low:.1%} to {high:.1%})",
+        f"{low:.1%} to {high:.1%}){varied}",
     )
     yield _figure(
         "nearest image", f"{distance:.2f} times as far as from a new real image (near 0: copies; 1: new)"

@@ -18,7 +18,7 @@ from ..utils.progress import progress_bar
 from .data import ConditionKind
 
 # Streams of random numbers, none of which training uses; see `seeded`.
-TRAINING_CAPTIONS, HELD_OUT_CAPTIONS, VALIDATION, CONTROLS, PROBES = 8, 9, 10, 12, 20
+TRAINING_CAPTIONS, HELD_OUT_CAPTIONS, VALIDATION, CONTROLS, PROBES, VARIATIONS = 8, 9, 10, 12, 20, 21
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class Sampler:
         stream: int,
         description: str,
         controls: Sequence[Any] | None = None,
+        like: Tensor | None = None,
     ) -> Tensor:
         """Generate one image for each caption, (N, 3, H, W) in [-1, 1].
 
@@ -53,6 +54,7 @@ class Sampler:
         Args:
             description: of the captions, for the progress bar.
             controls: the control image of each.
+            like: the images (N, 3, H, W) in [-1, 1] of which they are variations.
 
         Raises:
             UserError: an image holds values that are not finite.
@@ -67,6 +69,9 @@ class Sampler:
                 condition = {"num_images_per_prompt": len(batch)} if controls is None else {}
             if controls is not None:
                 condition["control_image"] = [*controls[start : start + self.batch_size]]
+            if like is not None:
+                condition["like"] = like[start : start + self.batch_size] / 2 + 0.5
+                condition.pop("num_images_per_prompt", None)
             with memory_phase("draw"):
                 images = self.pipeline(
                     **condition,

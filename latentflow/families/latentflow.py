@@ -21,6 +21,7 @@ from ..models.text import START
 from ..utils.names import as_spelled
 from .control import CONTROL, ControlledModel
 from .few_steps import FewSteps
+from .latent_variable import LatentVariableModel
 from .model import Rows, Size
 from .training_defaults import TrainingDefaults
 
@@ -31,13 +32,13 @@ NAMED_STEPS = 20
 USUAL_GUIDANCE = 4.0
 
 
-class LatentFlowModel(ControlledModel):
+class LatentFlowModel(ControlledModel, LatentVariableModel):
     """The flow model of latentflow's own checkpoints.
 
     What a checkpoint is conditioned on is read from its network's config: ``text_dim`` set means captions,
     ``num_classes`` classes, neither nothing. Its rows have text (B, L, D) with text_mask (B, L), class_labels (B,) and
     drop (B,), see ``latentflow.models.Condition``; they keep sizes (B, 6), channels (B, C', h, w), control
-    (B, C, h, w), layout (B, H, W) and control_scale (B, 1, 1, 1).
+    (B, C, h, w), layout (B, H, W), control_scale (B, 1, 1, 1) and z (B, Z).
 
     Raises:
         UserError: the pipeline's settings are none, or do not belong together.
@@ -238,7 +239,7 @@ class LatentFlowModel(ControlledModel):
         if condition.drop is None:
             values["drop"] = torch.zeros(count, dtype=torch.bool, device=self.device)
         given = {name: value for name, value in values.items() if value is not None}
-        kept = {name: given.pop(name) for name in [*given] if name in ("channels", "sizes", *CONTROL)}
+        kept = {name: given.pop(name) for name in [*given] if name in ("channels", "sizes", "z", *CONTROL)}
         return Rows(self, given, kept)
 
     def embed_text(self, prompts: list[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:

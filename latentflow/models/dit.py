@@ -41,6 +41,7 @@ from .inputs import (
     unpatchify,
     with_channels,
 )
+from .latent_variable import USUAL_DIM, LatentEmbed, LatentEncoder
 from .mixins import BlockCacheMixin, LayerwiseCastingMixin
 from .norms import NORMS, Norm, has_tangent, normalised_and_turned, rms_norm
 from .routing import Route
@@ -228,6 +229,9 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         interval_conditioning: take the end of an interval, and predict the average velocity up to there.
         rope_base: base of the rotary positions' frequencies; LightningDiT (arXiv:2501.01423) has 10000.
         control: control images that it takes, see `ControlInputs`; None = none.
+        latent_variable: what the encoder of its latent variable sees, a key of ``latent_variable.SEEN``; None: it has
+            none.
+        latent_variable_dim: Z, of that variable; None: 16.
 
     Raises:
         UserError: the configuration contradicts itself, or names something unknown.
@@ -261,11 +265,14 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         interval_conditioning: bool = False,
         rope_base: float = 100.0,
         control: dict[str, Any] | None = None,
+        latent_variable: str | None = None,
+        latent_variable_dim: int | None = None,
     ) -> None:
         super().__init__()
         check_sizes(
             sample_size, in_channels, out_channels, patch_size=patch_size, width=width, depth=depth, heads=heads,
             mlp_ratio=mlp_ratio, num_classes=num_classes, text_dim=text_dim, time_scale=time_scale,
+            latent_variable_dim=latent_variable_dim,
         )  # fmt: skip
         check_shape(width, heads, position)
         lookup(MLPS, activation, "activation")
@@ -299,6 +306,10 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
             self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), width), requires_grad=False)
             with torch.no_grad():
                 self.pos_embed.copy_(sincos_table(self.grid[0], self.grid[1], width, torch.device("cpu")))
+        # Last: the other weights start as they do without.
+        kind, dim = latent_variable, latent_variable_dim or USUAL_DIM
+        self.z_embedder = LatentEmbed(dim, width) if kind is not None else None
+        self.z_encoder = LatentEncoder(kind, in_channels, dim) if kind is not None else None
 
     def new_control_embedder(self, control: Mapping[str, Any] | None) -> ControlEmbed | None:
         """Return the embedder that ``control`` adds; it is zero at first."""
@@ -358,7 +369,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
 
         times = times_of_rows(t, batch, x.device)
         vector, text, text_mask = embed_condition(
-            self.y_embedder, self.text_embedder, self.size_embedder, cond, times
+            self.y_embedder, self.text_embedder, self.size_embedder, self.z_embedder, cond, times
         )
         c = self.t_embedder(times)
         c = c if vector is None else c + vector

@@ -29,6 +29,7 @@ class Condition:
         channels: (B, C', H, W), placed beside the channels of the latent (masks, masked images, ...).
         control: (B, C", H, W), latents of control images; a row of zeros has none.
         layout: (B, H f, W f) integers, label maps in pixels, f pixels to a cell; a row of -1 has none.
+        z: (B, Z), the latent variable, see `latentflow.models.latent_variable`; None: its prior's mean.
         sizes: (B, 6), in pixels: height and width of the original image; what was cut off at the top and on the left
             after resizing; height and width of the result (arXiv:2307.01952, section 2.2).
         drop: (B,) bool. True = the class and the text of this row are replaced, inside the network, by its
@@ -41,6 +42,7 @@ class Condition:
     channels: Tensor | None = None
     control: Tensor | None = None
     layout: Tensor | None = None
+    z: Tensor | None = None
     sizes: Tensor | None = None
     drop: Tensor | None = None
 
@@ -58,9 +60,10 @@ class Condition:
         """The rows of ``a``, then those of ``b``; the shorter text is padded (and masked) to the longer.
 
         Raises:
-            ValueError: only one of the two has class labels, text, channels, control images, label maps or sizes.
+            ValueError: only one of the two has class labels, text, channels, control images, label maps, latent
+                variables or sizes.
         """
-        for name in ("class_labels", "text", "channels", "control", "layout", "sizes"):
+        for name in ("class_labels", "text", "channels", "control", "layout", "z", "sizes"):
             if (getattr(a, name) is None) != (getattr(b, name) is None):
                 raise ValueError(
                     f"only one of the two conditions has {name}: give it to both, "
@@ -151,6 +154,7 @@ def check_inputs(config: Any, x: Tensor, cond: Condition, multiple: int = 1) -> 
         "channels": ("condition_channels", config.condition_channels),
         "control": ("control images", control.get("image")),
         "layout": ("labels of control images", control.get("labels")),
+        "z": ("latent variable", config.latent_variable),
         "sizes": ("size_conditioning", config.size_conditioning),
     }
     for name, (key, needed) in needs.items():
@@ -165,6 +169,7 @@ def check_inputs(config: Any, x: Tensor, cond: Condition, multiple: int = 1) -> 
         "channels": (batch, config.condition_channels, height, width),
         "control": (batch, control.get("image"), height, width),
         "layout": (batch, height * cell, width * cell),
+        "z": (batch, config.latent_variable_dim),
         "sizes": (batch, 6),
     }
     for name, shape in expected.items():
@@ -432,9 +437,15 @@ class TextEmbed(nn.Module):
 
 
 def embed_condition(
-    labels: LabelEmbed | None, text: TextEmbed | None, sizes: SizeEmbed | None, cond: Condition, t: Tensor
+    labels: LabelEmbed | None,
+    text: TextEmbed | None,
+    sizes: SizeEmbed | None,
+    latent: nn.Module | None,
+    cond: Condition,
+    t: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Embed a condition for the rows of t (B,): one vector (B, D) of class, text and sizes; text tokens; their mask."""
+    """Embed a condition for the rows of t (B,): one vector (B, D) of class, text, sizes and latent variable; text
+    tokens; their mask."""
     drop = torch.zeros(t.shape, dtype=torch.bool, device=t.device) if cond.drop is None else cond.drop
     tokens, mask, vectors = None, None, []
     if labels is not None:
@@ -444,6 +455,8 @@ def embed_condition(
         vectors.append(pooled)
     if sizes is not None:
         vectors.append(sizes(cond.sizes, t))
+    if latent is not None:
+        vectors.append(latent(cond.z, t))
     return sum(vectors[1:], vectors[0]) if vectors else None, tokens, mask
 
 

@@ -23,7 +23,7 @@ class LayerwiseCastingMixin:
     """Storage of a network's weights in another type than that in which it computes."""
 
     # Few weights, which float8 costs most: measured on emoji-64. diffusers itself leaves out norms.
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["embedder", "final_layer"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["embedder", "z_encoder", "final_layer"]
 
     def enable_layerwise_casting(
         self,

@@ -33,6 +33,7 @@ from .inputs import (
     times_of_rows,
     with_channels,
 )
+from .latent_variable import USUAL_DIM, LatentEmbed, LatentEncoder
 from .mixins import LayerwiseCastingMixin
 
 
@@ -44,7 +45,7 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
 
     Args:
         in_channels, out_channels, num_classes, text_dim, condition_channels, time_scale, sample_size,
-            size_conditioning, control: as in `DiT`.
+            size_conditioning, control, latent_variable, latent_variable_dim: as in `DiT`.
         channels: one number per resolution, each half the previous one; multiples of ``head_dim``.
         layers_per_block: residual blocks per resolution.
         head_dim: channels of one attention head.
@@ -77,11 +78,14 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         sample_size: int | Sequence[int] | None = None,
         size_conditioning: bool = False,
         control: dict[str, Any] | None = None,
+        latent_variable: str | None = None,
+        latent_variable_dim: int | None = None,
     ) -> None:
         super().__init__()
         check_sizes(
             sample_size, in_channels, out_channels, channels=min(channels, default=0), head_dim=head_dim,
             layers_per_block=layers_per_block, num_classes=num_classes, text_dim=text_dim, time_scale=time_scale,
+            latent_variable_dim=latent_variable_dim,
         )  # fmt: skip
         if any(width % head_dim for width in channels):
             raise UserError(
@@ -97,18 +101,19 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         self.size_embedder = SizeEmbed(width) if size_conditioning else None
 
         text = text_dim is not None
+        vectors = (num_classes, text_dim, size_conditioning or None, latent_variable)
         attention = len(channels) - 1
-        kind = "CrossAttn{}Block2D" if text else "Attn{}Block2D"
+        block = "CrossAttn{}Block2D" if text else "Attn{}Block2D"
         arguments = {
             "in_channels": in_channels + condition_channels,
             "out_channels": out_channels or in_channels,
             "block_out_channels": tuple(channels),
             "layers_per_block": layers_per_block,
-            "down_block_types": ("DownBlock2D", *[kind.format("Down")] * attention),
-            "up_block_types": (*[kind.format("Up")] * attention, "UpBlock2D"),
+            "down_block_types": ("DownBlock2D", *[block.format("Down")] * attention),
+            "up_block_types": (*[block.format("Up")] * attention, "UpBlock2D"),
             "norm_num_groups": math.gcd(32, *channels, *(c // 4 for c in channels)),
             "resnet_time_scale_shift": "scale_shift",
-            "class_embed_type": "identity" if num_classes is not None or text or size_conditioning else None,
+            "class_embed_type": None if vectors == (None,) * 4 else "identity",
         }
         if text:  # here attention_head_dim is, in diffusers, the number of heads
             heads = tuple(c // head_dim for c in channels)
@@ -123,6 +128,10 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
             self.unet.conv_in.weight[:, in_channels:] = 0.0
         self.unet.conv_in = ExtendedConv.around(self.unet.conv_in, condition_channels)
         self.set_control_embedder(self.new_control_embedder(control))
+        # Last: the other weights start as they do without.
+        kind, dim = latent_variable, latent_variable_dim or USUAL_DIM
+        self.z_embedder = LatentEmbed(dim, width) if kind is not None else None
+        self.z_encoder = LatentEncoder(kind, in_channels, dim) if kind is not None else None
 
     @property
     def _first(self) -> ExtendedConv:
@@ -162,7 +171,7 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         batch, in_channels, height, width = x.shape
         times = times_of_rows(t, batch, x.device) * self.time_scale
         vector, text, mask = embed_condition(
-            self.y_embedder, self.text_embedder, self.size_embedder, cond, times
+            self.y_embedder, self.text_embedder, self.size_embedder, self.z_embedder, cond, times
         )
         latent = with_channels(
             x.to(get_parameter_dtype(self.unet.conv_in)), cond.channels, self.condition_channels

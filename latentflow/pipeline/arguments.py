@@ -356,6 +356,7 @@ class ConditionArguments:
     latents: Tensor | None = None
     control_image: Any = None
     control_scale: float = 1.0
+    like: Any = None
     temperature: float = 1.0
     corrector: float = 0.0
     #: the images that prompts draw from: one list for all prompts, or one for each

@@ -186,6 +186,8 @@ class EditCalls(InversionCalls):
             settings["generator"] = generator
         # 2. From image to image
         x1 = target.expand(originals.latents(self))
+        for call in (source, target):  # both are of the same latent variable, the image's
+            call.rows = self.model.with_latent_variable(call.rows, like=x1, mean=True)
         masks = originals.latent_masks(self)
         if masks is not None:
             settings["mask"] = target.expand(masks.to(x1.device))

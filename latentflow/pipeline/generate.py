@@ -51,6 +51,7 @@ class GenerateCall(CallMixin):
         control_scale: float = 1.0,
         temperature: float = 1.0,
         corrector: float = 0.0,
+        like: Images = None,
         **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Draw images.
@@ -105,6 +106,9 @@ class GenerateCall(CallMixin):
             temperature: of checkpoints of tokens: divides the logits; below 1 likely tokens are drawn more
                 often.
             corrector: of checkpoints of tokens: how many times each token is drawn again on the way, on average.
+            like: of checkpoints with a latent variable (``--latent-variable``): an image, as ``control_image``, whose
+                variations are drawn; one for all prompts, or one for each. Without, the variable is drawn from its
+                prior, by the image's generator before its noise.
             joint_attention_kwargs, attention_kwargs, cross_attention_kwargs: ``{"scale": s}`` multiplies the weights of
                 all loaded adapters by s during this call, as ``set_adapters`` does for all that follow. The three
                 mean the same, and are the names that diffusers' pipelines have for it.

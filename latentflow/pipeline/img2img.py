@@ -79,6 +79,8 @@ class ImageToImageCall(CallMixin):
         data = call.expand(
             self.encode_images(2.0 * padded(originals, canvas).to(self._execution_device) - 1.0)
         )
+        if strength < 1.0:
+            call.rows = self.model.with_latent_variable(call.rows, like=data, mean=True)
         noise = self.prepare_noise(len(call.rows), *canvas, generator, latents)
         # 3. From between the two to data; strength 1 is pure noise on every grid
         drawn = self.sample(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import UserError, plural
 from ..families.few_steps import require_velocity
 from ..families.model import Generators, Rows, Size
+from ..families.rows import keep
 from ..flow import Solver, Velocity, integrate, slerp
 from ..flow.editing import deterministic
 from .adapter_scale import AdapterScale
@@ -99,6 +100,7 @@ class InversionCalls(CallMixin):
         method = by_row(solver)
         call = self._start(asked, originals.canvas, len(originals), may_lack_condition=True)
         x1, velocity = call.expand(originals.latents(self)), call.velocity()
+        call.rows = self.model.with_latent_variable(call.rows, like=x1, mean=True)
         state = integrate(velocity, x1, times.flip(0), method, progress=self.progress_bar)
         error = None
         if measure:
@@ -202,6 +204,7 @@ class InversionCalls(CallMixin):
             self._start(replace(end, num_images_per_prompt=frames), canvas, 1, may_lack_condition=True)
             for end in ends
         )
+        latent_variables = self._share_latent_variable(first, last, originals, generator)
         # 2. The noise of the first and the last frame
         if originals is None:
             noise = self.prepare_noise(len(given), *size, generator, latents)
@@ -213,6 +216,7 @@ class InversionCalls(CallMixin):
         # 3. From noise to data
         shares = torch.linspace(0.0, 1.0, frames, device=noise.device)
         one_condition = _same(prompts) and _same(labels) and _same(embeds) and _same(mask)
+        one_condition &= latent_variables == 1
         images = self.sample(
             first.velocity if one_condition else _between(first, last, shares),
             slerp(noise[:1].expand(frames, -1, -1, -1), noise[-1:].expand(frames, -1, -1, -1), shares),
@@ -225,6 +229,32 @@ class InversionCalls(CallMixin):
         return self.finish_call(self.to_images(images, output_type, size), return_dict)
 
     # ---------------------------------------------------------------- the parts of a call
+
+    def _share_latent_variable(
+        self,
+        first: RunningCall,
+        last: RunningCall,
+        originals: Originals | None,
+        generator: Generators | None,
+    ) -> int:
+        """Give two calls the latent variables of two images, or one that is drawn, for all of their rows.
+
+        Returns:
+            The number of different ones, or 1 of a network without.
+        """
+        model = self.model
+        if model.latent_variable is None:
+            return 1
+        if originals is None:
+            drawn = generator[:1] if isinstance(generator, list) else generator
+            z = model.with_latent_variable(first.rows[[0]], drawn).kept["z"]
+            assert isinstance(z, Tensor)
+            first.rows, last.rows = (keep(call.rows, z=z) for call in (first, last))
+            return 1
+        x1 = originals.latents(self)
+        for call, one in zip((first, last), x1.split(1), strict=True):
+            call.rows = model.with_latent_variable(call.rows, like=one, mean=True)
+        return 2
 
     def _start(
         self, asked: ConditionArguments, canvas: Size, images: int, *, may_lack_condition: bool = False

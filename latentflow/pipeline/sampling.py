@@ -193,6 +193,14 @@ class SamplingMixin:
             if images > 1:
                 check_number(led, images)
             images = max(images, led)
+        like = None
+        if asked.like is not None:
+            from .images import read_images  # which imports the readers of data
+
+            if model.latent_variable is None:
+                raise model.no_latent_variable()
+            like = read_images(asked.like, *drawn, name="like")
+            images = max(images, len(like))
         self._jumps = JumpSettings(asked.temperature, asked.corrector)
         self._jumps.check(model)
         count = check_inputs(model, asked, height, width, images)
@@ -213,6 +221,9 @@ class SamplingMixin:
             from .control import add_control
 
             rows = add_control(rows, controls, asked.control_scale)
+        if like is not None:
+            like = model.encode(2.0 * like.to(self._execution_device) - 1.0)
+        rows = model.with_latent_variable(rows, asked.generator, like)
         callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
         call = RunningCall(self, rows, negative, *callback, asked.guidance_interval)
         call.usual_scale = self._guidance_scale if asked.guidance_scale is None else None

@@ -105,6 +105,7 @@ def pipeline_facts(pipeline: Any, where: str, example: str = "") -> CardFacts:
         parts={name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)},
         inpaints=model.takes_masks or model.draws_tokens,
         control=() if isinstance(model, PretrainedModel) else model.control_kinds,
+        varies=model.latent_variable is not None,
         sample_steps=preview_steps(model),
         few_steps=model.few_steps,
         resolution=model.native_side,

@@ -283,6 +283,7 @@ def _description(
     optional: dict[str, Any] = {
         "framing": config.framing,
         "tokens": config.tokens,
+        "latent_variable": config.latent_variable,
         "routing": config.routing,
         "alignment": config.alignment,
     }

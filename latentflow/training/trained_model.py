@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..autoencoder import Autoencoder, codebook, downscale_factor, latent_channels, mask_channels
-from ..config import NetworkConfig, RunConfig, TextConfig
+from ..config import LatentVariableConfig, NetworkConfig, RunConfig, TextConfig
 from ..data import Source
 from ..errors import UserError, few
 from ..families import FlowModel
@@ -111,6 +111,7 @@ def build(
             latent_size=latent_size,
             intervals=flow.choices().objective.average,
             fixed_text=recipe.student,
+            latent_variable=config.latent_variable,
         )
     else:
         networks = new_networks(
@@ -124,6 +125,7 @@ def build(
             device="meta" if config.dry_run else "cpu",
             intervals=recipe.sampling.average,
             tokens=tokens,
+            latent_variable=config.latent_variable,
         )
     model = LatentFlowPipeline(
         vae=vae,
@@ -141,6 +143,8 @@ def build(
     if config.init_from and config.adapter.lora_rank:
         adapter = Adapter(model, config.adapter, config.init_from, trains_text=trains_text)
         trains_text = adapter.trains_text
+    if recipe.student and network.z_encoder is not None:  # z means what it means to the teacher
+        network.z_encoder.requires_grad_(False)
     if config.network.gradient_checkpointing:
         network.enable_gradient_checkpointing()
 
@@ -175,6 +179,7 @@ def build(
         samples=samples,
         samples_per_step=batch,
         random_numbers=loop.random_numbers,
+        latent_variable=config.latent_variable,
         **recipe.loss_options,
     )
     return TrainedModel(model, adapter, loss, latent_size, batch)
@@ -191,6 +196,7 @@ def new_networks(
     device: str = "cpu",
     intervals: bool = False,
     tokens: MixturePath | None = None,
+    latent_variable: LatentVariableConfig | None = None,
 ) -> dict[str, Any]:
     """Build networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked images.
 
@@ -198,6 +204,7 @@ def new_networks(
         device: on "meta" the velocity network has shapes and no weights: enough for a plan, at no cost.
         intervals: it takes the end of an interval.
         tokens: the path of the tokens that it learns; None: latents.
+        latent_variable: its settings; None: it has none, or keeps that of the checkpoint.
 
     Returns:
         Arguments of ``LatentFlowPipeline``: transformer, text_encoder, tokenizer, id2label.
@@ -219,6 +226,7 @@ def new_networks(
         "sample_size": latent_size,
         "size_conditioning": size_conditioning,
         "control": control_inputs(source, vae).plain(),
+        **(latent_variable or LatentVariableConfig()).network(),
     }
     with torch.device(device):
         if network.network == "unet":
@@ -262,21 +270,23 @@ def networks_from(
     latent_size: int | None = None,
     intervals: bool = False,
     fixed_text: bool = False,
+    latent_variable: LatentVariableConfig | None = None,
 ) -> dict[str, Any]:
     """Fit the networks of ``base`` to other data: new classes get new rows, new words new embeddings.
 
     Nothing else changes: latents of another size get the positions that belong to them, which are computed.
 
     With ``inpainting`` a network that has not learnt it gets the channels for it, their weights zero, and likewise
-    with ``size_conditioning`` and for control images: its samples are exactly those from before. With ``intervals``,
-    to learn average velocities, it gets the length of the interval in the same way: at first every average is the
-    velocity.
+    with ``size_conditioning``, for control images and a latent variable: its samples are exactly those from before.
+    With ``intervals``, to learn average velocities, it gets the length of the interval in the same way: at first every
+    average is the velocity.
 
     Args:
         checkpoint: where ``base`` was opened.
         source: what they will be trained on, its classes those of `with_base_classes`.
         latent_size: side of the latents that they will be trained on; None: the checkpoint's.
         fixed_text: the text encoder is a teacher's as well, and stays as it is.
+        latent_variable: its settings; None: it has none, or keeps that of the checkpoint.
 
     Returns:
         Arguments of ``LatentFlowPipeline``: transformer, text_encoder, tokenizer, id2label.
@@ -302,6 +312,8 @@ def networks_from(
     if source.control != "none":
         known = ControlInputs.of(config.get("control"))
         changes["control"] = known.joined(control_inputs(source, base.vae)).plain()
+    own = config["latent_variable"], config["latent_variable_dim"]
+    changes |= (latent_variable or LatentVariableConfig()).network(own)
     if intervals:
         if not isinstance(old, DiT):
             raise _no_intervals(f"{checkpoint}, a {type(old).__name__},")

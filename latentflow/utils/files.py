@@ -227,6 +227,7 @@ CONFIG = "config.json"
 #: largest accepted value of sizes that the file of weights does not bound, or too late
 LARGEST = {
     "condition_channels": 2**16,
+    "latent_variable_dim": 2**12,
     "mlp_ratio": 2**10,
     "num_classes": 2**20,
     "num_train_timesteps": 2**20,

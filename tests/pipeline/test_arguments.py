@@ -120,6 +120,7 @@ WRONG: dict[str, list[Any]] = {
     "mask_image": ["m.png", 3, [], [None], np.zeros((8, 8), object), torch.zeros(8, 8) + NAN, torch.zeros(2, 3, 8, 8),
                    torch.full((8, 8), 255), torch.zeros(0, 8), None],
     "control_image": [torch.rand(3, 8, 8), "edges.png", 3],  # the checkpoint takes none
+    "like": [torch.rand(3, 8, 8), "a.png", 3],  # the checkpoint has no latent variable
     "reference_images": ["a.png", 3, [None], IMAGE],  # the checkpoint takes none
 }  # fmt: skip
 
@@ -246,7 +247,7 @@ def names_of(name: str) -> list[str]:
 
 def test_every_argument_has_wrong_values_and_every_check_an_argument() -> None:
     assert {name for _, name in PLACES} == set(WRONG)
-    assert set(CHECKS) == set(WRONG) - {"image", "mask_image", "control_image", "reference_images"}
+    assert set(CHECKS) == set(WRONG) - {"image", "mask_image", "control_image", "like", "reference_images"}
 
 
 @pytest.mark.parametrize("way", METHODS)

@@ -163,6 +163,7 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
         (config.text, type(config.text)(), ()),
         (config.routing, type(config.routing)(), ()),
         (config.alignment, type(config.alignment)(), ()),
+        (config.latent_variable, type(config.latent_variable)(), ()),
     ]
     found = [
         name

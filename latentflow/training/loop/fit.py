@@ -93,7 +93,8 @@ def fit(
     Args:
         modules: name -> module. Each step, in this order, every module is called with the batch and returns
             ``{"loss": scalar mean over the batch, ...}``; further scalars are logged. It may return ``per_sample``
-            (B,) and ``t`` (B,), which name the culprits of a non-finite loss, or ``{}`` to sit a step out.
+            (B,) and ``t`` (B,), which name the culprits of a non-finite loss, or ``{}`` to sit a step out. One with a
+            ``watch`` is asked at each report for lines about (step, figures).
         data: the samples; their order depends only on ``config.seed`` and the step.
         config: settings.
         output: the run folder.
@@ -305,6 +306,10 @@ class Loop:
         step, final = figures.step, figures.step == self.config.max_train_steps
         if math.isfinite(values["loss"]) and (step % self.config.log_steps == 0 or final or step == 1):
             self.report.metrics(step, step * self.order.global_batch, values, figures.seconds)
+            for module in self.modules:
+                watch = getattr(module.module, "watch", None)
+                for line in watch(step, values) if watch else []:
+                    self.report.say(line)
         self.report.step(step)
 
     def _count_skipped(self, figures: StepFigures, values: dict[str, float], finite: bool) -> None:

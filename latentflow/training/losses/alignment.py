@@ -23,7 +23,6 @@ from ...models.routing import Route
 from ...models.vision import load_vision_network
 from ..loop.distributed import uncached_autocast
 from ..loop.random_numbers import SampleRandom
-from .conditioned import weighted_mean
 from .flow import FlowLoss
 
 
@@ -231,9 +230,10 @@ class AlignedFlowLoss(FlowLoss):
         condition = self.condition(batch, drop)
         x0 = self.pair(x0, x1, condition, batch)
         sample = self.path.sample(x0, x1, t.to(x1.dtype))
+        condition, rate = self.latent_variable.infer(self.network, condition, sample, random)
         output, distance = self.predict(batch, sample, condition, random)
         error = self.objective(output, sample, weight=self.weight(t, u, density))
-        return self.with_distance(error, distance, batch) | {"per_sample": error.detach(), "t": t}
+        return self.with_distance(error, distance, rate, batch) | {"per_sample": error.detach(), "t": t}
 
     def predict(
         self,
@@ -265,20 +265,21 @@ class AlignedFlowLoss(FlowLoss):
         """Return features of the averaged network, and text encoder, for the same pairs and conditions at t (B,)."""
         average = nullcontext() if self.average is None else self.average.applied()
         with torch.no_grad(), uncached_autocast(t.device), average:
-            averaged = replace(self.prompts(batch, condition.drop), channels=condition.channels)
+            kept = {name: getattr(condition, name) for name in ("channels", "control", "layout", "z")}
+            averaged = replace(self.prompts(batch, condition.drop), **kept)
             t = t.to(sample.xt.dtype)
             xt = self.path.scale_input(self.path.sample(sample.x0, sample.x1, t).xt, t)
             features: Tensor = self.network(xt, t, averaged, features=blocks, only_features=True).features
             return features
 
     def with_distance(
-        self, error: Tensor, distance: Tensor | None, batch: dict[str, Any]
+        self, error: Tensor, distance: Tensor | None, rate: Tensor | None, batch: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """Return ``loss`` of errors (B,) and, with an alignment, of distances (B,), whose mean is ``alignment``."""
+        """Return `total` and, with an alignment, of distances (B,) as well, whose mean is ``alignment``."""
         if distance is None or self.alignment is None:
-            return {"loss": weighted_mean(error, batch)}
-        total = error + self.alignment.weight * distance
-        return {"loss": weighted_mean(total, batch), "alignment": distance.detach().mean()}
+            return self.total(error, rate, batch)
+        total = self.total(error + self.alignment.weight * distance, rate, batch)
+        return total | {"alignment": distance.detach().mean()}
 
 
 def _blocks(share: float, depth: int) -> int:

@@ -93,11 +93,12 @@ class AverageVelocityLoss(AlignedFlowLoss):
         condition = self.condition(batch, drop)
         x0 = self.pair(x0, x1, condition, batch)
         sample, end = self.path.sample(x0, x1, r.to(x1.dtype)), t.to(x1.dtype)
+        condition, rate = self.latent_variable.infer(self.network, condition, sample, random)
         target = self.target(sample, condition, end, self.progress(batch["sample_ids"], end))
         output, distance = self.predict(batch, sample, condition, random, end=end)
         error = self.objective(output, sample, target=target)
         trained = adaptive(error, self.settings.power, self.settings.floor)
-        result = self.with_distance(trained, distance, batch)
+        result = self.with_distance(trained, distance, rate, batch)
         if trained is not error:
             result["error"] = error.detach().mean()
         return result | {"per_sample": error.detach(), "t": r}

@@ -82,6 +82,7 @@ class GeneratorLoss(FlowLoss):
         x1, sample_ids = batch["latents"], batch["sample_ids"]
         random = self.random(batch)
         condition = self.condition(batch, self.dropped(random))
+        condition = self.latent_variable.prior(self.network, condition, random)
 
         def noise() -> Tensor:
             return self.source(random.normal(x1.shape[1:]), condition)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...autoencoder import Autoencoder, masked_condition, masked_source
-from ...config import FlowConfig
+from ...config import FlowConfig, LatentVariableConfig
 from ...data import pixels_to_images
 from ...data.masks import DEFAULT_SHAPES, OWN, check_shapes, random_masks
 from ...flow import PathSample, TimeDensity, UniformTimes, loss_factor
@@ -24,6 +24,7 @@ from ..loop.random_numbers import SampleRandom, sent
 from .conditioned import ConditionedLoss, weighted_mean
 from .control import ControlImages
 from .latent_data import LatentData
+from .latent_variable import LatentVariable
 
 _VALIDATION_TIMES = 4  # noises and times per validation image
 
@@ -44,6 +45,7 @@ class FlowLoss(ConditionedLoss):
         samples: samples that the whole run uses, of which ``config.time_uniform_from`` is a share.
         samples_per_step: samples of one step, over all processes.
         random_numbers: the generator of noise and times, a key of `RANDOM_NUMBERS`.
+        latent_variable: settings of the latent variable of a network that takes one.
 
     Attributes:
         density: batch -> the density of its training times.
@@ -61,6 +63,7 @@ class FlowLoss(ConditionedLoss):
         samples: int | None = None,
         samples_per_step: int = 1,
         random_numbers: str = "philox",
+        latent_variable: LatentVariableConfig | None = None,
     ) -> None:
         super().__init__(
             network,
@@ -73,6 +76,7 @@ class FlowLoss(ConditionedLoss):
         )
         self.config = config
         self.samples, self.samples_per_step = samples, samples_per_step
+        self.latent_variable = LatentVariable(latent_variable or LatentVariableConfig(), samples)
         self.choices = choices = config.choices()
         self.path, self.coupling = choices.path, choices.coupling
         self.density: Callable[[dict[str, Any]], Density] = lambda batch: choices.density
@@ -99,9 +103,22 @@ class FlowLoss(ConditionedLoss):
         condition = self.condition(batch, drop)  # class, caption, sizes, what a mask leaves of the image
         x0 = self.pair(x0, x1, condition, batch)  # the coupling
         sample = self.path.sample(x0, x1, t.to(x1.dtype))
+        condition, rate = self.latent_variable.infer(self.network, condition, sample, random)
         output = self.network(self.path.scale_input(sample.xt, sample.t), sample.t, condition)
         error = self.error(output, sample, self.weight(t, u, density), batch)
-        return {"loss": weighted_mean(error, batch), "per_sample": error.detach(), "t": t}
+        return self.total(error, rate, batch) | {"per_sample": error.detach(), "t": t}
+
+    def total(self, error: Tensor, rate: Tensor | None, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return ``loss`` of errors (B,) and of what latent variables tell (B,), if any, whose mean is ``kl``."""
+        if rate is None:
+            return {"loss": weighted_mean(error, batch)}
+        cost = self.latent_variable.cost(rate, batch["sample_ids"])
+        return {"loss": weighted_mean(error + cost, batch), "kl": rate.detach().mean()}
+
+    def watch(self, step: int, values: Mapping[str, float]) -> list[str]:
+        """Return lines about what the figures of a step say, see `LatentVariable.watch`."""
+        done = step * self.samples_per_step
+        return self.latent_variable.watch(done, values["kl"]) if "kl" in values else []
 
     def error(
         self, output: Tensor, sample: PathSample, weight: Tensor | None, batch: dict[str, Any]

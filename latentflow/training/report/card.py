@@ -66,6 +66,7 @@ class CardFacts:
         parts: name -> module, of the pipeline's modules that have parameters.
         inpaints: it was trained to inpaint.
         control: kinds of the control images that it draws under.
+        varies: it has a latent variable, which may be that of an image.
         samples: number of images of a preview.
         sample_steps: numbers of steps with which previews are sampled, one after the other.
         few_steps: how it is sampled, if in few steps.
@@ -80,6 +81,7 @@ class CardFacts:
     classes: tuple[str, ...] = ()
     inpaints: bool = False
     control: tuple[str, ...] = ()
+    varies: bool = False
     samples: int = 16
     sample_steps: tuple[int, ...] = (10,)
     few_steps: FewSteps = FewSteps()
@@ -218,6 +220,7 @@ def _values(facts: CardFacts, header: str) -> dict[str, Any]:
         "command": generate_command(kind, example, where),
         "stock": facts.stock,
         "inpaints": facts.inpaints,
+        "varies": facts.varies,
         "control": " and ".join(_CONTROLS[kind] for kind in facts.control),
         "parts": [
             (name, type(part).__name__, sum(weight.numel() for weight in part.parameters()))

@@ -1,0 +1,64 @@
+"""Flow models with a latent variable, which is drawn once for each image, or inferred from an image to vary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..models.latent_variable import Posterior
+from .model import FlowModel, Generators, Rows
+from .rows import check_counts, keep
+
+
+class LatentVariableModel(FlowModel):
+    """The part of a flow model that has a latent variable z, if it has one. Its rows keep z (B, Z)."""
+
+    @property
+    def latent_variable(self) -> str | None:
+        """Subject of z: "image" or "path"; None: there is none."""
+        encoder = self._encoder
+        return None if encoder is None else str(encoder.kind)
+
+    @property
+    def _encoder(self) -> Any:
+        return getattr(self.network, "z_encoder", None)
+
+    def with_latent_variable(
+        self,
+        rows: Rows,
+        generator: Generators | None = None,
+        like: Tensor | None = None,
+        *,
+        mean: bool = False,
+    ) -> Rows:
+        """Return the rows with z: drawn from its prior, or of latents that are varied; as they are without a z.
+
+        Args:
+            generator: as of `FlowModel.noise`.
+            like: latents (P, C, h, w); row b is of image b * P // B.
+            mean: take the mean of what z may be given ``like``.
+        """
+        encoder = self._encoder
+        if encoder is None:
+            return super().with_latent_variable(rows, generator, like, mean=mean)
+
+        def noise(rows: int, *shape: int, by: Generators | None = generator) -> Tensor:
+            made: Tensor = randn_tensor((rows, *shape), generator=by, device=self.device, dtype=torch.float32)
+            return made
+
+        if like is None:
+            return keep(rows, z=noise(len(rows), encoder.dim))
+        check_counts(rows, like)
+        x1 = like.repeat_interleave(len(rows) // len(like), 0)
+        seen = [x1]
+        if encoder.kind == "path":  # from any noise: z is to suit that from which the image will be drawn
+            fixed = torch.Generator().manual_seed(0)  # a mean is the same for every row, whatever its company
+            x0 = noise(1 if mean else len(x1), *x1.shape[1:], by=fixed if mean else generator).expand_as(x1)
+            seen += [x0, x0, x0.new_zeros(len(x0))]
+        place = next(encoder.parameters()).device  # where an offloaded network waits
+        place = self.device if place.type == "meta" else place
+        posterior = Posterior(*(part.to(self.device) for part in encoder(*(part.to(place) for part in seen))))
+        return keep(rows, z=posterior.mean if mean else posterior.sample(noise(len(rows), encoder.dim)))
