@@ -15,6 +15,7 @@ from ..errors import UserError, lookup
 from ..utils.flags import Essential
 from ..utils.libraries import missing
 from .control import ControlConfig
+from .joint import JointConfig
 from .loop import LoopConfig
 from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, NetworkConfig, RoutingConfig, TextConfig
 from .tokens import TokenConfig
@@ -213,6 +214,7 @@ class RunConfig:
     framing: FramingConfig = FramingConfig()
     control: ControlConfig = ControlConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
+    joint: JointConfig = JointConfig()
     network: NetworkConfig = NetworkConfig()
     text: TextConfig = TextConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -246,6 +248,8 @@ class RunConfig:
                     )
         if self.adapter.lora_rank and not self.init_from:
             raise UserError("--lora-rank without --init-from", "Name the checkpoint that it adapts.")
+        if self.joint.joint:
+            self.joint.refuse_unfit(self)
         if self.tokens.tokens:
             self._check_tokens()
         if self.adapter.lora_rank and self.loop.ema_lengths:
