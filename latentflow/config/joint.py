@@ -36,9 +36,9 @@ class JointConfig:
     """unified and lsgm: log-SNR of the latents that the decoder learns from, where the flow's noise levels end.
     Default: 5 (unified: noise of 0.08), 9 (lsgm: 0.01)."""
     joint_weight: float | None = None
-    """unified and lsgm: weight of the information in the latents, in nats for each pixel value: more of it makes latents
-    that are easier to generate and reconstruct worse. alignment: weight of the encoder's alignment loss. Default:
-    0.001; alignment: 1.5."""
+    """unified and lsgm: weight of the information in the latents, in nats for each pixel value: a higher one makes
+    latents that are easier to generate and reconstruct worse. alignment: weight of the encoder's alignment loss.
+    Default: 0.001; alignment: 1.5."""
 
     def __post_init__(self) -> None:
         if self.joint is None:
@@ -118,8 +118,8 @@ class JointConfig:
             first, last = (float(path.log_snr(torch.tensor(t, dtype=torch.float64))) for t in (0.0, 1.0))
             if first > -math.inf or last <= self.log_snr:
                 raise UserError(
-                    f"--path {run.flow.path} with --joint {self.joint}: its log-SNR goes from {first:.1f} to {last:.1f}",
-                    f"Leave it out: the information is measured from noise alone up to a log-SNR of {self.log_snr:g}.",
+                    f"--path {run.flow.path} with --joint {self.joint}: its log-SNR is {first:.1f} to {last:.1f}",
+                    f"Leave it out: information is measured from noise alone up to a log-SNR of {self.log_snr:g}.",
                 )
 
 

@@ -1,10 +1,9 @@
-"""The run in which an autoencoder and a flow learn together, from top to bottom: data, plan, networks, training, result."""
+"""The run of an autoencoder and a flow that learn together, from top to bottom: data, networks, training, result."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 

@@ -7,8 +7,8 @@ What shapes the latents is one of two terms through the network, whose weights i
   deterministic encoder); with a posterior of the encoder less its entropy (LSGM, arXiv:2106.05931, theorem 1).
 - ``encoder_alignment``, the distance of the network's features from a vision model's (REPA-E, arXiv:2504.10483).
 
-The network itself learns by the usual flow loss, of which no gradient reaches the encoder: with it latents collapse to a
-point, which is easiest to predict.
+The network itself learns by the usual flow loss, of which no gradient reaches the encoder: with it latents collapse to
+a point, which is easiest to predict.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ class JointAutoencoderLoss(AutoencoderLoss):
     @property
     def _what(self) -> str:
         return (
-            f"the encoder has collapsed: the standard deviation of its latents is {float(self.spread):.2g}, at first it "
-            f"was {float(self.first_spread):.2g}"
+            f"the encoder has collapsed: the standard deviation of its latents is {float(self.spread):.2g}, at first "
+            f"it was {float(self.first_spread):.2g}"
         )
 
     @property
@@ -217,7 +217,7 @@ class JointAutoencoderLoss(AutoencoderLoss):
         )
 
     def _encode(self, images: Tensor, random: SampleRandom) -> tuple[Tensor, Tensor | None]:
-        """Return what the decoder learns from, raw; and the KL divergence to N(0, I) where that is a loss (alignment)."""
+        """Return what the decoder learns from, raw; and the KL divergence to N(0, I) where it is a loss (alignment)."""
         encoded = self.vae.encode(images)
         posterior = getattr(encoded, "latent_dist", None)
         raw = encoded.latent if posterior is None else posterior.mean
