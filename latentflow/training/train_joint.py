@@ -217,8 +217,8 @@ def starting_autoencoder(config: RunConfig, splits: DataSplits) -> Autoencoder:
     if not isinstance(vae, classes):
         names = " or ".join(each.__name__ for each in classes)
         raise UserError(
-            f"--joint {config.joint.joint} with {splits.autoencoder}, a {type(vae).__name__}",
-            f"It needs an {names}; without --vae a new autoencoder is trained.",
+            f"--joint {config.joint.joint} with {splits.autoencoder}, of class {type(vae).__name__}",
+            f"It needs {names}; without --vae a new autoencoder is trained.",
         )
     return vae.requires_grad_(True)
 
