@@ -88,6 +88,7 @@ class JointConfig:
             "--buckets": run.framing.buckets,
             "--crops": run.framing.crops != 1,
             "--size-conditioning": run.framing.size_conditioning,
+            "--ema-lengths": bool(run.loop.ema_lengths),
             "--early-stop": run.loop.early_stop > 0,
             "--shard": run.loop.shard,
             "--gradient-checkpointing": run.network.gradient_checkpointing,

@@ -14,6 +14,7 @@ a point, which is easiest to predict.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -200,7 +201,7 @@ class JointAutoencoderLoss(AutoencoderLoss):
     @property
     def _noise(self) -> float:
         """The noise of normalised latents: sigma / alpha at the log-SNR where the flow's noise levels end."""
-        return float(torch.tensor(-0.5 * self._joint.log_snr).exp())
+        return math.exp(-0.5 * self._joint.log_snr)
 
     @property
     def _what(self) -> str:
