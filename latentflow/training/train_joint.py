@@ -46,8 +46,9 @@ from .report.card import generate_command, write_card
 from .report.folder import read_run
 from .report.hub import check_push, push
 from .report.verdict import judge
+from .train import describe
 from .train_autoencoder import reconstructions
-from .trained_model import TrainedModel, build
+from .trained_model import build
 from .unfinished import forget_initial, keep_initial
 
 _VALIDATION_IMAGES = 256
@@ -178,7 +179,8 @@ def train_joint(
             export=export,
             export_to=result,
         ),
-        description=_description(config, splits, model),
+        description=describe(config, splits, model, recipe)
+        | {"autoencoder": config.autoencoder.describe(), "joint": asdict(config.joint)},
         resume_line=resume_command,
         stop=stop,
     )
@@ -253,25 +255,3 @@ class JointData:
 
     def name(self, index: int) -> str:
         return self._images.name(int(self._uses[index]))
-
-
-def _description(config: RunConfig, splits: DataSplits, model: TrainedModel) -> dict[str, Any]:
-    """Return plain values that a resumed run must have as well."""
-    network = model.flow_model.network
-    return {
-        **model.describe(),
-        "joint": asdict(config.joint),
-        "flow": config.flow.describe(),
-        "alignment": asdict(config.alignment),
-        "routing": asdict(config.routing),
-        "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
-        "autoencoder": config.autoencoder.describe(),
-        "images": {name: getattr(splits.data, name) for name in ("resolution", "background", "random_flip")},
-        "optimizer": {
-            name: getattr(config.loop, name) for name in ("optimizer", "lr_layer_decay", "lr_embeddings")
-        },
-        "data": splits.training.fingerprint(),
-        "data_order": splits.training.order(),
-        "batch": model.batch,
-        "seed": config.loop.seed,
-    }
