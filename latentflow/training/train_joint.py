@@ -20,7 +20,6 @@ from ..data import Source, cached_pixels, pixels_to_images
 from ..errors import UserError
 from ..metrics import psnr
 from .data import (
-    Conditions,
     DataSplits,
     as_begun,
     conditions_of,
@@ -40,7 +39,7 @@ from .loop.stopping import Stop
 from .losses.autoencoder import DiscriminatorLoss
 from .losses.flow import validation_loss
 from .losses.joint import JointAutoencoderLoss, JointFlowLoss
-from .losses.latent_data import PixelData
+from .losses.latent_data import Conditions, PixelData
 from .recipe import scratch_recipe
 from .report.card import generate_command, write_card
 from .report.folder import read_run

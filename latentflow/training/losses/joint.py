@@ -134,6 +134,7 @@ class JointAutoencoderLoss(AutoencoderLoss):
         self.norm: nn.BatchNorm2d | None = None
         if joint.joint == "alignment":
             self.norm = nn.BatchNorm2d(latent_channels(vae), _EPS, _MOMENTUM, affine=False)
+        self._encoded: tuple[Tensor, Tensor | None, SampleRandom]  # of the step: latents, their deviation
         self.register_buffer("spread", torch.zeros(()))
         self.register_buffer("first_spread", torch.zeros(()))
         flow.learn_from(self)
@@ -176,7 +177,9 @@ class JointAutoencoderLoss(AutoencoderLoss):
     def keep_statistics(self) -> None:
         """Write the statistics of the batch norm, if any, into the autoencoder's config."""
         if self.norm is not None:
-            set_statistics(self.vae, self.norm.running_mean, self.norm.running_var)
+            mean, variance = self.norm.running_mean, self.norm.running_var
+            assert mean is not None and variance is not None
+            set_statistics(self.vae, mean, variance)
 
     @property
     def collapsed(self) -> bool:
