@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
-from ..utils.flags import Essential
 from .model import changed
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ class JointConfig:
         UserError: a value out of bounds, or settings of no use.
     """
 
-    joint: Annotated[Literal["unified", "lsgm", "alignment"] | None, Essential("model")] = None
+    joint: Literal["unified", "lsgm", "alignment"] | None = None
     """Train the autoencoder together with the network, not before it. unified: latents carry a fixed noise, and the
     flow's own loss measures and limits their information (Unified Latents, arXiv:2602.17270). lsgm: the same with a
     posterior that is learned (arXiv:2106.05931; needs --autoencoder-class kl). alignment: the encoder learns the
