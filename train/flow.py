@@ -17,11 +17,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.training.fine_tune.pretrained_base import is_pretrained
     from latentflow.training.loop.run_folder import run_lock
     from latentflow.training.train import train
+    from latentflow.training.train_joint import train_joint
     from latentflow.training.train_pretrained import train_pretrained
 
     line = resume_line("train", argv)
     with nullcontext() if config.dry_run else run_lock(config.output), resumable(line):
         run_of = train_pretrained if is_pretrained(config.init_from) else train
+        run_of = train_joint if config.joint.joint else run_of
         run_of(config, line, given(RunConfig, argv), write_config)
 
 

@@ -11,6 +11,7 @@ from .inference import AdapterChoice as AdapterChoice
 from .inference import MemoryConfig as MemoryConfig
 from .inference import SamplingConfig as SamplingConfig
 from .inference import TokenSamplingConfig as TokenSamplingConfig
+from .joint import JointConfig as JointConfig
 from .latent_variable import LatentVariableConfig as LatentVariableConfig
 from .loop import LoopConfig as LoopConfig
 from .model import AlignmentConfig as AlignmentConfig

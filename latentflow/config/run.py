@@ -15,6 +15,7 @@ from ..errors import UserError, lookup
 from ..utils.flags import Essential
 from ..utils.libraries import missing
 from .control import ControlConfig
+from .joint import JointConfig
 from .latent_variable import LatentVariableConfig
 from .loop import LoopConfig
 from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, NetworkConfig, RoutingConfig, TextConfig
@@ -214,6 +215,7 @@ class RunConfig:
     framing: FramingConfig = FramingConfig()
     control: ControlConfig = ControlConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
+    joint: JointConfig = JointConfig()
     network: NetworkConfig = NetworkConfig()
     text: TextConfig = TextConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -259,6 +261,8 @@ class RunConfig:
                 "--latent-variable with --lora-rank: an adapter has no place for its encoder",
                 "Leave out one of the two.",
             )
+        if self.joint.joint:
+            self.joint.refuse_unfit(self)
         if self.tokens.tokens:
             self._check_tokens()
         if self.adapter.lora_rank and self.loop.ema_lengths:

@@ -247,7 +247,7 @@ def train(
             export=export,
             export_to=result,
         ),
-        description=_description(config, splits, model, recipe),
+        description=describe(config, splits, model, recipe),
         resume_line=resume_command,
         flops=flops,
         find_unused_parameters=bool(config.init_from) and source.kind == "unconditional",
@@ -276,9 +276,7 @@ def train(
         log.info("\n  ".join([f"pushed: {address}", *lines]))
 
 
-def _description(
-    config: RunConfig, splits: DataSplits, model: TrainedModel, recipe: Recipe
-) -> dict[str, Any]:
+def describe(config: RunConfig, splits: DataSplits, model: TrainedModel, recipe: Recipe) -> dict[str, Any]:
     """Return plain values that a resumed run must have as well."""
     optional: dict[str, Any] = {
         "framing": config.framing,

@@ -85,7 +85,7 @@ def train_autoencoder(
     # ---- validation, preview, export ----
     def validate() -> dict[str, float]:
         assert held_out is not None
-        reconstruction = torch.cat(list(_reconstructions(vae, held_out)))
+        reconstruction = torch.cat(list(reconstructions(vae, held_out)))
         figures = {"psnr": float(psnr(reconstruction, held_out).mean())}
         if data.resolution >= 11:
             figures["ssim"] = float(ssim(reconstruction, held_out).mean())
@@ -99,7 +99,7 @@ def train_autoencoder(
         """Show originals above their reconstructions."""
         from torchvision.utils import make_grid
 
-        rows = torch.cat([shown, torch.cat(list(_reconstructions(vae, shown)))])
+        rows = torch.cat([shown, torch.cat(list(reconstructions(vae, shown)))])
         return to_pil(make_grid(rows.clamp(-1, 1), nrow=len(shown), padding=2, pad_value=1.0))
 
     def export(folder: Path) -> None:
@@ -153,7 +153,7 @@ def autoencoder_loop(config: AutoencoderConfig, loop: LoopConfig) -> LoopConfig:
     )
 
 
-def _reconstructions(vae: Autoencoder, images: Tensor) -> Iterator[Tensor]:
+def reconstructions(vae: Autoencoder, images: Tensor) -> Iterator[Tensor]:
     """Decode posterior means, in batches, on the CPU."""
     with torch.no_grad():
         for batch in images.split(32):

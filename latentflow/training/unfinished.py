@@ -28,6 +28,7 @@ from .fine_tune.pretrained_base import is_pretrained
 from .loop.checkpoint import State, load_latest
 from .loop.distributed import process_state
 from .loop.run_folder import remove_folder, write_folder
+from .losses.joint import set_statistics
 from .report.folder import Run, read_run
 
 log = logging.getLogger(__name__)
@@ -179,11 +180,15 @@ def _load(model: FlowModel, state: State, run: Path) -> None:
         UserError: they do not fit.
     """
     parts = {"network": model.network, "text_encoder": model.pipeline.text_encoder}
+    saved, averages = state["flow-weights"], state["flow-average"]
+    if "autoencoder-weights" in state:  # it learns together with the network
+        parts["vae"] = model.vae
+        saved, averages = saved | state["autoencoder-weights"], averages | state["autoencoder-average"]
+        if "norm.running_mean" in saved:
+            set_statistics(model.vae, saved["norm.running_mean"], saved["norm.running_var"])
     trained = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
     # Those of a loss that has more than the networks, such as the head of a feature alignment, are not needed.
-    weights = {
-        name: value for name, value in state["flow-weights"].items() if name.partition(".")[0] in parts
-    }
+    weights = {name: value for name, value in saved.items() if name.partition(".")[0] in parts}
     missing = {name.partition(".")[0] for name in trained.state_dict().keys() - weights.keys()}
     if missing - {"text_encoder"} or not weights:
         raise _unfit(run, "the network's weights are not all there")
@@ -192,8 +197,8 @@ def _load(model: FlowModel, state: State, run: Path) -> None:
     except RuntimeError as error:  # other shapes
         raise _unfit(run, reason(error)) from error
     for name, parameter in trained.named_parameters():
-        if name in state["flow-average"]:
-            parameter.copy_(state["flow-average"][name])
+        if name in averages:
+            parameter.copy_(averages[name])
 
 
 def _unfit(run: Path, why: str) -> UserError:

@@ -102,7 +102,7 @@ class AutoencoderLoss(nn.Module):
         else:
             latents, of_codes = self.codes(latents, batch["sample_ids"])
             reconstruction = self.vae.decode(latents, force_not_quantize=True).sample.float()
-        per_sample = (reconstruction - images).abs().flatten(1).mean(1)
+        per_sample = self.distance(reconstruction, images)
         loss = l1 = per_sample.mean()
         values = {"l1": l1.detach(), "per_sample": per_sample.detach()}
         values |= {name: value.detach() for name, value in of_codes.items()}
@@ -124,6 +124,10 @@ class AutoencoderLoss(nn.Module):
             loss = loss + self._config.adversarial_weight * weight * adversarial
             values["adversarial"] = adversarial.detach()
         return values | {"loss": loss}
+
+    def distance(self, reconstructions: Tensor, images: Tensor) -> Tensor:
+        """Return the reconstruction errors (B,): the mean over pixel values of the absolute difference."""
+        return (reconstructions - images).abs().flatten(1).mean(1)
 
     def finish_step(self, skip: Tensor) -> None:
         """Let the codes learn from the step's latents, unless ``skip``, a bool scalar."""

@@ -19,11 +19,10 @@ from ...flow import PathSample, TimeDensity, UniformTimes, loss_factor
 from ...models import Condition
 from ...utils.progress import progress_bar
 from ..loop.data_order import SampleUse, Stream, seeded
-from ..loop.loader import by_group, groups_of, load_batch, to_device
+from ..loop.loader import TrainingData, by_group, groups_of, load_batch, to_device
 from ..loop.random_numbers import SampleRandom, sent
 from .conditioned import ConditionedLoss, weighted_mean
 from .control import ControlImages
-from .latent_data import LatentData
 from .latent_variable import LatentVariable
 
 _VALIDATION_TIMES = 4  # noises and times per validation image
@@ -231,7 +230,7 @@ def _compared_by(condition: Condition) -> Tensor | None:
 
 @torch.no_grad()
 def validation_loss(
-    loss: ConditionedLoss, data: LatentData, device: torch.device, batch_size: int = 64
+    loss: ConditionedLoss, data: TrainingData, device: torch.device, batch_size: int = 64
 ) -> float:
     """Return the mean loss over held-out samples at fixed noises and fixed times, conditions in place.
 

@@ -39,12 +39,12 @@ _TAGS = {
 }
 _CONTROLS = {"image": "a control image", "labels": "a label map"}
 _SHOWN = (
-    "resolution", "network", "network_preset", "width", "depth", "heads", "patch_size", "vae", "init_from", "lora_rank",
-    "lora_alpha", "lora_layers", "quantize", "family_options", "prior_samples", "prior_prompts", "checkpoint", "method",
-    "guidance", "text_encoder", "path", "prediction", "coupling", "objective", "weighting", "time_density",
-    "token_source", "kappa", "kappa_options", "token_objective", "token_weighting", "condition_dropout", "inpainting",
-    "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler",
-    "lr_decay_share", "ema_decay", "seed",
+    "resolution", "joint", "network", "network_preset", "width", "depth", "heads", "patch_size", "vae", "init_from",
+    "lora_rank", "lora_alpha", "lora_layers", "quantize", "family_options", "prior_samples", "prior_prompts",
+    "checkpoint", "method", "guidance", "text_encoder", "path", "prediction", "coupling", "objective", "weighting",
+    "time_density", "token_source", "kappa", "kappa_options", "token_objective", "token_weighting", "condition_dropout",
+    "inpainting", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate",
+    "lr_scheduler", "lr_decay_share", "ema_decay", "seed",
 )  # fmt: skip
 # Settings without effect where the network is a checkpoint's.
 _OF_NEW_NETWORK = ("network", "network_preset", "width", "depth", "heads", "patch_size")

@@ -133,7 +133,7 @@ def _curve(run: Run) -> tuple[str, tuple[list[int], list[float]]]:
     The curve is empty where the figure means something else as the run goes on.
     """
     settings = run.config
-    if settings.get("method") in _NO_CURVE:
+    if settings.get("method") in _NO_CURVE or settings.get("joint"):  # losses of latents that change
         return "training loss", ([], [])
     steps, psnr = run.curve("val_psnr")
     if run.is_autoencoder and steps:

@@ -1,0 +1,272 @@
+"""The losses of an autoencoder and a flow that learn together, each on what the other makes of the same images.
+
+What shapes the latents is one of two terms through the network, whose weights it leaves alone:
+
+- ``rate``, the information in the latents: the KL divergence of a noised latent from the flow's distribution. With the
+  least noise of the flow equal to that of the latents it is a weighted flow loss (Unified Latents, arXiv:2602.17270,
+  deterministic encoder); with a posterior of the encoder less its entropy (LSGM, arXiv:2106.05931, theorem 1).
+- ``encoder_alignment``, the distance of the network's features from a vision model's (REPA-E, arXiv:2504.10483).
+
+The network itself learns by the usual flow loss, of which no gradient reaches the encoder: with it latents collapse to
+a point, which is easiest to predict.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...autoencoder import Autoencoder, denormalise, latent_channels, normalise
+from ...autoencoder.latents import normalised_posterior
+from ...config import AutoencoderConfig, JointConfig
+from ...errors import UserError
+from ...flow import flow_matching_loss, loss_factor
+from ...flow.weightings import Likelihood
+from ..loop.distributed import process_state
+from ..loop.random_numbers import SampleRandom
+from .alignment import AlignedFlowLoss
+from .autoencoder import AutoencoderLoss
+
+log = logging.getLogger(__name__)
+
+#: an encoder has collapsed when the spread of its latents is below this share of its first
+COLLAPSED = 0.1
+_CHECK_EVERY = 50  # steps
+_EPS, _MOMENTUM = 1e-4, 0.1  # of the batch norm, as in REPA-E
+
+
+class JointFlowLoss(AlignedFlowLoss):
+    """`AlignedFlowLoss` of the latents that the autoencoder's step has just made; a batch holds ``images``.
+
+    In validation the images are encoded. The loss is also logged as ``flow``.
+    """
+
+    _autoencoder: tuple[JointAutoencoderLoss]
+
+    def learn_from(self, autoencoder: JointAutoencoderLoss) -> None:
+        """Take the latents from this loss, which is called before this one in each step."""
+        self._autoencoder = (autoencoder,)  # in a tuple: not a submodule
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        result = super().forward(batch | self._autoencoder[0].as_latents(batch))
+        return result | {"flow": result["loss"].detach()}
+
+    def rate(self, latents: Tensor, batch: dict[str, Any], random: SampleRandom, last: float) -> Tensor:
+        """Return the information (B,) in nats of latents (B, C, h, w) with noise of a log-SNR of ``last``.
+
+        It is the KL divergence of the noised latent from the flow's distribution, or more: 1/2 int E |noise - predicted
+        noise|^2 d lambda from -infinity to ``last``, estimated at one log-SNR (Kingma et al. 2021, arXiv:2107.00630,
+        section 4). Its density is even above 0 and falls as e^lambda below, as the integral does.
+        """
+        place = (1 + last) * random.uniform()
+        log_snr = torch.where(place < 1, place.log(), place - 1)
+        slope = (1 + last) / place.clamp(max=1)  # d lambda / du
+        t = self.path.inverse_log_snr(log_snr)
+        factor = loss_factor(
+            Likelihood(), self.path, self.config.prediction, t, slope / self.path.d_log_snr(t)
+        )
+        x0 = random.normal(latents.shape[1:])
+        sample = self.path.sample(x0, latents, t.to(latents.dtype))
+        output = self.network(self.path.scale_input(sample.xt, sample.t), sample.t, self.condition(batch))
+        error = flow_matching_loss(
+            output, sample, path=self.path, prediction=self.config.prediction, weight=factor
+        )
+        return error * latents[0].numel()
+
+    def encoder_alignment(self, latents: Tensor, batch: dict[str, Any], random: SampleRandom) -> Tensor:
+        """Return the distances (B,) of the network's features at noised latents from the vision model's."""
+        assert self.alignment is not None
+        t, x0 = self.density(batch).quantile(random.uniform()), random.normal(latents.shape[1:])
+        sample = self.path.sample(x0, latents, t.to(latents.dtype))
+        side, block = self.alignment.patch_size, self.alignment.block
+        grid = latents.shape[2] // side, latents.shape[3] // side
+        target = self.alignment.target(batch, t, grid, random, _no_teacher)
+        found = self.network(
+            self.path.scale_input(sample.xt, sample.t),
+            sample.t,
+            self.condition(batch),
+            features=block,
+            only_features=True,
+        )
+        distances: Tensor = self.alignment(found.features, target, None)
+        return distances
+
+
+class JointAutoencoderLoss(AutoencoderLoss):
+    """`AutoencoderLoss`, and what shapes the latents for the flow: ``rate`` or ``encoder_alignment``.
+
+    Args:
+        vae: with statistics in its config, which normalise its latents; in the mode alignment a batch norm does, and
+            `keep_statistics` copies its own there.
+        config: the autoencoder's settings; ``autoencoder_batch_size`` is that of the run.
+        joint: which term, and its weight.
+        flow: the flow's loss.
+        seed: of the run.
+        discriminator, random_numbers: see `AutoencoderLoss`.
+
+    Attributes:
+        spread: standard deviation of the raw latents over the images, the mean over their elements: a moving average.
+        first_spread: that of the first batch.
+    """
+
+    spread: Tensor
+    first_spread: Tensor
+
+    def __init__(
+        self,
+        vae: Autoencoder,
+        config: AutoencoderConfig,
+        joint: JointConfig,
+        flow: JointFlowLoss,
+        seed: int,
+        discriminator: nn.Module | None = None,
+        random_numbers: str = "philox",
+    ) -> None:
+        # Another key than the flow's, which draws other numbers for the same samples.
+        super().__init__(vae, config, seed ^ 0x4A4F494E, discriminator, random_numbers)
+        self._joint, self._flow = joint, (flow,)  # in a tuple: not a submodule
+        self.norm: nn.BatchNorm2d | None = None
+        if joint.joint == "alignment":
+            self.norm = nn.BatchNorm2d(latent_channels(vae), _EPS, _MOMENTUM, affine=False)
+        self._encoded: tuple[Tensor, Tensor | None, SampleRandom]  # of the step: latents, their deviation
+        self.register_buffer("spread", torch.zeros(()))
+        self.register_buffer("first_spread", torch.zeros(()))
+        flow.learn_from(self)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        result = super().forward(batch)
+        latents, std, random = self._encoded
+        self._latents = latents.detach()
+        weighted, values = self.shaping(latents, std, batch | self.as_latents(batch), random)
+        return result | values | {"loss": result["loss"] + weighted, "latent_std": self.spread.clone()}
+
+    def shaping(
+        self, latents: Tensor, std: Tensor | None, batch: dict[str, Any], random: SampleRandom
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted term that shapes the latents, and it by its name, a scalar.
+
+        Args:
+            latents: (B, C, h, w), normalised. std: of their posterior; None: deterministic.
+        """
+        flow = self._flow[0]
+        with frozen(flow):
+            if self.norm is not None:
+                distance = flow.encoder_alignment(latents, batch, random).mean()
+                return self._joint.weight * distance, {"encoder_alignment": distance.detach()}
+            rate = flow.rate(latents, batch, random, self._joint.log_snr)
+        if std is not None:  # the entropy that the posterior has beyond that of the noise alone
+            rate = rate - 0.5 * (std / self._noise).square().log1p().flatten(1).sum(1)
+        information = rate.mean() / batch["images"][0].numel()
+        return self._joint.weight * information, {"rate": information.detach()}
+
+    def as_latents(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return ``latents`` for a batch, those of the step or, in validation, of its images; ``pixels`` if needed."""
+        images = batch["images"]
+        seen = {"pixels": (images + 1) * 127.5} if self._flow[0].needs_pixels else {}
+        if self.training:
+            return seen | {"latents": self._latents}
+        mean, std = normalised_posterior(self.vae, images)
+        return seen | {"latents": mean} | ({} if std is None else {"latents_std": std})
+
+    def keep_statistics(self) -> None:
+        """Write the statistics of the batch norm, if any, into the autoencoder's config."""
+        if self.norm is not None:
+            mean, variance = self.norm.running_mean, self.norm.running_var
+            assert mean is not None and variance is not None
+            set_statistics(self.vae, mean, variance)
+
+    @property
+    def collapsed(self) -> bool:
+        """Return whether the raw latents of all images have become nearly the same."""
+        return bool(self.spread < COLLAPSED * self.first_spread)
+
+    def refuse_collapse(self) -> None:
+        """Refuse to go on with an encoder that has collapsed.
+
+        Raises:
+            UserError: it has.
+        """
+        if self.collapsed:
+            raise UserError(f"{self._what}: it is not exported", self._fix)
+
+    def finish_step(self, skip: Tensor) -> None:
+        """Look from time to time whether the encoder has collapsed, and say it."""
+        super().finish_step(skip)
+        if (self._step_now + 1) % _CHECK_EVERY == 0 and self.collapsed and process_state().is_main_process:
+            log.warning("WARNING: step %d: %s. %s", self._step_now + 1, self._what, self._fix)
+
+    @property
+    def _noise(self) -> float:
+        """The noise of normalised latents: sigma / alpha at the log-SNR where the flow's noise levels end."""
+        return math.exp(-0.5 * self._joint.log_snr)
+
+    @property
+    def _what(self) -> str:
+        return (
+            f"the encoder has collapsed: the standard deviation of its latents is {float(self.spread):.2g}, at first "
+            f"it was {float(self.first_spread):.2g}"
+        )
+
+    @property
+    def _fix(self) -> str:
+        weight = self._joint.weight
+        return (
+            f"Begin a run with a lower --joint-weight, such as {weight / 10:g}, or a lower --learning-rate."
+        )
+
+    def _encode(self, images: Tensor, random: SampleRandom) -> tuple[Tensor, Tensor | None]:
+        """Return what the decoder learns from, raw; and the KL divergence to N(0, I) where it is a loss (alignment)."""
+        encoded = self.vae.encode(images)
+        posterior = getattr(encoded, "latent_dist", None)
+        raw = encoded.latent if posterior is None else posterior.mean
+        if self.training and len(raw) > 1:
+            self._watch(raw.detach().float())
+        std = None
+        if posterior is not None:
+            raw, std = raw + posterior.std * random.normal(raw.shape[1:]), posterior.std
+        if self.norm is not None:
+            self._encoded = self.norm(raw.float()), None, random
+            return raw, None if posterior is None else posterior.kl().mean()
+        latents = normalise(self.vae, raw.float())
+        if std is not None:
+            std = normalise(self.vae, std.float()) - normalise(self.vae, torch.zeros_like(std).float())
+        self._encoded = latents, std, random
+        return denormalise(self.vae, latents + self._noise * random.normal(latents.shape[1:])), None
+
+    @torch.no_grad()
+    def _watch(self, raw: Tensor) -> None:
+        now = raw.var(0).mean().sqrt()
+        begun = self.first_spread > 0
+        self.first_spread.copy_(torch.where(begun, self.first_spread, now))
+        self.spread.copy_(torch.where(begun, self.spread.lerp(now, 0.1), now))
+
+
+def set_statistics(vae: Autoencoder, mean: Tensor, variance: Tensor) -> None:
+    """Write the statistics (C,) of a batch norm of raw latents into the autoencoder's config."""
+    deviation = (variance + _EPS).sqrt()
+    vae.register_to_config(
+        latents_mean=mean.tolist(), latents_std=deviation.tolist(), scaling_factor=1.0, shift_factor=None
+    )
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let gradients pass the module within the context, and reach none of its weights."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _no_teacher(t: Tensor, blocks: int) -> Tensor:
+    raise NotImplementedError("features of the average are no target of an encoder")
