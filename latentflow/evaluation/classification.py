@@ -33,7 +33,7 @@ class Classifier:
         evaluations: of each class that remains to the end: an even number.
         method: "flow-matching": `latentflow.flow.compare_conditions`; "likelihood": the density of the flow under each
             class, whose divergence is estimated with the same random vectors for all.
-        weighting: entry of ``WEIGHTINGS``; "likelihood" is that of the densities.
+        weighting: entry of ``WEIGHTINGS``; "likelihood" is that of the densities. Of "flow-matching" alone, as:
         halving: drop the worse half of the classes in each round.
         batch_size: images that the network sees at once.
         seed: image i has the noises of seed + i.
@@ -80,8 +80,9 @@ class Classifier:
             UserError: see `compare_conditions` and `log_likelihood`.
         """
         ratios, losses = [], []
-        at_once = 1 if own else _IMAGES_AT_ONCE
-        compared = self._likelihoods if self.method == "likelihood" else self._compared
+        by_density = self.method == "likelihood"
+        at_once = 1 if own else min(_IMAGES_AT_ONCE, self.batch_size) if by_density else _IMAGES_AT_ONCE
+        compared = self._likelihoods if by_density else self._compared
         with progress_bar(total=len(images), desc="images") as bar:
             for start in range(0, len(images), at_once):
                 part = images[start : start + at_once]
@@ -121,10 +122,10 @@ class Classifier:
                         probes=_PROBES,
                         solver="midpoint",
                         times=torch.linspace(1.0, 0.0, self.evaluations // 2 + 1).tolist(),
-                        generator=torch.Generator().manual_seed(self.seed + place),
-                    ).double()
+                        generator=generators(self.seed + place, len(x1)),
+                    )
                 )
-        values = torch.stack(found, 1).cpu()
+        values = torch.stack(found, 1).cpu().double()
         return values - values.amax(1, keepdim=True), -values
 
 

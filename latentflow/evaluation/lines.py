@@ -126,9 +126,13 @@ def _networks(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _known(report: dict[str, Any]) -> Iterator[str]:
-    if (probed := report.get("probe")) and (best := probed["best"]):
-        said = f"{_share(best['linear'])} by a linear probe behind block {best['block']} at t = {best['t']}"
-        yield _figure("classes read", f"{said}, {best['nearest']['share']:.1%} by the 5 nearest images there")
+    if probed := report.get("probe"):
+        if best := probed["best"]:
+            said = (
+                f"{_share(best['linear'])} by a linear probe behind block {best['block']} at t = {best['t']}"
+            )
+            said += f", {best['nearest']['share']:.1%} by the 5 nearest images there"
+        yield _figure("classes read", said if best else f"unknown: {probed['best_reason']}")
     for name, part in report.get("likelihood", {}).items():
         error = f" +- {part['standard_error']:.2g}" if part["standard_error"] is not None else ""
         said = (

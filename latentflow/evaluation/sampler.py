@@ -18,7 +18,7 @@ from ..utils.progress import progress_bar
 from .data import ConditionKind
 
 # Streams of random numbers, none of which training uses; see `seeded`.
-TRAINING_CAPTIONS, HELD_OUT_CAPTIONS, VALIDATION, CONTROLS, PROBES = 8, 9, 10, 12, 20
+TRAINING_CAPTIONS, HELD_OUT_CAPTIONS, VALIDATION, CONTROLS, PROBES, FEATURES = 8, 9, 10, 12, 20, 21
 
 
 @dataclass(frozen=True, kw_only=True)
