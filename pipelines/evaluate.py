@@ -165,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.metrics import learned
     from latentflow.models.vision import EFFICIENTNET_LIBRARIES
     from latentflow.pipeline import LatentFlowPipeline
+    from latentflow.pipeline.jumps import JumpSettings, check_solver
     from latentflow.utils.libraries import install_command
 
     settings = run_settings(config.checkpoint, config.data)
@@ -181,6 +182,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config, config.memory)
     model = pipe.model
     model.check_image_input()
+    JumpSettings(config.temperature, config.corrector).check(model)
+    if config.solver is not None:
+        check_solver(model, config.solver)
     pipe.set_progress_bar_config(disable=True)
     solver = config.solver
     steps = config.steps or (
@@ -209,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--probe: {source.name} has no classes to read", "Leave it out.")
     if config.likelihood:
         require_velocity(model)
-    other = None if config.other is None else open_source(config.other, settings | {"condition": "none"})
+    plain = {"condition": "none", "control": "none", "control_folder": None}
+    other = None if config.other is None else open_source(config.other, settings | plain)
     if config.attributes and kind == "nothing":
         raise UserError("--attributes needs a checkpoint that takes captions or classes", "Leave it out.")
     if clip is not None and not any(captions):
