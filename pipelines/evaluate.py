@@ -52,7 +52,8 @@ class EvaluateConfig(AdapterChoice):
     steps: int | None = None
     """Steps from noise to data; default: 16, or those of a few-step checkpoint; with --solver 20."""
     guidance: float | None = None
-    """Guidance scale; 1 is off. Default: 4, unless guidance was distilled into the checkpoint."""
+    """Guidance scale; 1 is off. Default: 4, of tokens 2, unless guidance was distilled into the
+    checkpoint."""
     solver: str | None = None
     """Solver of the flow, as of `latentflow generate`; default: as that draws."""
     temperature: float = 1.0
@@ -153,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.evaluation.data import (
         condition_kind,
         held_out,
+        labelled,
         load_image_sets,
         load_images,
         open_source,
@@ -213,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--probe: {source.name} has no classes to read", "Leave it out.")
     if config.likelihood:
         require_velocity(model)
-    plain = {"condition": "none", "control": "none", "control_folder": None}
-    other = None if config.other is None else open_source(config.other, settings | plain)
+    other = None if config.other is None else open_source(config.other, settings | {"condition": "none"})
     if config.attributes and kind == "nothing":
         raise UserError("--attributes needs a checkpoint that takes captions or classes", "Leave it out.")
     if clip is not None and not any(captions):
@@ -272,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured["shapes"] = figures.shapes(sampler, generated, captions, beside)
     if config.data == "shapes" and control.draws_layouts_of_shapes(model, kind):
         measured["layouts"] = control.layouts(sampler, config.n)
-    led = control.led_by_edges(model, held_out(source, settings) if test is None else test)
+    led = control.led_by_edges(model, held_out(source, settings) if test is None else labelled(test))
     if led is not None:
         measured["edges"] = control.edges(sampler, led, settings["background"], config.n)
     if config.attributes:

@@ -51,7 +51,7 @@ def test_ratios_are_those_of_the_densities(
     truth = exact(model, model.encode(real))
     torch.testing.assert_close(ratios, truth, rtol=0.02, atol=0.1)
     torch.testing.assert_close(losses.amin(1, keepdim=True) - losses, truth, rtol=0.02, atol=0.1)
-    each, _ = classifier.compare(real, rows[[0, 1, 2] * 5], own=True)
+    each, _ = classifier.compare(real, lambda number: rows)
     torch.testing.assert_close(each, ratios, rtol=1e-3, atol=1e-2)
 
 
@@ -74,6 +74,25 @@ def test_planted_labels_are_the_first_to_be_doubted(
     assert all(doubt.log_ratio < 0 and doubt.rather != doubt.label for doubt in found[:3])
     assert all(doubt.log_ratio > 0 for doubt in found[3:])
     assert {doubt.image for doubt in sorted(found, key=lambda doubt: -doubt.surprise)[:3]} == wrong
+
+
+def test_captions_are_encoded_as_their_image_is_compared(
+    text_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without a graph: those of all images may not fit into memory."""
+    data, model, encoded = photos(tmp_path / "photos", 12, labelled=False), text_pipe.model, []
+    for number in range(12):
+        (data / f"{number}.txt").write_text(["a red apple", "green tree", "a small blue hat"][number % 3])
+    encode = type(model).encode_prompt
+
+    def watched(own: Any, prompts: Any) -> Any:
+        encoded.append((len(prompts), torch.is_grad_enabled()))
+        return encode(own, prompts)
+
+    monkeypatch.setattr(type(model), "encode_prompt", watched)
+    found = audit(Classifier(model=model, evaluations=2), find_source(str(data)))
+    assert len(found) == 12 and encoded == [(3, False)] * 12
+    assert all(doubt.rather == doubt.label or doubt.log_ratio < 0 for doubt in found)
 
 
 def test_calibration_finds_the_temperature() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from latentflow import LatentFlowPipeline
@@ -153,12 +152,7 @@ def test_the_command_measures_both(
 
     report = tmp_path / "report.json"
     density = ("--likelihood", "--likelihood-images", 4, "--other", other)
-    controls = tmp_path / "controls"  # which images of another kind have not
-    for file in data.glob("*/*.png"):
-        (controls / file.parent.name).mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8)).save(controls / file.parent.name / file.name)
-    led = ("--control", "image", "--control-folder", controls)
-    said = evaluate(class_folder, data, "-o", report, "--probe", *density, *led)
+    said = evaluate(class_folder, data, "-o", report, "--probe", *density)
     assert "by a linear probe behind block 1" in said and "bits per dimension" in said and "AUROC" in said
     measured = json.loads(report.read_text())
     assert {entry["t"] for entry in measured["probe"]["table"]} == {0.3, 0.6, 0.9}
@@ -175,6 +169,7 @@ def test_the_command_measures_both(
     photos(other, 6, labelled=False)
     with pytest.raises(UserError, match="plain has no classes to read"):
         evaluate(dit_folder, other, "-o", tmp_path / "more.json", "--probe")
+    capsys.readouterr()
     for flags, words in (
         (("--temperature", 0.5), "this checkpoint draws no tokens"),
         (("--solver", "halton"), "solver 'halton' is of checkpoints of tokens"),
