@@ -5,7 +5,7 @@
 
 The class under which the flow's errors are smallest is the most likely one (diffusion classifiers, arXiv:2303.16203);
 all classes are compared with the same noises. Writes the probabilities of each image (JSON) and, beside them, a sheet
-of images with their classes (.png). Where IMAGES have classes themselves, it prints how many are found.
+of images with their classes (.png). Of IMAGES that have one of the classes themselves it prints how many are right.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class ClassifyConfig:
     """Pipeline folder, run folder, such as runs/cats, or hub id."""
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """A folder of images, or any other data set, as for `latentflow train`."""
+    condition: Literal["auto", "none", "class", "text"] = "auto"
+    """Condition that IMAGES are read with, as for `latentflow train`; class: some of them may have none."""
     classes: tuple[str, ...] = ()
     """Classes to choose from; for a checkpoint of captions these are captions. Default: the checkpoint's classes; of a
     checkpoint of captions the classes of IMAGES."""
@@ -48,7 +50,8 @@ class ClassifyConfig:
     evaluations: int = 32
     """Evaluations of the network for each class that remains to the end, an even number."""
     halving: bool = True
-    """Drop the worse half of the classes in each round, so that many classes cost little more than few."""
+    """Drop the worse half of the classes in each round, so that many classes cost little more than few; not of the
+    method likelihood."""
     weighting: str = "likelihood"
     """Weighting of the noise levels, as of `latentflow train --weighting`. likelihood: that of densities."""
     calibrate: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
@@ -71,6 +74,11 @@ class ClassifyConfig:
         if self.evaluations % 2:
             raise UserError(
                 f"--evaluations is {self.evaluations}", "Give an even number: noises come in pairs."
+            )
+        if self.method == "likelihood" and self.weighting != "likelihood":
+            raise UserError(
+                f"--weighting {self.weighting} with --method likelihood, whose densities have none",
+                "Leave it out, or compare errors: --method flow-matching.",
             )
         whole("--seed", self.seed, 0, LARGEST_SEED)
         whole("--batch-size", self.batch_size, 1, None)
@@ -107,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.pipeline import LatentFlowPipeline
 
     make(WEIGHTINGS, config.weighting, "weighting")
-    source = readable(find_source(config.data, missing_caption="empty"))
+    source = readable(find_source(config.data, condition=config.condition, missing_caption="empty"))
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, memory=config.memory)
     classifier = Classifier(
         model=pipe.model,
@@ -123,15 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = model.encode_prompt(names) if model.takes_text else model.encode_class(names)
     numbers = {name: number for number, name in enumerate(names)}
 
-    def labels(of: Any) -> list[int]:
-        return [numbers[example.label] for example in of.examples]
-
     temperature, calibrated = config.temperature or 1.0, None
     if config.calibrate is not None:
         known = readable(find_source(config.calibrate))
         refuse_unlabelled(known, names, "--calibrate")
         ratios, _ = classifier.compare(classifier.images(known, config.background), rows)
-        calibrated = calibrate(ratios, labels(known))
+        calibrated = calibrate(ratios, [numbers[example.label] for example in known.examples])
         temperature = calibrated.temperature
         print(
             f"calibrated on {len(known)} images: temperature {temperature:.4g}, expected calibration error "
@@ -148,8 +153,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if calibrated is not None:
         result["calibration"] = calibrated._asdict() | {"data": config.calibrate}
     chosen = order[:, 0].tolist()
-    if source.kind == "class" and {example.label for example in source.examples} <= {*names}:
-        right = [label == choice for label, choice in zip(labels(source), chosen, strict=True)]
+    right = [
+        names[choice] == example.label
+        for example, choice in zip(source.examples, chosen, strict=True)
+        if example.label in numbers
+    ]
+    if source.kind == "class" and right:
         result["right"] = share(sum(right), len(right))
         low, high = result["right"]["interval_95"]
         print(

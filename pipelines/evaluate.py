@@ -52,7 +52,8 @@ class EvaluateConfig(AdapterChoice):
     steps: int | None = None
     """Steps from noise to data; default: 16, or those of a few-step checkpoint; with --solver 20."""
     guidance: float | None = None
-    """Guidance scale; 1 is off. Default: 4, unless guidance was distilled into the checkpoint."""
+    """Guidance scale; 1 is off. Default: 4, of tokens 2, unless guidance was distilled into the
+    checkpoint."""
     solver: str | None = None
     """Solver of the flow, as of `latentflow generate`; default: as that draws."""
     temperature: float = 1.0
@@ -153,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.evaluation.data import (
         condition_kind,
         held_out,
+        labelled,
         load_image_sets,
         load_images,
         open_source,
@@ -165,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.metrics import learned
     from latentflow.models.vision import EFFICIENTNET_LIBRARIES
     from latentflow.pipeline import LatentFlowPipeline
+    from latentflow.pipeline.jumps import JumpSettings, check_solver
     from latentflow.utils.libraries import install_command
 
     settings = run_settings(config.checkpoint, config.data)
@@ -181,6 +184,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config, config.memory)
     model = pipe.model
     model.check_image_input()
+    JumpSettings(config.temperature, config.corrector).check(model)
+    if config.solver is not None:
+        check_solver(model, config.solver)
     pipe.set_progress_bar_config(disable=True)
     solver = config.solver
     steps = config.steps or (
@@ -274,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured["shapes"] = figures.shapes(sampler, generated, captions, beside)
     if config.data == "shapes" and control.draws_layouts_of_shapes(model, kind):
         measured["layouts"] = control.layouts(sampler, config.n)
-    led = control.led_by_edges(model, held_out(source, settings) if test is None else test)
+    led = control.led_by_edges(model, held_out(source, settings) if test is None else labelled(test))
     if led is not None:
         measured["edges"] = control.edges(sampler, led, settings["background"], config.n)
     if config.attributes:

@@ -71,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if file is not None:
             refuse_existing(file, config.overwrite)
 
+    if config.audit is not None:
+        from latentflow.inference.opening import check_checkpoint
+
+        check_checkpoint(config.audit)
     controls = ControlConfig(
         control=config.control, control_folder=config.control_folder, control_labels=config.control_labels
     )
@@ -93,6 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         [text for example in source.examples for text in example.captions] if source is not None else []
     )
     suggestions = suggest(report, Machine.this(), training_flags(config), captions)
+    if config.audit is not None and source is None and not report.problems:
+        raise UserError(
+            f"--audit: {config.data} holds latents, and no images", "Give the images that they were made of."
+        )
     doubts = audited(config.audit, source) if config.audit is not None and source is not None else []
     if config.json:
         contents = report.as_dict()
@@ -124,10 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def audited(checkpoint: str, source: Source) -> list[Doubt]:
     """Return what a checkpoint makes of each label, the most doubtful first."""
     from latentflow.evaluation.classification import Classifier, audit
-    from latentflow.inference.opening import check_checkpoint, open_pipeline
+    from latentflow.inference.opening import open_pipeline
     from latentflow.pipeline import LatentFlowPipeline
 
-    check_checkpoint(checkpoint)
     pipe = open_pipeline(LatentFlowPipeline, checkpoint, "auto")
     return audit(Classifier(model=pipe.model), source)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -33,7 +33,7 @@ class Classifier:
         evaluations: of each class that remains to the end: an even number.
         method: "flow-matching": `latentflow.flow.compare_conditions`; "likelihood": the density of the flow under each
             class, whose divergence is estimated with the same random vectors for all.
-        weighting: entry of ``WEIGHTINGS``; "likelihood" is that of the densities.
+        weighting: entry of ``WEIGHTINGS``; "likelihood" is that of the densities. Of "flow-matching" alone, as:
         halving: drop the worse half of the classes in each round.
         batch_size: images that the network sees at once.
         seed: image i has the noises of seed + i.
@@ -64,13 +64,12 @@ class Classifier:
         return load_images(self.model, source, background).images
 
     @torch.no_grad()
-    def compare(self, images: Tensor, rows: Rows, *, own: bool = False) -> tuple[Tensor, Tensor]:
+    def compare(self, images: Tensor, rows: Rows | Callable[[int], Rows]) -> tuple[Tensor, Tensor]:
         """Compare K conditions of every image.
 
         Args:
             images: (N, 3, H, W) in [-1, 1].
-            rows: K conditions.
-            own: the rows are N K, and each image has K of its own.
+            rows: K conditions; or (number of an image) -> K of its own.
 
         Returns:
             log p(image | condition) less that of its best condition, and -log p(image | condition) up to a constant,
@@ -80,14 +79,15 @@ class Classifier:
             UserError: see `compare_conditions` and `log_likelihood`.
         """
         ratios, losses = [], []
-        at_once = 1 if own else _IMAGES_AT_ONCE
-        compared = self._likelihoods if self.method == "likelihood" else self._compared
+        by_density = self.method == "likelihood"
+        at_once = min(_IMAGES_AT_ONCE, self.batch_size) if by_density else _IMAGES_AT_ONCE
+        at_once = at_once if isinstance(rows, Rows) else 1
+        compared = self._likelihoods if by_density else self._compared
         with progress_bar(total=len(images), desc="images") as bar:
             for start in range(0, len(images), at_once):
                 part = images[start : start + at_once]
                 x1 = self.model.encode(part.to(self.model.device)).float()
-                each = len(rows) // len(images)
-                ratio, loss = compared(x1, rows[start * each : (start + 1) * each] if own else rows, start)
+                ratio, loss = compared(x1, rows if isinstance(rows, Rows) else rows(start), start)
                 ratios.append(ratio)
                 losses.append(loss)
                 bar.update(len(part))
@@ -121,10 +121,10 @@ class Classifier:
                         probes=_PROBES,
                         solver="midpoint",
                         times=torch.linspace(1.0, 0.0, self.evaluations // 2 + 1).tolist(),
-                        generator=torch.Generator().manual_seed(self.seed + place),
-                    ).double()
+                        generator=generators(self.seed + place, len(x1)),
+                    )
                 )
-        values = torch.stack(found, 1).cpu()
+        values = torch.stack(found, 1).cpu().double()
         return values - values.amax(1, keepdim=True), -values
 
 
@@ -167,6 +167,7 @@ def audit(classifier: Classifier, source: Source, background: str = "white", oth
             f"all images have one label: {labels[0]}", "Labels can be doubted where there are at least two."
         )
     images = classifier.images(source, background)
+    rows: Rows | Callable[[int], Rows]
     if source.kind == "class":
         names = [name for name in source.classes if name in {*labels}]
         candidates = [names] * len(labels)
@@ -176,9 +177,9 @@ def audit(classifier: Classifier, source: Source, background: str = "white", oth
         candidates = [
             [own, *drawn] for own, drawn in zip(labels, _others(labels, others, classifier.seed), strict=True)
         ]
-        rows = model.encode_prompt([text for compared in candidates for text in compared])
+        rows = lambda number: model.encode_prompt(candidates[number])  # noqa: E731  # of all they may not fit
         places = [0] * len(labels)
-    ratios, losses = classifier.compare(images, rows, own=source.kind == "text")
+    ratios, losses = classifier.compare(images, rows)
     right = torch.tensor(places)[:, None]
     apart = ratios.gather(1, right)[:, 0] - ratios.scatter(1, right, -torch.inf).amax(1)
     own_loss = losses.gather(1, right)[:, 0]

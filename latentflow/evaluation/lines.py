@@ -129,9 +129,12 @@ def _networks(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _known(report: dict[str, Any]) -> Iterator[str]:
-    if (probed := report.get("probe")) and (best := probed["best"]):
-        text = f"{_share(best['linear'])} by a linear probe behind block {best['block']} at t = {best['t']}"
-        yield _figure("classes read", f"{text}, {best['nearest']['share']:.1%} by the 5 nearest images there")
+    if probed := report.get("probe"):
+        text = f"unknown: {probed.get('best_reason')}"
+        if best := probed["best"]:
+            text = f"{_share(best['linear'])} by a linear probe behind block {best['block']} at t = {best['t']}"
+            text += f", {best['nearest']['share']:.1%} by the 5 nearest images there"
+        yield _figure("classes read", text)
     for name, part in report.get("likelihood", {}).items():
         error = f" +- {part['standard_error']:.2g}" if part["standard_error"] is not None else ""
         text = (

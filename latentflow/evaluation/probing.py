@@ -19,7 +19,7 @@ from ..training.loop.data_order import seeded
 from ..utils.progress import progress_bar
 from .data import ImageSet
 from .figures import missing, share
-from .sampler import PROBES, Sampler
+from .sampler import FEATURES, PROBES, Sampler
 
 #: times and shares of the blocks at which features are taken
 TIMES, DEPTHS = (0.3, 0.6, 0.9), (0.25, 0.5, 0.75, 1.0)
@@ -38,7 +38,7 @@ def probe(sampler: Sampler, train: ImageSet, unseen: ImageSet) -> dict[str, Any]
     model = sampler.model
     if not isinstance(model, LatentFlowModel) or not isinstance(model.network, DiT):
         return missing("best", "features are those of a DiT of our own")
-    train = train.rows([*range(len(train))][:: max(1, len(train) // _MOST)])
+    train = train.rows(metrics.in_proportion(train.captions, sampler.seed)[:_MOST])
     names = sorted({*train.captions})
     labels = torch.tensor([names.index(caption) for caption in train.captions])
     depth = len(model.network.blocks)
@@ -46,7 +46,10 @@ def probe(sampler: Sampler, train: ImageSet, unseen: ImageSet) -> dict[str, Any]
     table = []
     for block in progress_bar(blocks, desc="features"):
         for t in TIMES:
-            rows = [_features(sampler, part.images, block, t) for part in (train, unseen)]
+            rows = [
+                _features(sampler, part.images, block, t, stream)
+                for stream, part in enumerate((train, unseen))
+            ]
             mean, std = rows[0].mean(0), rows[0].std(0).clamp(min=1e-6)
             seen, new = ((part - mean) / std for part in rows)
             read = linear_probe(seen, labels, len(names))(new).argmax(1).tolist()
@@ -63,10 +66,12 @@ def probe(sampler: Sampler, train: ImageSet, unseen: ImageSet) -> dict[str, Any]
     return {"best": best, "table": table, "train": len(train), "classes": len(names)}
 
 
-def _features(sampler: Sampler, images: Tensor, block: int, t: float) -> Tensor:
+def _features(sampler: Sampler, images: Tensor, block: int, t: float, stream: int) -> Tensor:
+    """Return features of images whose noise is that of a stream: two sets must not have the same, by which an image
+    would be nearest to the one with its noise."""
     model = sampler.model
     assert isinstance(model, LatentFlowModel)
-    generator = seeded(sampler.seed, PROBES, 0)
+    generator = seeded(sampler.seed, FEATURES, stream)
     return torch.cat(
         [model.features(part, block, t, generator).cpu() for part in images.split(sampler.batch_size)]
     )
@@ -96,14 +101,12 @@ def likelihood(sampler: Sampler, sets: dict[str, ImageSet], count: int) -> dict[
     Args:
         sets: "train", sets that were not trained on, and perhaps "other": images of another kind, which have no
             condition and are therefore compared without one.
-        count: images of each set.
+        count: images of each set, in its own proportions of classes.
     """
-    found = {
-        name: _bits(
-            sampler, part.rows([*range(len(part))][:: max(1, len(part) // count)][:count]), "other" in sets
-        )
-        for name, part in sets.items()
-    }
+    found: dict[str, Tensor] = {}
+    for name, part in sets.items():
+        chosen = part.rows(metrics.in_proportion(part.captions, sampler.seed)[:count])
+        found[name] = _bits(sampler, chosen, "other" in sets)
     report: dict[str, Any] = {
         name: {"bits_per_dim": float(bits.mean()), "standard_error": _error(bits), "n": len(bits)}
         for name, bits in found.items()
@@ -131,9 +134,9 @@ def _bits(sampler: Sampler, part: ImageSet, without_condition: bool) -> Tensor:
             "hutchinson",
             solver="rk4",
             times=torch.linspace(1.0, 0.0, STEPS + 1).tolist(),
-            generator=seeded(sampler.seed, PROBES, 1 + start),
+            generator=[seeded(sampler.seed, PROBES, start + i) for i in range(len(x1))],
         )
-        bits.append(bits_per_dim(logp.double().cpu(), x1.shape[1:]))
+        bits.append(bits_per_dim(logp.cpu().double(), x1.shape[1:]))
     return torch.cat(bits)
 
 

@@ -18,7 +18,8 @@ from ..utils.progress import progress_bar
 from .data import ConditionKind
 
 # Streams of random numbers, none of which training uses; see `seeded`.
-TRAINING_CAPTIONS, HELD_OUT_CAPTIONS, VALIDATION, CONTROLS, PROBES, VARIATIONS = 8, 9, 10, 12, 20, 21
+TRAINING_CAPTIONS, HELD_OUT_CAPTIONS, VALIDATION, CONTROLS = 8, 9, 10, 12
+PROBES, FEATURES, VARIATIONS = 20, 21, 22
 
 
 @dataclass(frozen=True, kw_only=True)

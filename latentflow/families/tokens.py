@@ -91,8 +91,7 @@ class TokenModel(LatentFlowModel):
 
     def mixed(self, x0: Tensor, x1: Tensor, t: Tensor, generator: Generators | None = None) -> Tensor:
         """Return tokens (B, h, w) at time t of the path: those of the data x1 with probability kappa(t), else of x0."""
-        share = self.token_path.progress(t).to(x0.device)
-        return torch.where(uniform_like(x0, generator, 1)[0] < share, x1, x0)
+        return torch.where(uniform_like(x0, generator, 1)[0] < float(self.token_path.progress(t)), x1, x0)
 
     # ---------------------------------------------------------------- from noise to data
 

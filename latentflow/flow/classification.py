@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import UserError
 from .paths import CondOT
 from .predictions import convert
+from .tensors import time_dtype
 from .weightings import Likelihood, Weighting
 
 #: between which log-SNRs the loss is integrated: outside them conditions hardly differ
@@ -115,11 +116,12 @@ def compare_conditions(
             sample, condition, draw = part[:, 0], part[:, 1], part[:, 2] + done
             pair, negative = draw // 2, (draw % 2 == 1).view(-1, *[1] * (x1.ndim - 1)).to(x1.device)
             x0 = torch.where(negative, -noises[sample, pair], noises[sample, pair])
-            t = times[sample, pair].to(x1.device)
+            t = times[sample, pair].to(x1.device, time_dtype(x1.device))
             point = path.sample(x0, x1[sample], t)
             v = velocity(point.xt, t, condition.to(x1.device))
             missed = convert(v, point.xt, t, path, source="velocity", target="noise") - x0
-            found = missed.double().flatten(1).square().sum(1).cpu() * weigh(lambdas[sample, pair])
+            squared = missed.to(time_dtype(x1.device)).flatten(1).square().sum(1)
+            found = squared.cpu().double() * weigh(lambdas[sample, pair])
             errors[sample, condition, draw] = found
             if progress is not None:
                 progress(len(part))

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UserError, lookup
 from .solvers import Solver, Times, find_solver, integrate
-from .tensors import Velocity, compute_dtype, require_graph, with_time_rows
+from .tensors import Generators, Velocity, compute_dtype, paired, require_graph, with_time_rows
 from .times import checked_times
 
 #: Makes the vectors e, in chunks (n, B, ...), whose e . (dv/dx) e add up to the divergence times a constant.
@@ -38,7 +38,7 @@ def log_likelihood(
     times: Times = (1.0, 0.0),
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     log_source: Callable[[Tensor], Tensor] | None = None,
     chunk_size: int = 32,
     differentiable: bool = False,
@@ -56,7 +56,8 @@ def log_likelihood(
         probe: for "hutchinson": "rademacher" (+-1; exact where the Jacobian is diagonal) or "gaussian".
         solver, rtol, atol: as in ``integrate``; a fixed-step solver wants a finer ``times``.
         times: from 1 down to 0. Where the velocity is singular at an end, stop short of it, (1 - 1e-4, 0) say.
-        generator: for "hutchinson": decides the probes.
+        generator: for "hutchinson": decides the probes; a list with one for each row makes every row independent of
+            the others.
         log_source: x at times[-1], (B, ...), -> its log-density (B,); default standard normal. A source of
             another scale (variance exploding) needs it.
         chunk_size: vector products at a time; memory grows with it, and speed.
@@ -68,7 +69,8 @@ def log_likelihood(
     Raises:
         UserError: unknown divergence, probe or solver (the nearest is suggested); a stochastic solver; a velocity
             that depends on x without a graph; values not finite; times that do not decrease.
-        ValueError: x1 is not floating point (B, ...); probes or chunk_size < 1; wrong shapes.
+        ValueError: x1 is not floating point (B, ...); probes or chunk_size < 1; wrong shapes; not one generator for
+            each row.
     """
     if x1.ndim < 2 or not x1.is_floating_point():
         raise ValueError(
@@ -190,11 +192,16 @@ PROBES: dict[str, Probe] = {
 }
 
 
-def _random_vectors(
-    x: Tensor, probes: int, draw: Probe, generator: torch.Generator | None, chunk_size: int
-) -> Vectors:
+def _random_vectors(x: Tensor, probes: int, draw: Probe, generator: Generators, chunk_size: int) -> Vectors:
     """``probes`` random e for every row: the mean has the trace as its expectation. Hutchinson 1989."""
-    e = draw(torch.empty(probes, *x.shape, device=generator.device if generator else x.device), generator)
+
+    def drawn(shape: torch.Size, source: torch.Generator | None) -> Tensor:
+        return draw(torch.empty(probes, *shape, device=source.device if source else x.device), source)
+
+    if isinstance(generator, Sequence):
+        e = torch.stack([drawn(row.shape, source) for row, source in paired(x, generator)], 1)
+    else:
+        e = drawn(x.shape, generator)
     chunks = e.to(x.device, x.dtype).split(chunk_size)
     return lambda: chunks
 

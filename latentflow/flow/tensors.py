@@ -129,7 +129,7 @@ def require_graph(value: Tensor, velocity: Callable[[Tensor], Tensor], x: Tensor
         )
 
 
-def _paired(x: Tensor, generators: Sequence[torch.Generator]) -> list[tuple[Tensor, torch.Generator]]:
+def paired(x: Tensor, generators: Sequence[torch.Generator]) -> list[tuple[Tensor, torch.Generator]]:
     """Return each row of ``x`` with its generator.
 
     Raises:
@@ -149,7 +149,7 @@ def normal_like(x: Tensor, generator: Generators) -> Tensor:
         ValueError: there are several generators, but not one for each row.
     """
     if isinstance(generator, Sequence):
-        return torch.stack([normal_like(row, source) for row, source in _paired(x, generator)])
+        return torch.stack([normal_like(row, source) for row, source in paired(x, generator)])
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
@@ -161,7 +161,10 @@ def uniform_like(x: Tensor, generator: Generators, count: int) -> Tensor:
         ValueError: there are several generators, but not one for each row.
     """
     if isinstance(generator, Sequence):
-        return torch.stack([uniform_like(row, source, count) for row, source in _paired(x, generator)], 1)
+        return torch.stack([uniform_like(row, source, count) for row, source in paired(x, generator)], 1)
     device = x.device if generator is None else generator.device
     drawn = torch.rand((count, *x.shape), generator=generator, dtype=time_dtype(device), device=device)
-    return drawn.to(x.device)
+    narrower = time_dtype(x.device) != drawn.dtype
+    return (drawn * (1.0 - 2.0**-24) if narrower else drawn).to(
+        x.device, time_dtype(x.device)
+    )  # rounded below 1

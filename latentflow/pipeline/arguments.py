@@ -205,8 +205,8 @@ def _solver(name: str, value: Any) -> str | Solver:
     if isinstance(value, Solver):
         return value
     _instance(str, f"Pass one of {', '.join(SOLVERS)}.")(name, value)
-    if value not in (SCHEDULER, TUNED, *SAMPLERS):  # of tokens
-        lookup(SOLVERS, value, "solver")
+    if value not in (SCHEDULER, TUNED):
+        lookup({**SOLVERS, **SAMPLERS}, value, "solver")  # the second are of tokens
     return str(value)
 
 

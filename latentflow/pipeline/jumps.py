@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, lookup
+from ..flow import SOLVERS
 from ..flow.discrete import SAMPLERS, Posterior, simulate
 from .steps import AfterStep, Interrupted, Sampler, last_part
 
@@ -36,6 +37,22 @@ class JumpSettings(NamedTuple):
             )
 
 
+def check_solver(model: FlowModel, solver: Any) -> None:
+    """Refuse a sampler of tokens for a model that draws none, and any other for one that does.
+
+    Raises:
+        UserError: names what the model takes.
+    """
+    name = solver if isinstance(solver, str) else type(solver).__name__
+    if model.draws_tokens:
+        lookup(SAMPLERS, name, "sampler of tokens")
+    elif name in SAMPLERS and name not in SOLVERS:
+        raise UserError(
+            f"solver '{name}' is of checkpoints of tokens, and this one draws none",
+            f"Use one of {', '.join(SOLVERS)}.",
+        )
+
+
 def sample_tokens(
     pipe: Any,
     logits: Posterior,
@@ -61,7 +78,7 @@ def sample_tokens(
     """
     model = pipe.model
     method = model.usual_solver if solver is None else solver
-    lookup(SAMPLERS, method if isinstance(method, str) else type(method).__name__, "sampler of tokens")
+    check_solver(model, method)
     height, width = (side * pipe.vae_scale_factor for side in x0.shape[-2:])
     times = last_part(model.time_grid(steps, height, width), strength)
     pipe._num_timesteps = len(times) - 1

@@ -37,7 +37,7 @@ from .arguments import (
     checked,
     labels,
 )
-from .jumps import JumpSettings, sample_tokens
+from .jumps import JumpSettings, check_solver, sample_tokens
 from .steps import AfterStep, Interrupted, Sampler, last_part
 from .tuned import TunedSolver, fitting, required
 
@@ -305,6 +305,7 @@ class SamplingMixin:
             log.info("%d steps of the sampler that was tuned to this checkpoint", steps)
         if solver is not None:
             require_velocity(model)
+            check_solver(model, solver)
         scheduled = self.scheduler is not None and solver is None and sampler is None
         # A consistency model has no velocity but that which is bound to the grid.
         bound_to_grid = solver is None and (sampler is None or not model.has_velocity)

@@ -134,6 +134,19 @@ def test_rademacher_is_exact_on_a_diagonal_field(draw) -> None:
     assert torch.allclose(estimate, exact, atol=1e-10)
 
 
+def test_a_generator_of_its_own_makes_a_row_independent_of_the_others(net, draw) -> None:
+    x1, alone = draw(3, 2, 2, 2).float(), {"solver": "heun", "times": [1.0, 0.5, 0.0], "probes": 2}
+    found = log_likelihood(net, x1, "hutchinson", generator=[seeded(seed) for seed in range(3)], **alone)
+    for row in range(3):
+        one = log_likelihood(net, x1[row : row + 1], "hutchinson", generator=[seeded(row)], **alone)
+        torch.testing.assert_close(one[0], found[row])
+    assert not torch.allclose(
+        log_likelihood(net, x1[:1], "hutchinson", generator=[seeded(9)], **alone), found[:1]
+    )
+    with pytest.raises(ValueError, match="2 generators for 3 rows"):
+        log_likelihood(net, x1, "hutchinson", generator=[seeded(), seeded()])
+
+
 def test_gradient_to_the_data_is_the_score(mixture, velocity, draw) -> None:
     x1 = (2 * draw(4, 2, 3)).requires_grad_()
     log_likelihood(velocity, x1, differentiable=True, **TIGHT).sum().backward()

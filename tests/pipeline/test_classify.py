@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow.data import find_source
+from latentflow.data.checking import report
 from latentflow.errors import UserError
 from latentflow.evaluation.classification import Classifier, audit, calibrate, calibration_error
 
@@ -50,7 +51,7 @@ def test_ratios_are_those_of_the_densities(
     truth = exact(model, model.encode(real))
     torch.testing.assert_close(ratios, truth, rtol=0.02, atol=0.1)
     torch.testing.assert_close(losses.amin(1, keepdim=True) - losses, truth, rtol=0.02, atol=0.1)
-    each, _ = classifier.compare(real, rows[[0, 1, 2] * 5], own=True)
+    each, _ = classifier.compare(real, lambda number: rows)
     torch.testing.assert_close(each, ratios, rtol=1e-3, atol=1e-2)
 
 
@@ -73,6 +74,25 @@ def test_planted_labels_are_the_first_to_be_doubted(
     assert all(doubt.log_ratio < 0 and doubt.rather != doubt.label for doubt in found[:3])
     assert all(doubt.log_ratio > 0 for doubt in found[3:])
     assert {doubt.image for doubt in sorted(found, key=lambda doubt: -doubt.surprise)[:3]} == wrong
+
+
+def test_captions_are_encoded_as_their_image_is_compared(
+    text_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without a graph: those of all images may not fit into memory."""
+    data, model, encoded = photos(tmp_path / "photos", 12, labelled=False), text_pipe.model, []
+    for number in range(12):
+        (data / f"{number}.txt").write_text(["a red apple", "green tree", "a small blue hat"][number % 3])
+    encode = type(model).encode_prompt
+
+    def watched(own: Any, prompts: Any) -> Any:
+        encoded.append((len(prompts), torch.is_grad_enabled()))
+        return encode(own, prompts)
+
+    monkeypatch.setattr(type(model), "encode_prompt", watched)
+    found = audit(Classifier(model=model, evaluations=2), find_source(str(data)))
+    assert len(found) == 12 and encoded == [(3, False)] * 12
+    assert all(doubt.rather == doubt.label or doubt.log_ratio < 0 for doubt in found)
 
 
 def test_calibration_finds_the_temperature() -> None:
@@ -145,6 +165,7 @@ def test_captions_are_classes_for_a_checkpoint_of_captions(
         (("--calibrate", "plain"), "--calibrate plain has no classes"),
         (("--calibrate", "others"), "has classes that are not among those to choose from: zebra"),
         (("--temperature", "0"), "--temperature is 0"),
+        (("--method", "likelihood", "--weighting", "min-snr"), "whose densities have none"),
         (("--temperature", "2", "--calibrate", "plain"), "Give one of the two"),
         (("--weighting", "likelyhood"), "did you mean 'likelihood'"),
         (("-o", "found.txt"), "Did you mean -o found.json"),
@@ -162,6 +183,43 @@ def test_bad_input(
         classify(class_folder, data, *flags)
     assert words in str(caught.value)
     assert not (tmp_path / "classes.json").exists()
+
+
+def test_images_without_a_class_are_classified_too(
+    classify: Callable[..., str], class_folder: Path, tmp_path: Path
+) -> None:
+    data = photos(photos(tmp_path / "photos", 6), 2, labelled=False)
+    with pytest.raises(UserError, match="--condition none"):
+        classify(class_folder, data)
+    for condition, right in (("none", None), ("class", 6)):
+        said = classify(class_folder, data, "--condition", condition, "--overwrite")
+        result = json.loads((tmp_path / "classes.json").read_text())
+        assert len(result["images"]) == 8 and result.get("right", {}).get("n") == right
+        assert ("right: " in said) == (right is not None)
+    assert "of 4;" in classify(
+        class_folder, photos(tmp_path / "more", 6), "--classes", *KINDS[:2], "--overwrite"
+    )
+
+
+@torch.no_grad()
+def test_densities_are_of_as_many_images_at_once_as_is_said(
+    class_pipe: Any, images: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, real, seen = class_pipe.model, images(3) * 2 - 1, []
+    encode = type(model).encode
+    monkeypatch.setattr(type(model), "encode", lambda own, rows: seen.append(len(rows)) or encode(own, rows))
+    Classifier(model=model, evaluations=2, method="likelihood", batch_size=2).compare(
+        real, model.encode_class(KINDS)
+    )
+    assert seen == [2, 1]
+
+
+def test_latents_cannot_be_audited(
+    load_program: Callable[[str], Any], class_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "check_data", lambda *_, **__: (report.Report("latents", "class"), None))
+    with pytest.raises(UserError, match="holds latents, and no images"):
+        load_program("check").main(["latents", "--audit", str(class_folder)])
 
 
 def test_check_audits_labels(

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
+from latentflow.evaluation import probing
 from latentflow.evaluation.data import ImageSet
-from latentflow.evaluation.probing import auroc, likelihood, linear_probe
+from latentflow.evaluation.lines import _known
+from latentflow.evaluation.probing import auroc, likelihood, linear_probe, probe
 from latentflow.evaluation.sampler import Sampler
 from latentflow.models import UNet
 
@@ -61,6 +63,41 @@ def test_images_of_another_kind_are_told_by_the_density(
     report = likelihood(sampler, sets, 10)
     assert report["other"]["auroc"] == report["other"]["auroc_of_typicality"] == 1.0
     assert report["train"]["bits_per_dim"] < report["other"]["bits_per_dim"] - 5
+
+
+def test_sets_have_noises_of_their_own_and_all_classes(
+    class_folder: Path, class_pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one noise for both sets an image would be nearest to the one with its noise, whatever they show."""
+    seen: list[Tensor] = []
+
+    def features(model: Any, images: Tensor, block: int, t: float, generator: torch.Generator) -> Tensor:
+        seen.append(torch.cat([torch.randn(len(images), 4, generator=generator), images.flatten(1)], 1))
+        return seen[-1]
+
+    pipe: Any = LatentFlowPipeline.from_pretrained(class_folder)
+    monkeypatch.setattr(type(pipe.model), "features", features)
+    monkeypatch.setattr(probing, "_MOST", 20)
+    places = torch.arange(39.0)[:, None, None, None]
+    train = ImageSet(images=places, captions=[KINDS[number // 13] for number in range(39)])
+    options: dict[str, Any] = {"condition_kind": "class_labels", "settings": {}, "seed": 0, "batch_size": 50}
+    probe(Sampler(model=pipe.model, pipeline=pipe, **options), train, train)
+    for ours, theirs in zip(seen[::2], seen[1::2], strict=True):
+        assert len(ours) == 20 and len(theirs) == 39 and not torch.isclose(ours[:, :4], theirs[:20, :4]).any()
+        assert min(torch.bincount((ours[:, 4] // 13).long(), minlength=3).tolist()) >= 5
+    model, encoded = class_pipe.model, []
+    monkeypatch.setattr(
+        type(model), "encode", lambda _, rows: encoded.append(rows) or torch.zeros(len(rows), 2, 4, 4)
+    )
+    likelihood(Sampler(model=model, pipeline=class_pipe, **options), {"train": train}, 24)
+    assert min(torch.bincount((torch.cat(encoded).flatten() // 13).long(), minlength=3).tolist()) >= 6
+
+
+def test_a_figure_that_cannot_be_given_says_why() -> None:
+    lines = "".join(
+        _known({"probe": {"best": None, "best_reason": "features are those of a DiT of our own"}})
+    )
+    assert "unknown: features are those of a DiT of our own" in " ".join(lines.split())
 
 
 def test_auroc_counts_pairs() -> None:
@@ -132,5 +169,13 @@ def test_the_command_measures_both(
     photos(other, 6, labelled=False)
     with pytest.raises(UserError, match="plain has no classes to read"):
         evaluate(dit_folder, other, "-o", tmp_path / "more.json", "--probe")
+    capsys.readouterr()
+    for flags, words in (
+        (("--temperature", 0.5), "this checkpoint draws no tokens"),
+        (("--solver", "halton"), "solver 'halton' is of checkpoints of tokens"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluate(class_folder, data, "-o", tmp_path / "none.json", *flags)
+        assert "images" not in capsys.readouterr().out  # before anything is measured
     with pytest.raises(UserError, match="--other without --likelihood"):
         evaluate(class_folder, data, "--other", other)

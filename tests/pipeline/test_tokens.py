@@ -312,3 +312,10 @@ def test_other_checkpoints_take_no_settings_of_tokens(class_pipe: Any) -> None:
             class_pipe(class_labels=0, **{name: value})
     with pytest.raises(UserError, match="halton"):
         class_pipe(class_labels=0, solver="halton")
+
+
+def test_a_misspelt_sampler_is_guessed_among_those_of_tokens(class_pipe: Any) -> None:
+    with pytest.raises(UserError, match="did you mean 'halton'"):
+        pipeline()(class_labels="apple", solver="halto")
+    with pytest.raises(UserError, match="solver 'halton' is of checkpoints of tokens"):
+        class_pipe(class_labels="apple", solver="halton")

@@ -59,6 +59,10 @@ def test_they_are_the_null_in_the_loss(half_labelled: Path) -> None:
     assert training.drop is not None and bool(training.drop[missing].all())
     assert 0 < int(training.drop[~missing].sum()) < 6  # of the others some, at random
     assert torch.equal(validating.drop, missing)
+    compared: list[Tensor] = []
+    loss.coupling = lambda x0, x1, by, generator: compared.append(by) or x0
+    loss.train()(batch)
+    assert torch.equal(compared[0] == -1, missing)  # of no class, and not of the first
     labelled = source.subset([row for row in rows if not missing[row]])
     assert "unlabelled" not in conditions_of(labelled, 0)([0], [0])  # as runs of before
 

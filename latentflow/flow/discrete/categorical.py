@@ -76,10 +76,11 @@ class Logits:
     def rows(self, index: Tensor) -> Tensor:
         """Return the logits of the positions ``index`` (n,) (numbered through the batch): (n, V), float32 or better."""
         dtype = compute_dtype(self.conditional)
-        c = self.conditional.flatten(0, -2)[index].to(dtype)
+        place = _unravelled(index, self.conditional.shape[:-1])
+        c = self.conditional[place].to(dtype)
         if self.unconditional is None or self.extra is None:
             return c
-        u = self.unconditional.flatten(0, -2)[index].to(dtype)
+        u = self.unconditional[place].to(dtype)
         # An entry that is impossible in one of the two is left as it is under the condition.
         difference = c.sub(u).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return c.add_(difference.mul_(self._extra_of(index).to(dtype)))
@@ -109,3 +110,13 @@ class Logits:
         if not extra.ndim:
             return extra
         return per_row(extra[index // self.conditional.shape[1:-1].numel()], index[:, None])
+
+
+def _unravelled(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Return the places of numbers that count through ``shape``: flattened, logits whose vocabulary is not the last
+    dimension in memory would be copied."""
+    places: list[Tensor] = []
+    for size in reversed(shape):
+        places.insert(0, index % size)
+        index = index // size
+    return tuple(places)

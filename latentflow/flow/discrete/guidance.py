@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..guidance import checked_scales
-from ..tensors import expand_t, with_time_rows
+from ..tensors import expand_t, time_dtype, with_time_rows
 from .categorical import Logits
 from .simulate import Posterior
 
@@ -87,6 +87,6 @@ def _guided(
         extra = torch.where(active, scales - 1.0, 0.0)  # (1,) or (B,)
         if not bool(extra.any()):
             return conditional(x, t)
-        return Logits(*pair(x, t), extra.expand(len(x)))
+        return Logits(*pair(x, t), extra.to(x.device, time_dtype(x.device)).expand(len(x)))
 
     return conditional if bool((scales == 1.0).all()) else guided

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError, finite
-from ..tensors import uniform_like
+from ..tensors import time_dtype, uniform_like
 from .categorical import Draw
 from .samplers import Field, Sampler, SamplerOptions, Step, draw_data, redraw
 
@@ -55,7 +55,8 @@ def halton() -> Sampler:
     def places(x: Tensor, masked: Tensor, drawn: Draw, rest: float) -> Tensor:
         shape = tuple(x.shape[1:])
         grid = shape if len(shape) == 2 else (x[0].numel(),)
-        return halton_places(grid).reshape(shape).double().to(x.device).expand(x.shape)
+        order = halton_places(grid).reshape(shape)
+        return order.to(x.device, time_dtype(x.device)).expand(x.shape)
 
     return _by_order(lambda options: places, order=1)
 

@@ -140,7 +140,10 @@ class FlowLoss(ConditionedLoss):
         if "noise" in batch:
             return x0
         generator = seeded(self.seed, Stream.COUPLING, batch["sample_ids"][0])
-        return self.coupling(x0, x1, self.compared_by(condition), generator)
+        compared = self.compared_by(condition)
+        if compared is not None and "unlabelled" in batch:  # these are of one kind: they have no class
+            compared = compared.masked_fill(batch["unlabelled"], -1)
+        return self.coupling(x0, x1, compared, generator)
 
     def compared_by(self, condition: Any) -> Tensor | None:
         """Return what a condition-aware coupling compares rows by: labels (B,), or captions as mean tokens (B, D)."""

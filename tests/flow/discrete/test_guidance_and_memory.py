@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from latentflow.errors import UserError
+from latentflow.flow import tensors
 from latentflow.flow.discrete import (
     SAMPLERS,
     LinearKappa,
     Logits,
     MixturePath,
     UniformSource,
+    guidance,
     guide,
     guide_batched,
     simulate,
@@ -158,3 +160,31 @@ def test_a_guided_step_takes_little_more_than_its_two_logits() -> None:
     posterior = guide(new_logits, new_logits, 3.0)
     guided = peak_bytes(lambda: simulate(posterior, x, [0.0, 0.5], path=path, generator=seeded()))
     assert 2 * LOGITS <= guided < 2.2 * LOGITS
+
+
+def test_logits_of_another_layout_are_not_copied() -> None:
+    """Of a network whose output is (B, V, ...), as those of convolutions are."""
+    generator = seeded()
+    channels_first = torch.randn(2, 5, 3, 4, generator=generator)
+    index = torch.tensor([0, 7, 23, 11])
+    rows = Logits(channels_first.movedim(1, -1)).rows(index)
+    assert torch.equal(rows, channels_first.movedim(1, -1).reshape(-1, 5)[index])
+    path = MixturePath(VOCABULARY)
+    x = path.start(torch.rand(BATCH, TOKENS, generator=generator, dtype=torch.float64))
+    network = lambda x, t: torch.zeros(BATCH, VOCABULARY, TOKENS).movedim(1, -1)  # noqa: E731
+    assert peak_bytes(lambda: simulate(network, x, [0.0, 0.5], path=path)) < 1.2 * LOGITS
+
+
+def test_a_device_without_float64_is_given_none(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Apple's MPS is; "meta" stands for it. Numbers below 1 stay below 1."""
+    for module in (tensors, guidance):
+        monkeypatch.setattr(
+            module, "time_dtype", lambda device: torch.float32 if device.type == "meta" else torch.float64
+        )
+    x = torch.zeros(3, 2, dtype=torch.int64, device="meta")
+    for generator in (seeded(), [seeded() for _ in range(3)]):
+        drawn = tensors.uniform_like(x, generator, 2)
+        assert drawn.shape == (2, 3, 2) and drawn.dtype == torch.float32
+    assert float(torch.tensor((1.0 - 2.0**-53) * (1.0 - 2.0**-24), dtype=torch.float64).float()) < 1.0
+    posterior, _ = guided_pair(pair, 2.0)
+    assert posterior(x, torch.tensor(0.5)).extra.dtype == torch.float32
