@@ -171,10 +171,9 @@ def _load(
         log.warning("left out for lack of a place in this %s: %s of %s", kind, left_out, shown)
     if inputs:
         if add_inputs is None:
+            kinds = " and ".join(of for of, _ in inputs)
             raise UserError(
-                f"{shown} brings input channels for {' and '.join(of for of, _ in inputs)}, which {with_article(kind)} cannot be "
-                "given",
-                fix,
+                f"{shown} brings input channels for {kinds}, which {with_article(kind)} cannot be given", fix
             )
         with about(shown):
             weights = {of: weight for (of, _), weight in inputs.items()}
