@@ -30,6 +30,10 @@ class ControlConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.control_dropout < 1.0:
             raise UserError(f"--control-dropout is {self.control_dropout}", "Give a share from 0 to below 1.")
+        if self.control_dropout != type(self).control_dropout and self.control == "none":
+            raise UserError(
+                "--control-dropout without --control", "Add --control image or labels, or leave it out."
+            )
         if self.control_labels is not None and self.control != "labels":
             raise UserError("--control-labels without --control labels", "Add it, or leave this out.")
         if self.control_folder is not None and self.control == "none":

@@ -9,7 +9,6 @@ computed before; and without masks and control images it skips them.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -62,42 +61,46 @@ class AddedInput(nn.Module):
         return F.linear(x, weight) if self.stride is None else F.conv2d(x, weight, stride=self.stride)
 
 
-class _Widened:
-    """A network's first layer with added inputs, whose channels follow its own, if there are more than its own.
+def _split(layer: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Take the channels of added inputs from what a first layer is given, and keep what is made of them for `_join`.
 
-    Attributes:
-        added: kind -> its `AddedInput`.
-        cells: parts of a token that each hold all channels; 1: it holds one channel after the other.
+    Hooks, since a layer's ``forward`` may be replaced: by offloading, by casting of layers.
     """
+    [x] = arguments
+    base: Any = getattr(layer, "base_layer", layer)
+    convolves, own = isinstance(base, nn.Conv2d), _inputs(base)
+    layer.added_features = None
+    if x.shape[1 if convolves else -1] == own:
+        return arguments
+    inputs: Any = [*layer.added.values()]
+    channels = [own, *(added.channels for added in inputs)]
+    if convolves:
+        parts = x.split(channels, 1)
+    else:
+        cells = x.unflatten(-1, (layer.cells, -1)).split([count // layer.cells for count in channels], -1)
+        parts = tuple(part.flatten(-2) for part in cells)
+    layer.added_features = [added(part) for added, part in zip(inputs, parts[1:], strict=True)]
+    return (parts[0],)
 
-    added: nn.ModuleDict
-    cells: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        base: Any = getattr(self, "base_layer", self)
-        convolves, own = isinstance(base, nn.Conv2d), _inputs(base)
-        if x.shape[1 if convolves else -1] == own:
-            return super().forward(x)  # type: ignore[misc,no-any-return]
-        inputs: Any = [*self.added.values()]
-        channels = [own, *(added.channels for added in inputs)]
-        if convolves:
-            parts = x.split(channels, 1)
-        else:
-            cells = x.unflatten(-1, (self.cells, -1)).split([count // self.cells for count in channels], -1)
-            parts = tuple(part.flatten(-2) for part in cells)
-        features: Tensor = super().forward(parts[0])  # type: ignore[misc]
-        for added, part in zip(inputs, parts[1:], strict=True):
-            features = features + added(part)
-        return features
+def _join(layer: Any, arguments: tuple[Tensor, ...], features: Tensor) -> Tensor:
+    for added in layer.added_features or ():
+        features = features + added
+    layer.added_features = None
+    return features
+
+
+def _narrow(layer: Any) -> nn.ModuleDict:
+    """Take the added inputs of a layer away, and return them."""
+    added: nn.ModuleDict = layer.added
+    for hook in layer.added_hooks:
+        hook.remove()
+    del layer.added, layer.cells, layer.added_hooks
+    return added
 
 
 def _inputs(layer: Any) -> int:
     return int(layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features)
-
-
-@cache
-def _widened(kind: Any) -> type:
-    return type(kind.__name__, (_Widened, kind), {"__module__": kind.__module__})
 
 
 class ExtendableModel(ControlledModel, PretrainedModel):
@@ -116,10 +119,7 @@ class ExtendableModel(ControlledModel, PretrainedModel):
     @property
     def added_inputs(self) -> Mapping[str, AddedInput]:
         """Kind -> the input, "masks" or "control", in the order in which the network takes them."""
-        if self.first_layer is None:
-            return {}
-        found: Any = getattr(self.network.get_submodule(self.first_layer), "added", {})
-        return dict(found)
+        return {} if self.first_layer is None else dict(getattr(self._first, "added", {}))
 
     @property
     def optional_extra(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -134,7 +134,8 @@ class ExtendableModel(ControlledModel, PretrainedModel):
     @property
     def coupling(self) -> str:  # type: ignore[override]
         """The coupling with which it was trained: data-dependent where the flow fills a hole from the known latents."""
-        return self.added_inputs["masks"].coupling if self.takes_masks else "independent"
+        found = self.added_inputs.get("masks")
+        return found.coupling if found is not None and self._strength(found) is not None else "independent"
 
     @property
     def control_inputs(self) -> ControlInputs:
@@ -143,11 +144,31 @@ class ExtendableModel(ControlledModel, PretrainedModel):
 
     def _in_effect(self, kind: str) -> bool:
         found = self.added_inputs.get(kind)
-        if found is None or found.adapter is None:
-            return found is not None
-        layers = (layer for layer in self.network.modules() if hasattr(layer, "lora_A"))
+        return found is not None and self._strength(found) is not None
+
+    def _strength(self, added: AddedInput) -> float | None:
+        """Return the weight of the adapter that an input belongs to; None: it is not in effect."""
+        if added.adapter is None:
+            return 1.0
+        layers = (layer for layer in self.network.modules() if added.adapter in getattr(layer, "lora_A", ()))
         layer: Any = next(layers, None)
-        return layer is not None and not layer.disable_adapters and found.adapter in layer.active_adapters
+        if layer is None or layer.disable_adapters or added.adapter not in layer.active_adapters:
+            return None
+        rank, alpha = layer.r[added.adapter], layer.lora_alpha[added.adapter]
+        full = alpha / (rank**0.5 if layer.use_rslora.get(added.adapter) else rank)
+        return float(layer.scaling[added.adapter] / full)
+
+    def arrange(self, rows: Rows) -> dict[str, Any]:
+        """Return the values by their names; those of added inputs times the weight of the adapter that these belong
+        to, as all of its layers are."""
+        condition = super().arrange(rows)
+        for kind, added in self.added_inputs.items():
+            strength = self._strength(added)
+            if strength is None:
+                condition.pop(KEPT[kind], None)
+            elif strength != 1.0 and KEPT[kind] in condition:
+                condition[KEPT[kind]] = condition[KEPT[kind]] * strength
+        return condition
 
     def add_inputs(
         self,
@@ -189,15 +210,13 @@ class ExtendableModel(ControlledModel, PretrainedModel):
                         "Load it onto the base that it was trained on.",
                     )
                 made[name].weight = nn.Parameter(weight.to(made[name].weight), requires_grad=False)
-            made[name].adapter, made[name].coupling = adapter, coupling
+            made[name].adapter = adapter
+            made[name].coupling = coupling if name == "masks" else "independent"
         if not made:
             return
         first = self._first
         if not hasattr(first, "added"):
-            first.added = nn.ModuleDict()
-            first.cells = self.patch**2 if self.cells_in_order else 1
-            plain: Any = type(first)
-            first.__class__ = _widened(plain)
+            self._widen(first, nn.ModuleDict())
         first.added.update(made)
 
     def remove_inputs(self, adapters: Collection[str] | None = None) -> None:
@@ -207,13 +226,21 @@ class ExtendableModel(ControlledModel, PretrainedModel):
             if adapters is None or added.adapter in adapters:
                 del self._first.added[kind]
         if found and not self.added_inputs:
-            first = self._first
-            del first.added, first.cells
-            first.__class__ = type(first).__mro__[2]
+            _narrow(self._first)
 
     @property
     def _first(self) -> Any:
-        return self.network.get_submodule(self.first_layer or "")
+        """The network's first layer, with the added inputs; one that an adapter has come around takes them over."""
+        first: Any = self.network.get_submodule(self.first_layer or "")
+        base = getattr(first, "base_layer", None)
+        if hasattr(base, "added"):
+            self._widen(first, _narrow(base))
+        return first
+
+    def _widen(self, first: Any, added: nn.ModuleDict) -> None:
+        first.added = added
+        first.cells = self.patch**2 if self.cells_in_order else 1
+        first.added_hooks = first.register_forward_pre_hook(_split), first.register_forward_hook(_join)
 
     @property
     def _channels(self) -> int:
@@ -269,6 +296,7 @@ class ExtendableModel(ControlledModel, PretrainedModel):
         """
         kept = 1.0 - masks.float()
         if known is None:
-            known = self.encode(images.float() * kept)
+            with torch.autocast(images.device.type, enabled=False):  # autoencoders may overflow in float16
+                known = self.encode(images.float() * kept)
         some = kept.flatten(1).amax(1)[:, None, None, None]
         return torch.cat([F.pixel_unshuffle(kept, self._cell), known.to(kept) * some], 1)

@@ -252,9 +252,9 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
             (name, weight.dtype) for name, weight in network.named_parameters() if weight.is_floating_point()
         )
         first, _ = next(weights, ("", None))
-        if "lora_" not in first:
+        if not _of_adapters(first):
             return network.dtype  # type: ignore[no-any-return]
-        own = [dtype for name, dtype in weights if "lora_" not in name]
+        own = [dtype for name, dtype in weights if not _of_adapters(name)]
         lowest: torch.dtype = min(own, key=lambda dtype: dtype.itemsize, default=network.dtype)
         return lowest  # some layers are kept in float32
 
@@ -505,3 +505,8 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
             end: (B,) the end of the interval of an average velocity; None: its velocity is asked for.
             guidance_scale: for networks that embed it.
         """
+
+
+def _of_adapters(name: str) -> bool:
+    """Return whether a weight of this name is a LoRA's, or that of an input which an adapter brings."""
+    return "lora_" in name or ".added." in name

@@ -28,7 +28,7 @@ class Added:
         scale: part of the pipeline -> scale of what is fused into it.
         controls: adapter -> the part by which the network takes control images.
         own_control: of an adapter that was unloaded while fused.
-        installed_control: in effect.
+        installed_control, control_weight: in effect, and with which weight.
         has_control: the network takes control images without adapters.
         own_intervals: the network takes the end of an interval without adapters.
         disabled: no adapter is in effect for now.
@@ -50,6 +50,7 @@ class Added:
     controls: dict[str, ControlPart] = field(default_factory=dict)
     own_control: ControlPart | None = None
     installed_control: ControlPart | None = None
+    control_weight: float = 1.0
     has_control: bool = False
     own_intervals: bool = False
     disabled: bool = False
@@ -70,3 +71,11 @@ def around_mean(table: Tensor, sums: Tensors) -> Tensor:
     """Return the rows at these distances from the mean of a table's rows, (K, D)."""
     rows = torch.stack([*sums.values()]).to(table.device, torch.float32)
     return (table.float().mean(0) + rows).to(table.dtype)
+
+
+def weighted(part: ControlPart, weight: float) -> ControlPart:
+    """Return the part that takes control images with ``weight`` times its effect on the features of the latent."""
+    control, tensors = part
+    return control, {
+        name: value * weight if name.startswith("proj.") else value for name, value in tensors.items()
+    }

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import UserError, few, unknown
 from ..utils.components import library_reads, without_reports
 from ..utils.files import MEND, parse_json, save_tensors
-from .adapter_files import CLASSES, CONTROL, INTERVALS, WORDS, settings_of
+from .adapter_files import CLASSES, CONTROL, INPUTS, INTERVALS, WORDS, settings_of
 from .adapter_layouts import OWN_LAYOUT, in_peft_names, layer_of, layout_of
 
 Layout = Literal["diffusers", "comfyui", "kohya"]
@@ -44,6 +44,7 @@ _ADDED = {
     CLASSES: "new classes",
     INTERVALS: "the lengths of a few-step network's steps",
     CONTROL: "inputs for control images",
+    INPUTS["masks", "independent"]: "input channels for masks",
 }
 
 

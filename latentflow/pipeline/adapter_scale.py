@@ -61,8 +61,8 @@ def scale_of(given: Mapping[str, Mapping[str, float] | None]) -> float:
 def scaled_adapters(pipe: Any, scale: float) -> Iterator[None]:
     """Multiply the weights of a pipeline's adapters by ``scale`` within the context, also if it ends with an error.
 
-    The same as ``set_adapters`` with each weight times ``scale``, for words and classes as well. Adapters that are
-    fused stay as they are, as in diffusers.
+    The same as ``set_adapters`` with each weight times ``scale``, for words, classes and control inputs as well.
+    Adapters that are fused stay as they are, as in diffusers.
     """
     if scale == 1.0:
         yield
@@ -77,8 +77,9 @@ def scaled_adapters(pipe: Any, scale: float) -> Iterator[None]:
         return
     own = [layer.scaling for layer in layers]
     added = getattr(pipe.transformer, "_adapters_added", None)
-    if added is not None and not any([*added.words.values(), *added.labels.values()]):
-        added = None  # no words and classes to scale
+    brought = () if added is None else (added.words, added.labels, added.controls)
+    if not any(value for values in brought for value in values.values()):
+        added = None  # no words, classes and control inputs to scale
     fused = {} if added is None else added.scale
     try:
         for layer in layers:

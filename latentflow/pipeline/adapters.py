@@ -27,7 +27,7 @@ from ..families.latentflow import LatentFlowModel
 from ..models import with_words
 from ..utils.files import restore_permissions
 from ..utils.libraries import install_command, missing
-from .adapter_additions import Added, around_mean, summed
+from .adapter_additions import Added, around_mean, summed, weighted
 from .adapter_bases import other_base
 from .adapter_files import (
     CLASSES,
@@ -313,8 +313,9 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         loaded.fused_labels = summed(loaded.fused_labels, labels, self._weights("transformer"))
         for name, mode in loaded.modes.items():  # in the order of loading: the last wins
             loaded.own = mode if name in fused else loaded.own
+        weights = self._weights("transformer")
         for name, control in loaded.controls.items():
-            loaded.own_control = control if name in fused else loaded.own_control
+            loaded.own_control = weighted(control, weights[name]) if name in fused else loaded.own_control
         super().unload_lora_weights()
         for held in (
             loaded.words, loaded.labels, loaded.weights, loaded.scale, loaded.modes, loaded.controls,
@@ -457,12 +458,15 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         self.transformer.length_embedder = self._with_weights(embedder, intervals)
 
     def _set_control(self, loaded: Added) -> None:
-        """Let the network take the control images of the last active adapter that brings the inputs, else none."""
-        wanted = self._last_active(loaded.controls, loaded.own_control)
-        if wanted is loaded.installed_control:
+        """Let the network take the control images of the last active adapter that brings the inputs, as strongly as its
+        weight says; else none."""
+        weights = self._weights("transformer") if loaded.controls else {}
+        name = next((name for name in reversed([*weights]) if name in loaded.controls), None)
+        wanted, weight = (loaded.own_control, 1.0) if name is None else (loaded.controls[name], weights[name])
+        if wanted is loaded.installed_control and weight == loaded.control_weight:
             return
-        loaded.installed_control = wanted
-        control, tensors = wanted or (None, {})
+        loaded.installed_control, loaded.control_weight = wanted, weight
+        control, tensors = weighted(wanted, weight) if wanted else (None, {})
         embedder = self.transformer.new_control_embedder(control)
         self.transformer.set_control_embedder(self._with_weights(embedder, tensors))
         self.transformer.register_to_config(control=control)

@@ -110,6 +110,7 @@ class ModelPipeline(CallMixin):
             if any(getattr(layer, "merged", False) for part in parts for layer in part.modules()):
                 raise UserError(
                     "an adapter with input channels for masks or control images is fused, and cannot be unloaded",
+                    "It cannot be merged: keep it beside its base (latentflow export RUN --adapter). In Python: "
                     "pipe.unfuse_lora() first.",
                 )
             self._remove_inputs()

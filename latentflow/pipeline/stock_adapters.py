@@ -73,16 +73,17 @@ def load_adapter(
             f"Choose another name, or take that one out first: pipe.delete_adapters('{name}').",
         )
     active = [(layer, layer.active_adapters) for _, layer in _layers(pipeline)]
-    if not any_base:
-        _check_base(pipeline, source, options)
-    try:
-        _load(pipeline, source, name, options, add_inputs)
-    except BaseException:
-        if new := _adapter_names(pipeline) - before:
-            pipeline.delete_adapters([*new])
-            for layer, names in active:
-                layer.set_adapter(names)
-        raise
+    with weights_in_place(pipeline):
+        if not any_base:
+            _check_base(pipeline, source, options)
+        try:
+            _load(pipeline, source, name, options, add_inputs)
+        except BaseException:
+            if new := _adapter_names(pipeline) - before:
+                pipeline.delete_adapters([*new])
+                for layer, names in active:
+                    layer.set_adapter(names)
+            raise
 
 
 def adapted_part(pipeline: Any) -> str | None:
@@ -116,9 +117,7 @@ def _check_base(
     facts, network = read_facts(source, shown, options), getattr(pipeline, adapted_part(pipeline) or "", None)
     if not facts.base or network is None:
         return
-    with weights_in_place(pipeline):
-        here = fingerprint(network)
-    if is_other_base(facts.base, here):
+    if is_other_base(facts.base, fingerprint(network)):
         raise other_base(shown, facts.base_name)
 
 
@@ -172,10 +171,9 @@ def _load(
         log.warning("left out for lack of a place in this %s: %s of %s", kind, left_out, shown)
     if inputs:
         if add_inputs is None:
-            brought = " and ".join(kind_of_input for kind_of_input, _ in inputs)
+            kinds = " and ".join(of for of, _ in inputs)
             raise UserError(
-                f"{shown} brings input channels for {brought}, which {with_article(kind)} cannot be given",
-                fix,
+                f"{shown} brings input channels for {kinds}, which {with_article(kind)} cannot be given", fix
             )
         with about(shown):
             weights = {of: weight for (of, _), weight in inputs.items()}

@@ -157,6 +157,7 @@ def train_pretrained(
         drawn = prior_data(
             base, model, prompts, prior, splits.data.resolution, output / "prior", config.loop.seed,
             lambda images: conditions(prompts, images, base.shape, config.loop.seed, mirror=False),
+            pixels=config.flow.inpainting,
         )  # fmt: skip
         data = MixedData(own, drawn, config.fine_tuning.prior_share)
     torch.manual_seed(config.loop.seed)  # the adapter's first weights

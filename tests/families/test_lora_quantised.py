@@ -186,6 +186,9 @@ def test_an_adapter_leaves_the_precision_of_the_inputs(name: str, monkeypatch: p
     found, _ = step(model)
     assert seen == {torch.bfloat16} and model.dtype == torch.bfloat16
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in found.values())
+    widened: Any = in_four_bits(name, torch.bfloat16)
+    widened.add_inputs({"masks": None})
+    assert widened.dtype == torch.bfloat16
 
 
 def test_the_settings_of_nf4(folders: Callable[[str], Path]) -> None:

@@ -307,6 +307,8 @@ def test_bad_control_images_stop_a_run_before_it_begins(folder: Path, tmp_path: 
     assert "--control-folder without --control" in said
     said = call(cache, folder, *line, "--control", "image", "--control-dropout", 1, expect=2)
     assert "--control-dropout is 1.0" in said
+    said = call(cache, folder, *line, "--control-dropout", 0.5, expect=2)
+    assert "--control-dropout without --control" in said
 
 
 def test_a_description_of_a_run_without_control_images_is_as_before() -> None:

@@ -67,6 +67,10 @@ def test_the_file_makes_the_base_take_control_images_until_it_is_taken_away(
     torch.testing.assert_close(drawn(LED), led)
     torch.testing.assert_close(drawn(Condition()), without)
     assert not torch.allclose(led, without, atol=1e-3)
+    pipe.set_adapters("led", 0.0)  # the weight is that of the inputs as well
+    torch.testing.assert_close(drawn(LED), before)
+    pipe.set_adapters("led", 1.0)
+    torch.testing.assert_close(drawn(LED), led)
     torch.testing.assert_close(adapter.merged()["transformer"](x, 0.3, LED), led)
 
     pipe.disable_lora()

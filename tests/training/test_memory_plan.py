@@ -363,6 +363,9 @@ def test_a_plan_adds_up(klein: MemoryPlanner) -> None:
         usual.base + usual.adapter + usual.gradients + usual.optimizer + usual.averages + usual.activations
     )
     assert usual.kept == 0 and usual.peak == max(usual.prompts, usual.images, usual.training)
+    fills = klein.plan(FineTuning(inpainting=True))  # each step encodes its image with a hole
+    assert fills.training >= usual.training + fills.autoencoder and fills.images == usual.images
+    assert fills.activations >= fills.images - fills.autoencoder > 0
     large = klein.plan(FineTuning(batch_size=2))
     assert large.activations == pytest.approx(2 * usual.activations, rel=0.05)
     plain = klein.plan(FineTuning(gradient_checkpointing=False))

@@ -86,6 +86,8 @@ def test_a_run_learns_to_draw_under_control_images(
     assert "--control: " in refused and "Add --lora-rank 16" in refused
 
     flags = ["--control", "image", "--inpainting", "--train-batch-size", 4, "--preview-steps", 2]
+    (tmp_path / "prior.txt").write_text("a pear")  # its samples are masked as well, and have no control image
+    flags += ["--prior-prompts", tmp_path / "prior.txt", "--prior-samples", 1]
     call(cache, *line, *adapts, *flags)
     made = adapter(run)
     assert made["added.control.weight"].any() and made["added.masks"].any()

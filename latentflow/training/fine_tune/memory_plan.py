@@ -65,6 +65,7 @@ class FineTuning:
         resolution: pixels of a side of an image.
         averages: moving averages of the weights that learn, in float32.
         lora_text_encoder: CLIP's text encoders learn by adapters too; then all text encoders stay.
+        inpainting: each step encodes its images with holes; then the autoencoder stays.
     """
 
     lora_rank: int = 16
@@ -78,6 +79,7 @@ class FineTuning:
     resolution: int = 1024
     averages: int = 1
     lora_text_encoder: bool = False
+    inpainting: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ class MemoryPlan:
         adapter: weights of the adapter; 0 where all weights learn.
         gradients, optimizer, averages: of the weights that learn.
         kept: text encoders that stay while the network learns.
+        autoencoder: likewise.
         activations: the most that a step holds beside all these; None where that cannot be counted.
         prompts: peak while prompts are encoded; 0 where that is a part of each step.
         images: peak while images are encoded.
@@ -100,6 +103,7 @@ class MemoryPlan:
     optimizer: float
     averages: float
     kept: float
+    autoencoder: float
     activations: float | None
     prompts: float
     images: float
@@ -107,8 +111,8 @@ class MemoryPlan:
     @property
     def training(self) -> float:
         """Peak while the network learns."""
-        parts = (self.base, self.adapter, self.gradients, self.optimizer, self.averages, self.kept)
-        return sum(parts) + (self.activations or 0.0)
+        parts = (self.base, self.adapter, self.gradients, self.optimizer, self.averages)
+        return sum(parts) + self.kept + self.autoencoder + (self.activations or 0.0)
 
     @property
     def peak(self) -> float:
@@ -139,7 +143,10 @@ class MemoryPlanner:
             UserError: a quantised network is to learn; no layers have such names.
         """
         weights, activations = self.weights(settings), self._activations(settings)
-        prompts, images = self._prompts(settings), weights.images + self._image(settings)[0]
+        prompts, image = self._prompts(settings), self._image(settings)[0]
+        images = weights.images + image
+        if settings.inpainting and activations is not None:
+            activations = max(activations, settings.batch_size * image)
         if not settings.lora_text_encoder:
             return replace(weights, activations=activations, prompts=weights.prompts + prompts, images=images)
         if activations is not None:
@@ -168,6 +175,7 @@ class MemoryPlanner:
             optimizer=sum(adam_bytes(size, eight_bit=eight_bit) for size in learn),
             averages=4 * settings.averages * sum(learn),
             kept=0,
+            autoencoder=settings.inpainting * self._weights(self.model.vae, settings.autoencoder),
             activations=0,
             prompts=sum(self._weights(part, _stored(part, settings)) for part in self.encoders),
             images=self._weights(self.model.vae, settings.autoencoder),
@@ -213,6 +221,7 @@ class MemoryPlanner:
             f"optimiser, {settings.optimizer}": plan.optimizer,
             "moving averages": plan.averages,
             "text encoders": plan.kept,
+            "autoencoder": plan.autoencoder,
             "activations": plan.activations,
             "in all": plan.training,
         }
@@ -387,6 +396,7 @@ def plan_of(config: RunConfig, dtype: torch.dtype) -> FineTuning:
         batch_size=config.loop.train_batch_size,
         resolution=config.data.resolution,
         lora_text_encoder=config.adapter.lora_text_encoder,
+        inpainting=config.flow.inpainting,
     )
 
 

@@ -77,6 +77,8 @@ def prior_data(
     folder: Path,
     seed: int,
     conditions: Callable[[Source], Conditions],
+    *,
+    pixels: bool,
 ) -> LatentData:
     """Return the model's own samples as training data, drawn into ``folder`` where they are not there yet.
 
@@ -89,11 +91,14 @@ def prior_data(
         asked: a prompt or class for each sample.
         side: of the images in pixels.
         conditions: turns samples into what the network is given with them.
+        pixels: the images are kept as well, to be masked.
 
     Raises:
         UserError: ``folder`` holds samples of another model, or drawn otherwise.
     """
-    settings = SampleSettings(seed=seed, guidance=model.usual_guidance, steps=model.usual_steps)
+    settings = SampleSettings(
+        seed=seed, pixels=pixels, guidance=model.usual_guidance, steps=model.usual_steps
+    )
     pipeline = over_model(LatentFlowPipeline, model)
     pipeline.set_progress_bar_config(disable=True)
 
