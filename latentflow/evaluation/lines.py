@@ -132,7 +132,9 @@ def _known(report: dict[str, Any]) -> Iterator[str]:
     if probed := report.get("probe"):
         text = f"unknown: {probed.get('best_reason')}"
         if best := probed["best"]:
-            text = f"{_share(best['linear'])} by a linear probe behind block {best['block']} at t = {best['t']}"
+            text = (
+                f"{_share(best['linear'])} by a linear probe behind block {best['block']} at t = {best['t']}"
+            )
             text += f", {best['nearest']['share']:.1%} by the 5 nearest images there"
         yield _figure("classes read", text)
     for name, part in report.get("likelihood", {}).items():

@@ -215,7 +215,9 @@ def test_a_mix_of_some_styles(main: Any, packages: str, tmp_path: Path) -> None:
     main([*line, "--mix", "noto", "flat"])
     trained = rows(tmp_path / "out/train")
     wanted = {
-        name: 1 if row["skin_tone"] else 6 for name, row in trained.items() if row["style"] in ("noto", "flat")
+        name: 1 if row["skin_tone"] else 6
+        for name, row in trained.items()
+        if row["style"] in ("noto", "flat")
     }
     assert {*wanted.values()} == {1, 6}
     source = find_source(str(tmp_path / "out" / "mix.yaml"))
