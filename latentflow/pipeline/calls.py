@@ -75,9 +75,12 @@ class CallMixin(SamplingMixin):
         if latents is not None:
             native = latents.shape[-2] * self.vae_scale_factor, latents.shape[-1] * self.vae_scale_factor
         elif control_image is not None and self.model.sized_by_control and (height is None or width is None):
-            from .images import read_images  # which imports the readers of data
+            from .control import by_kind  # which imports the readers of data
+            from .images import read_images
 
-            rows, columns = read_images(control_image, name="control_image").shape[2:]
+            given = by_kind(control_image)
+            image = given.get("image") if isinstance(given, dict) else given
+            rows, columns = read_images(image, name="control_image").shape[2:]
             unit = self.model.size_multiple
             if height or width:
                 return fit_size((rows, columns), height, width, unit)

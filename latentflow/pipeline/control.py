@@ -32,9 +32,7 @@ def read_control(model: FlowModel, given: Images, size: Size) -> Controls:
             number.
     """
     model.check_image_input(given, fills=model.image_input == "mask", refers=True)
-    kinds = model.control_kinds
-    if isinstance(given, list) and given and all(isinstance(each, Mapping) for each in given):
-        given = {kind: [each.get(kind) for each in given] for kind in given[0]}
+    kinds, given = model.control_kinds, by_kind(given)
     if not isinstance(given, Mapping):
         if len(kinds) > 1:
             raise UserError(
@@ -56,6 +54,19 @@ def read_control(model: FlowModel, given: Images, size: Size) -> Controls:
         raise UserError("control images of each kind differ in number", "Pass as many of each, or one.")
     most = max(counts)
     return {kind: value.expand(most, *value.shape[1:]) for kind, value in found.items()}
+
+
+def by_kind(given: Images) -> Images:
+    """Return a list of dictionaries of control images as one dictionary of lists, and others as they are.
+
+    Raises:
+        UserError: the dictionaries do not name the same kinds.
+    """
+    if not isinstance(given, list) or not given or not all(isinstance(each, Mapping) for each in given):
+        return given
+    if any(each.keys() != given[0].keys() for each in given):
+        raise UserError("control images of each kind differ in number", "Pass as many of each, or one.")
+    return {kind: [each[kind] for each in given] for kind in given[0]}
 
 
 def check_number(given: int, images: int) -> None:

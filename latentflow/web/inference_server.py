@@ -441,10 +441,7 @@ class InferenceServer:
         uploads = {"image": request.control_image, "labels": request.control_labels}
         controls = {kind: self.control(kind, upload) for kind, upload in uploads.items() if upload}
         if controls:
-            own = (
-                loaded.model.image_input != "control"
-            )  # others take images alone, and may draw at their size
-            settings["control_image"] = controls if own else controls["image"]
+            settings["control_image"] = controls
             settings["control_scale"] = request.control_scale
         decoder = self._preview_decoder(loaded)
 

@@ -275,6 +275,10 @@ def test_the_size_is_the_stock_pipeline_s(name: str) -> None:
     stock_pipe = checkpoint(name)
     assert drawn.size == stock_pipe(PROMPTS[0], image=photo, num_inference_steps=1).images[0].size
     assert drawn.size[0] < drawn.size[1]
+    for named in ({"image": photo}, [{"image": photo}]):  # as --control image=FILE gives it
+        assert pipe(PROMPTS[0], control_image=named, num_inference_steps=1).images[0].size == drawn.size
+    with pytest.raises(UserError, match="each kind differ in number"):
+        pipe(PROMPTS, control_image=[{"image": photo}, {"image": photo, "labels": photo}])
     assert pipe.image_size(32, None, control_image=photo) == (32, 24)
     assert pipe.image_size(32, 16, control_image=photo) == (32, 16)
     assert pipe.image_size(control_image=Image.new("RGB", (1, 1)))[0] == pipe.model.size_multiple
