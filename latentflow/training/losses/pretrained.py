@@ -148,8 +148,8 @@ class PretrainedLoss(FlowLoss):
 
     def channels(self, condition: Rows) -> Tensor | None:
         """Return what a mask leaves of each image, (B, C', h, w); None: no image is masked."""
-        found: Any = condition.kept.get("channels")
-        return found
+        found = condition.kept.get("channels")
+        return found if isinstance(found, Tensor) else None
 
     def train(self, mode: bool = True) -> Self:
         """Leave network and text encoders in evaluation mode, but for the dropout of adapters: HiDream's network has
