@@ -176,7 +176,9 @@ class ReferenceModel(PretrainedModel):
                 "Draw them in calls of their own.",
             )
         stacked = {
-            name: [torch.stack(value)] if isinstance(value, list) else value for name, value in kept.items()
+            name: [torch.stack(value)] if isinstance(value, list) else value
+            for name, value in kept.items()
+            if name not in self.optional_extra
         }
         return {"references": [], "places": [], **super().arrange(rows), **stacked}
 

@@ -15,7 +15,7 @@ from functools import cache, partial
 from typing import Any, ClassVar, Self
 
 from diffusers.image_processor import VaeImageProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..autoencoder import downscale_factor
 from ..errors import UserError, few, with_article
@@ -105,9 +105,10 @@ class ModelPipeline(CallMixin):
         Raises:
             UserError: an adapter with such channels is fused: the stock weights have no place for them.
         """
-        if getattr(self.model, "added_inputs", None):
-            parts = [part for part in self.components.values() if isinstance(part, nn.Module)]
-            if any(getattr(layer, "merged", False) for part in parts for layer in part.modules()):
+        if isinstance(self.model, ExtendableModel):
+            layers = self.model.network.modules()
+            fused = {name for layer in layers for name in getattr(layer, "merged_adapters", ())}
+            if any(added.adapter in fused for added in self.model.added_inputs.values()):
                 raise UserError(
                     "an adapter with input channels for masks or control images is fused, and cannot be unloaded",
                     "It cannot be merged: keep it beside its base (latentflow export RUN --adapter). In Python: "

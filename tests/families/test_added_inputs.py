@@ -352,6 +352,11 @@ def test_an_adapter_around_the_first_layer_takes_the_inputs_over(name: str, tmp_
     torch.testing.assert_close(filled(pipe, name), alone)
     pipe.set_adapters(["fill", "other"])
     assert not torch.allclose(filled(pipe, name), alone, atol=1e-3)
+    pipe.fuse_lora(adapter_names=["fill"])
+    with pytest.raises(UserError, match="is fused, and cannot be unloaded"):
+        pipe.unload_lora_weights()
+    pipe.unfuse_lora()
+    pipe.fuse_lora(adapter_names=["other"])  # which brings no inputs
     pipe.unload_lora_weights()
     first = model.network.get_submodule(model.first_layer)
     assert not model.added_inputs and not first._forward_hooks and not first._forward_pre_hooks
