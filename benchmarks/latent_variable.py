@@ -228,8 +228,8 @@ def four_steps(
 #: name -> (figures of a seed and steps, beta, steps)
 TASKS: dict[str, tuple[Callable[..., dict[str, float]], float, int]] = {
     "two-points": (one_step, 0.02, 4000),
-    "eight-gaussians": (partial(four_steps, kind="image", source=None), 0.05, 1000),
-    "moons": (partial(four_steps, kind="path", source=moons), 0.5, 1000),
+    "eight-gaussians": (partial(four_steps, kind="image", source=None), 1.0, 1000),
+    "moons": (partial(four_steps, kind="path", source=moons), 4.0, 1000),
 }
 
 
