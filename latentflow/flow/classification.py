@@ -112,7 +112,7 @@ def compare_conditions(
     for share, remaining in _rounds(conditions, halving):
         upto = min(evaluations, max(done, 2 * round(share * evaluations / 2), 2))
         due = kept[:, :, None].expand(-1, -1, upto - done).nonzero()
-        for part in due.split(batch_size):
+        for part in due.split(batch_size) if len(due) else ():  # a round may add no draw
             sample, condition, draw = part[:, 0], part[:, 1], part[:, 2] + done
             pair, negative = draw // 2, (draw % 2 == 1).view(-1, *[1] * (x1.ndim - 1)).to(x1.device)
             x0 = torch.where(negative, -noises[sample, pair], noises[sample, pair])

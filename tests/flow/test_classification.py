@@ -68,6 +68,18 @@ def test_ratios_converge_to_those_of_the_densities() -> None:
     assert errors[1] < 0.1 and errors[1] < 0.4 * errors[0]
 
 
+def test_no_round_is_of_nothing() -> None:
+    """Two evaluations are all taken in the first of four rounds; networks need not take an empty batch."""
+    mixture, rows = Gaussians(), []
+
+    def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        rows.append(len(x))
+        return mixture.velocity(x, t, condition)
+
+    found = compare_conditions(velocity, mixture.draw(3, 1)[0], CLASSES, evaluations=2)
+    assert rows == [60] and bool((found.evaluations == 2).all())
+
+
 def test_with_one_covariance_noise_leaves_nothing() -> None:
     """There errors of two classes differ by what is linear in the noise, which its negative takes away."""
     mixture = Gaussians(same=True)
