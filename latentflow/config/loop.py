@@ -89,8 +89,8 @@ class LoopConfig:
     at the last step of the run. Default: 0.1, or 1 (none is skipped) with --validation-steps, --preview-steps or
     --early-stop."""
     early_stop: Annotated[int, Essential("training")] = 0
-    """End after this many validations in a row without a better loss. The result has the weights of the best
-    validation, also if the run reaches its planned end. 0: never."""
+    """End after this many validations in a row without a better loss; the result has the weights of the best one. 0:
+    never."""
     preview_steps: int = 1000
     """Steps between preview images. 0: none."""
     log_steps: int = 10
