@@ -337,7 +337,13 @@ def test_programs(
         )
 
 
-@each_family
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == SPRINT else name  # it draws 1024 px
+        for name in CONSISTENCY
+    ],
+)
 def test_evaluate(
     name: str,
     folders: Callable[[str], Path],

@@ -25,6 +25,7 @@ STEPS = 4
 #: families whose guidance scale 0 is no guidance; elsewhere it is 1
 FROM_ZERO = {"ZImagePipeline", "ZImageOmniPipeline", "Krea2Pipeline"}
 each_family = pytest.mark.parametrize("name", TINY)
+COSTLY = ("HunyuanImagePipeline", "DreamLite", "KolorsPipeline", "StableDiffusionXLPipeline")
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +175,12 @@ OF_ORDER = [
 ]  # fmt: skip
 
 
-@each_family
+@pytest.mark.parametrize(
+    "name",
+    [  # the networks that take longest are slow
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith(COSTLY) else name for name in TINY
+    ],
+)
 def test_every_solver_follows_the_velocity(name: str) -> None:
     """All solvers end somewhere; on the velocity of one time, which is smooth, fixed steps are of their order."""
     _, model, tiny = opened(name)

@@ -160,11 +160,12 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
     "progressive": [{"finest": 8}],
     "consistency": [{}],
 }
+#: the second settings of an objective are slow
 CASES = [
-    OBJECTIVES[name].settings(**settings)
+    pytest.param(OBJECTIVES[name].settings(**settings), marks=[pytest.mark.slow] * (number > 0))
     for name, objective in OBJECTIVES.items()
     if objective.average
-    for settings in SETTINGS.get(name, [{"share": 0.75, "power": 0.0}])
+    for number, settings in enumerate(SETTINGS.get(name, [{"share": 0.75, "power": 0.0}]))
 ]
 
 

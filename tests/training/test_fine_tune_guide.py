@@ -49,6 +49,7 @@ def text_blocks() -> list[list[str]]:
     return [block.splitlines() for block in blocks]
 
 
+@pytest.mark.slow
 def test_the_plan_is_the_one_that_is_printed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "has_fast_bfloat16", lambda device: True)
     files = json.loads((ROOT / "tests/training/configs/sd35-medium.json").read_text(encoding="utf-8"))
@@ -91,7 +92,7 @@ def test_steps_by_the_number_of_images() -> None:
         assert found / images == pytest.approx(float(uses), rel=0.02) and uses in page
 
 
-@pytest.mark.parametrize("name", ["sd35-medium", "flux2-klein-4b"])
+@pytest.mark.parametrize("name", ["sd35-medium", pytest.param("flux2-klein-4b", marks=pytest.mark.slow)])
 def test_rows_of_the_table_of_memory(name: str, memory_table: ModuleType, tmp_path: Path) -> None:
     [line] = memory_table.rows(name, tmp_path, (512,), full=False)
     assert line in PAGE.read_text(encoding="utf-8").splitlines()

@@ -250,8 +250,10 @@ def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(
         "--prior-samples 6",
         # Without captions the text encoder is used by none, or by one process alone: that with the step's sample.
         "--prior-samples 0 --condition none --prior-share 0.25",
-        "--prior-samples 6 --condition none --prior-share 0.25",
-        "--prior-samples 6 --condition none --prior-share 0.25 --auto-micro-batch",
+        pytest.param("--prior-samples 6 --condition none --prior-share 0.25", marks=pytest.mark.slow),
+        pytest.param(
+            "--prior-samples 6 --condition none --prior-share 0.25 --auto-micro-batch", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_two_processes_mix_as_one_does(flags, base, animals, images, cache, tmp_path, monkeypatch) -> None:
@@ -450,7 +452,7 @@ def test_a_checkpoint_that_is_damaged_or_not_ours_is_refused(tmp_path) -> None:
         networks_from(open_base(str(base)), str(base), animals)
 
 
-@pytest.mark.parametrize("file", ["flow", "distill"])
+@pytest.mark.parametrize("file", ["flow", pytest.param("distill", marks=pytest.mark.slow)])
 def test_the_plan_from_a_checkpoint_is_all_that_is_printed(file, tmp_path, images, capfd) -> None:
     """Neither the libraries' bars of loading nor their warnings, of which nobody who asked for a plan has any use."""
     base = ROOT / "checkpoints" / "emoji-64"

@@ -80,7 +80,7 @@ def test_a_network_without_gradient_checkpointing_is_named(
     [
         "--lora-rank 2 --mixed-precision bf16 --gradient-checkpointing",
         pytest.param("--lora-rank 2 --lora-dora", marks=pytest.mark.slow),
-        "",
+        pytest.param("", marks=pytest.mark.slow),
     ],
     ids=["adapter", "DoRA", "all weights"],
 )
