@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..errors import UserError
-from .model import changed
-
-if TYPE_CHECKING:
-    from .run import RunConfig
+from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, changed
 
 #: Defaults of ``joint_log_snr`` and ``joint_weight``. The first of `unified` is the paper's.
 _LOG_SNR = {"unified": 5.0, "lsgm": 9.0}
@@ -70,30 +68,28 @@ class JointConfig:
         """Return the weight of what shapes the latents."""
         return _WEIGHT[str(self.joint)] if self.joint_weight is None else self.joint_weight
 
-    def refuse_unfit(self, run: RunConfig) -> None:
+    def refuse_unfit(
+        self,
+        others: Mapping[str, bool],
+        flow: FlowConfig,
+        alignment: AlignmentConfig,
+        autoencoder: AutoencoderConfig | None,
+    ) -> None:
         """Refuse what does not go with an autoencoder that changes in every step.
+
+        Args:
+            others: flag of another section -> whether it is given.
+            autoencoder: settings of the one that is made; None: it is given.
 
         Raises:
             UserError: names the flag.
         """
         wrong = {
-            "--init-from": bool(run.init_from),
-            "--tokens": run.tokens.tokens,
-            "--latents-as-is": run.latents_as_is,
-            "--control": run.control.control != "none",
-            "--latent-variable": run.latent_variable.latent_variable is not None,
-            "--inpainting": run.flow.inpainting,
-            "--masks alpha": run.data.masks == "alpha",
-            "--mask-shapes": bool(run.flow.mask_shapes),
-            "--buckets": run.framing.buckets,
-            "--crops": run.framing.crops != 1,
-            "--size-conditioning": run.framing.size_conditioning,
-            "--ema-lengths": bool(run.loop.ema_lengths),
-            "--early-stop": run.loop.early_stop > 0,
-            "--shard": run.loop.shard,
-            "--gradient-checkpointing": run.network.gradient_checkpointing,
-            f"--objective {run.flow.objective}": run.flow.objective != "flow-matching",
-            f"--alignment {run.alignment.alignment}": run.alignment.alignment == "self",
+            **others,
+            "--inpainting": flow.inpainting,
+            "--mask-shapes": bool(flow.mask_shapes),
+            f"--objective {flow.objective}": flow.objective != "flow-matching",
+            f"--alignment {alignment.alignment}": alignment.alignment == "self",
         }
         for flag, given in wrong.items():
             if given:
@@ -101,25 +97,25 @@ class JointConfig:
                     f"{flag} with --joint, whose latents change in every step",
                     "Leave it out; or train the autoencoder first (latentflow autoencoder), and a generator with it.",
                 )
-        if self.joint == "alignment" and run.alignment.alignment != "encoder":
+        if self.joint == "alignment" and alignment.alignment != "encoder":
             raise UserError(
                 "--joint alignment without features to align to",
                 "Add --alignment encoder --alignment-encoder facebook/dinov2-small.",
             )
-        own, needed = run.autoencoder.autoencoder_class, {"unified": ("dc",), "lsgm": ("kl",)}
-        if not run.vae and own not in (fit := needed.get(str(self.joint), ("dc", "kl"))):
+        fit = {"unified": ("dc",), "lsgm": ("kl",)}.get(str(self.joint), ("dc", "kl"))
+        if autoencoder is not None and autoencoder.autoencoder_class not in fit:
             raise UserError(
-                f"--joint {self.joint} with --autoencoder-class {own}",
+                f"--joint {self.joint} with --autoencoder-class {autoencoder.autoencoder_class}",
                 f"Add --autoencoder-class {fit[0]}.",
             )
         if self.joint != "alignment":
             import torch
 
-            path = run.flow.choices().path
+            path = flow.choices().path
             first, last = (float(path.log_snr(torch.tensor(t, dtype=torch.float64))) for t in (0.0, 1.0))
             if first > -math.inf or last <= self.log_snr:
                 raise UserError(
-                    f"--path {run.flow.path} with --joint {self.joint}: its log-SNR is {first:.1f} to {last:.1f}",
+                    f"--path {flow.path} with --joint {self.joint}: its log-SNR is {first:.1f} to {last:.1f}",
                     f"Leave it out: information is measured from noise alone up to a log-SNR of {self.log_snr:g}.",
                 )
 

@@ -262,7 +262,7 @@ class RunConfig:
                 "Leave out one of the two.",
             )
         if self.joint.joint:
-            self.joint.refuse_unfit(self)
+            self._check_joint()
         if self.tokens.tokens:
             self._check_tokens()
         if self.adapter.lora_rank and self.loop.ema_lengths:
@@ -270,6 +270,25 @@ class RunConfig:
                 "--ema-lengths with --lora-rank: averages of another length are not made for adapters",
                 "Leave out one of the two.",
             )
+
+    def _check_joint(self) -> None:
+        """Refuse what does not go with joint training."""
+        others = {
+            "--init-from": bool(self.init_from),
+            "--tokens": self.tokens.tokens,
+            "--latents-as-is": self.latents_as_is,
+            "--control": self.control.control != "none",
+            "--latent-variable": self.latent_variable.latent_variable is not None,
+            "--masks alpha": self.data.masks == "alpha",
+            "--buckets": self.framing.buckets,
+            "--crops": self.framing.crops != 1,
+            "--size-conditioning": self.framing.size_conditioning,
+            "--ema-lengths": bool(self.loop.ema_lengths),
+            "--early-stop": self.loop.early_stop > 0,
+            "--shard": self.loop.shard,
+            "--gradient-checkpointing": self.network.gradient_checkpointing,
+        }
+        self.joint.refuse_unfit(others, self.flow, self.alignment, None if self.vae else self.autoencoder)
 
     def _check_tokens(self) -> None:
         """Refuse what does not go with tokens."""
