@@ -14,6 +14,7 @@ from scipy import stats
 from latentflow.config import LoopConfig
 from latentflow.errors import UserError
 from latentflow.training.data import generator_as_begun
+from latentflow.training.loop import random_numbers
 from latentflow.training.loop.random_numbers import (
     RANDOM_NUMBERS,
     CounterRandom,
@@ -120,6 +121,21 @@ def test_uniform_numbers_never_reach_an_end() -> None:
     for library in (np.array, torch.tensor):
         ends = middles(library([0, 2**32 - 1]), library([0, 2**32 - 1]))
         assert ends.tolist() == [2.0**-53, 1 - 2.0**-53]
+
+
+@every_generator
+def test_a_device_without_float64_gets_float32_that_reaches_no_end(
+    make: MakeRandom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = list(range(64))
+    usual = [make(7, ids, "cpu").uniform(), make(7, ids, "cpu").uniforms((5,))]
+    monkeypatch.setattr(random_numbers, "time_dtype", lambda device: torch.float32)
+    found = [make(7, ids, "cpu").uniform(), make(7, ids, "cpu").uniforms((5,))]
+    for numbers, exact in zip(found, usual, strict=True):
+        assert numbers.dtype == torch.float32 and exact.dtype == torch.float64
+        torch.testing.assert_close(numbers.double(), exact, atol=2.0**-23, rtol=0)
+    ends = middles(torch.tensor([0, 2**32 - 1]), torch.tensor([0, 2**32 - 1]))
+    assert float(ends[0]) > 0 and float(ends[1]) < 1
 
 
 def test_neighbouring_seeds_are_independent() -> None:

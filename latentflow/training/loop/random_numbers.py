@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...flow.tensors import time_dtype
 from .data_order import Stream, seeded
 
 Device = torch.device | str
@@ -26,10 +27,10 @@ class SampleRandom(Protocol):
         """Draw (B, *shape) standard normal float32, on the device of the batch."""
 
     def uniform(self, device: Device | None = None) -> Tensor:
-        """Draw (B,) float64, in the open interval (0, 1); on ``device``, by default that of the batch."""
+        """Draw (B,) of `time_dtype`, in the open interval (0, 1); on ``device``, by default that of the batch."""
 
     def uniforms(self, shape: Shape) -> Tensor:
-        """Draw (B, *shape) float64, in the open interval (0, 1), on the device of the batch: for tokens."""
+        """Draw (B, *shape) of `time_dtype`, in the open interval (0, 1), on the device of the batch: for tokens."""
 
 
 #: (seed, ids of the samples, device of the batch) -> their random numbers
@@ -78,8 +79,19 @@ def box_muller(first: Words, second: Words) -> tuple[Words, Words]:
 
 
 def middles(high: Words, low: Words) -> Tensor:
-    """Map pairs of 32-bit words to float64 in (0, 1): the middles of 2^52 equal intervals."""
-    return torch.as_tensor(high << 20 | low >> 12).double().add(0.5).mul(2.0**-52)
+    """Map pairs of 32-bit words to numbers in (0, 1): the middles of 2^52 equal intervals, in `time_dtype`."""
+    words = torch.as_tensor(high << 20 | low >> 12)
+    return _below_one(words.to(time_dtype(words.device)).add(0.5).mul(2.0**-52))
+
+
+def _below_one(uniform: Tensor) -> Tensor:
+    """Return numbers in (0, 1) that float32 may have rounded to 1."""
+    return uniform if uniform.dtype == torch.float64 else uniform.clamp(max=1.0 - 2.0**-24)
+
+
+def _sent(uniform: Tensor, device: torch.device) -> Tensor:
+    """Return float64 numbers in (0, 1) on ``device``, in the precision of times there."""
+    return sent(_below_one(uniform.to(time_dtype(device))), device)
 
 
 class CounterRandom:
@@ -112,7 +124,7 @@ class CounterRandom:
         return rows.flatten(1)[:, :size].reshape(-1, *shape)
 
     def uniforms(self, shape: Shape) -> Tensor:
-        """Draw (B, *shape) float64, in the open interval (0, 1), on the device of the batch: for tokens."""
+        """Draw (B, *shape) of `time_dtype`, in the open interval (0, 1), on the device of the batch: for tokens."""
         self._tokens += 1
         size = math.prod(shape)
         a, b, c, d = self._words(-(-size // 2), _TOKENS + self._tokens)
@@ -128,14 +140,14 @@ class CounterRandom:
         return philox((blocks, blocks[:, :1] * 0 + draw, ids & _LOW, ids >> 32), self._key)
 
     def uniform(self, device: Device | None = None) -> Tensor:
-        """Draw (B,) float64, in the open interval (0, 1); on ``device``, by default that of the batch."""
+        """Draw (B,) of `time_dtype`, in the open interval (0, 1); on ``device``, by default that of the batch."""
         if not self._ready:  # four words are two numbers
             block = np.full((1, 1), self._uniforms)
             words = philox((block, block * 0, self._ids & _LOW, self._ids >> 32), self._key)
             for high, low in (words[:2], words[2:]):
                 self._ready.append(middles(high, low)[:, 0])
             self._uniforms += 1
-        return sent(self._ready.pop(0), torch.device(device or self._device))
+        return _sent(self._ready.pop(0), torch.device(device or self._device))
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -163,14 +175,14 @@ class TwisterRandom:
         return rows.to(self._device, non_blocking=True)
 
     def uniforms(self, shape: Shape) -> Tensor:
-        """Draw (B, *shape) float64, in the open interval (0, 1), on the device of the batch: for tokens."""
+        """Draw (B, *shape) of `time_dtype`, in the open interval (0, 1), on the device of the batch: for tokens."""
         rows = [torch.rand(shape, dtype=torch.float64, generator=generator) for generator in self._generators]
-        return torch.stack(rows).clamp(1e-9, 1 - 1e-9).to(self._device, non_blocking=True)
+        return _sent(torch.stack(rows).clamp(1e-9, 1 - 1e-9), torch.device(self._device))
 
     def uniform(self, device: Device | None = None) -> Tensor:
-        """Draw (B,) float64, in the open interval (0, 1); on ``device``, by default that of the batch."""
+        """Draw (B,) of `time_dtype`, in the open interval (0, 1); on ``device``, by default that of the batch."""
         rows = [torch.rand((), dtype=torch.float64, generator=generator) for generator in self._generators]
-        return torch.stack(rows).clamp(1e-9, 1 - 1e-9).to(device or self._device, non_blocking=True)
+        return _sent(torch.stack(rows).clamp(1e-9, 1 - 1e-9), torch.device(device or self._device))
 
 
 RANDOM_NUMBERS: dict[str, MakeRandom] = {"philox": CounterRandom, "mersenne-twister": TwisterRandom}
