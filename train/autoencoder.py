@@ -14,6 +14,7 @@ import tyro
 from latentflow.cli import given, parse, run, write_config
 from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.errors import UserError
+from latentflow.utils.flags import flag_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def refuse_generators_flags(argv: Sequence[str]) -> None:
     for name, own in GENERATORS_OWN.items():
         if name in flags:
             raise UserError(
-                f"--{name.replace('_', '-')} is a setting of generators, which changes nothing here",
+                f"{flag_of(name)} is a setting of generators, which changes nothing here",
                 f"The autoencoder's is {own}."
                 if own
                 else "Leave it out: the autoencoder has no such setting.",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UserError
+from ..utils.flags import flag_of
 from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, changed
 
 #: Defaults of ``joint_log_snr`` and ``joint_weight``. The first of `unified` is the paper's.
@@ -40,7 +41,9 @@ class JointConfig:
     def __post_init__(self) -> None:
         if self.joint is None:
             if given := sorted(changed(self)):
-                raise UserError(f"{_flag(given[0])} without --joint", "Add --joint unified, or leave it out.")
+                raise UserError(
+                    f"{flag_of(given[0])} without --joint", "Add --joint unified, or leave it out."
+                )
             return
         if self.joint_log_snr is not None and self.joint == "alignment":
             raise UserError(
@@ -118,7 +121,3 @@ class JointConfig:
                     f"--path {flow.path} with --joint {self.joint}: its log-SNR is {first:.1f} to {last:.1f}",
                     f"Leave it out: information is measured from noise alone up to a log-SNR of {self.log_snr:g}.",
                 )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

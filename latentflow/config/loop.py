@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from ..errors import UserError
-from ..utils.flags import Essential
+from ..utils.flags import Essential, flag_of
 from ..utils.libraries import missing
 
 SNAPSHOTS = (
@@ -113,7 +113,7 @@ class LoopConfig:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not allowed(value):
-                    raise UserError(f"--{name.replace('_', '-')} is {value}", words)
+                    raise UserError(f"{flag_of(name)} is {value}", words)
         library = _LIBRARIES.get(self.optimizer, "torch")
         if importlib.util.find_spec(library) is None:
             raise missing(f"--optimizer {self.optimizer} needs", library)

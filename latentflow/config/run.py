@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..errors import UserError, lookup
-from ..utils.flags import Essential
+from ..utils.flags import Essential, flag_of
 from ..utils.libraries import missing
 from .control import ControlConfig
 from .joint import JointConfig
@@ -169,7 +169,7 @@ class AdapterConfig:
         if not self.lora_rank:
             for setting in dataclasses.fields(self):
                 if getattr(self, setting.name) != setting.default:
-                    flag = f"--{setting.name.replace('_', '-')}"
+                    flag = flag_of(setting.name)
                     raise UserError(f"{flag} without --lora-rank", "Add --lora-rank 16.")
             return
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
@@ -245,7 +245,7 @@ class RunConfig:
             for name in ("prior_samples", "prior_prompts"):
                 if getattr(self.fine_tuning, name):
                     raise UserError(
-                        f"--{name.replace('_', '-')} without --init-from",
+                        f"{flag_of(name)} without --init-from",
                         "Name the checkpoint that should be kept.",
                     )
         if self.adapter.lora_rank and not self.init_from:
@@ -336,7 +336,7 @@ class DistillationConfig:
         rising = [*self.step_counts] == sorted({*self.step_counts})
         for name in ("pairs", "pairs_steps"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "Give at least 1.")
+                raise UserError(f"{flag_of(name)} is {getattr(self, name)}", "Give at least 1.")
         if self.pairs_solver is not None:
             from ..flow import SOLVERS
 

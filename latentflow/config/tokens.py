@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError, lookup, make
+from ..utils.flags import flag_of
 from .model import AlignmentConfig, FlowConfig, NetworkConfig, RoutingConfig, changed
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class TokenConfig:
     def __post_init__(self) -> None:
         if not self.tokens:
             if given := sorted(changed(self)):
-                raise UserError(f"{_flag(given[0])} without --tokens", "Add --tokens, or leave it out.")
+                raise UserError(f"{flag_of(given[0])} without --tokens", "Add --tokens, or leave it out.")
             return
         self.path(2)
         from ..flow.discrete import OBJECTIVES
@@ -85,8 +86,8 @@ class TokenConfig:
                 f"--{'inpainting' if flow.inpainting else 'mask-shapes'} with --tokens",
                 "Leave it out: tokens that are known are kept, so every model of tokens fills holes.",
             )
-        given = {_flag(name) for name in changed(flow) - {"condition_dropout"}}
-        given |= {_flag(name) for section in sections for name in changed(section)}
+        given = {flag_of(name) for name in changed(flow) - {"condition_dropout"}}
+        given |= {flag_of(name) for section in sections for name in changed(section)}
         given |= {f"--{name}" for name, is_given in others.items() if is_given}
         given |= {"--network unet"} if network.network != "dit" else set()
         given |= {"--patch-size"} if network.patch_size not in (None, 1) else set()
@@ -95,7 +96,3 @@ class TokenConfig:
                 f"{min(given)} with --tokens: it is of continuous flows",
                 "Leave it out. Tokens have --token-source, --kappa, --token-objective and --token-weighting.",
             )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -15,6 +15,7 @@ from ..data.sources.kinds import is_latent_folder
 from ..errors import UserError, few
 from ..families import FlowModel
 from ..utils.files import read_yaml
+from ..utils.flags import flag_of
 
 #: Argument of the pipeline's call that takes the captions or class names; "nothing": the checkpoint takes neither.
 ConditionKind = Literal["prompt", "class_labels", "nothing"]
@@ -77,7 +78,7 @@ def run_settings(checkpoint: str, data: str) -> dict[str, Any]:
         if not isinstance(value, types.get(name, (str,))):
             raise UserError(
                 f"{file}: {'seed' if name == 'validation_seed' else name} is {value!r}",
-                f"Mend it, or give --{name.replace('_', '-')}.",
+                f"Mend it, or give {flag_of(name)}.",
             )
     return settings
 

@@ -24,6 +24,11 @@ _MARGIN = 26  # columns in front of a flag's help
 _WORDS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", bool: "{True,False}"}
 
 
+def flag_of(name: str) -> str:
+    """Return the flag of a setting: "--train-batch-size" of "train_batch_size"."""
+    return f"--{name.replace('_', '-')}"
+
+
 class Essential(NamedTuple):
     """Mark a flag that the short help shows, under a heading: ``Annotated[int, Essential("data")] = 64``."""
 

@@ -21,6 +21,7 @@ from ...models import MODELS, ControlInputs, DiT, UNet
 from ...pipeline.generate import LatentFlowPipeline
 from ...utils.components import quiet_libraries
 from ...utils.files import CONFIG, check_settings, read_settings
+from ...utils.flags import flag_of
 from ...utils.names import as_spelled, composed
 
 
@@ -101,7 +102,7 @@ def refuse_pretrained_settings(config: FineTuningConfig) -> None:
     for name in ("quantize", "family_options", "outside_mask"):
         if getattr(config, name) != getattr(FineTuningConfig(), name):
             raise UserError(
-                f"--{name.replace('_', '-')} is for pretrained models of diffusers, and none is trained",
+                f"{flag_of(name)} is for pretrained models of diffusers, and none is trained",
                 "Leave it out, or name one: --init-from.",
             )
 
@@ -226,7 +227,7 @@ def refuse_other_flow(checkpoint: str, model: FlowModel, flow: FlowConfig) -> No
         straight = getattr(FlowConfig(), name)  # of a family whose config does not say it
         trained, asked = model.pipeline.config.get(name, straight), getattr(flow, name)
         if trained != asked:
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             words = (
                 [f"{key} {value}" for key, value in trained.items()]
                 if isinstance(trained, dict)

@@ -14,6 +14,7 @@ from ...config import AdapterConfig, AutoencoderConfig, FlowConfig, LoopConfig, 
 from ...errors import UserError, with_article
 from ...flow import TimeDensity
 from ...pipeline.stock_adapters import adapted_encoders
+from ...utils.flags import flag_of
 from ..loop.distributed import compute_dtype, process_state
 from ..losses.pretrained import TEXT_ENCODER_RATE
 from .defaults import check_shared
@@ -177,7 +178,7 @@ def _refuse_unused(config: RunConfig, base: PretrainedBase) -> None:
     found += ["ema_lengths"] if config.loop.ema_lengths else []
     found += ["lr_layer_decay"] if config.loop.lr_layer_decay != 1.0 else []
     if found:
-        flags = " ".join(f"--{name.replace('_', '-')}" for name in found)
+        flags = " ".join(flag_of(name) for name in found)
         raise UserError(
             f"{base.name}, a pretrained model, takes no {flags}",
             f"Leave {'it' if len(found) == 1 else 'them'} out.",
