@@ -103,8 +103,8 @@ class PretrainedResult:
     def _condition(self, source: Source, row: int) -> dict[str, Any]:
         model, side = self.model, self.splits.data.resolution
         given: dict[str, Any] = {}
-        if source.control != "none":
-            given["control_image"] = cut_control(source.examples[row], (side, side), source.control)
+        if source.control:
+            given["control_image"] = cut_control(source.examples[row], (side, side), "image")
         if model.takes_classes:
             return given | model.call_arguments(shown_by(source, [row], model))
         if source.kind == "text":

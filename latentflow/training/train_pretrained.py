@@ -168,7 +168,7 @@ def train_pretrained(
         model.add_inputs({"masks": None}, coupling=config.flow.coupling)
         shapes = config.flow.shapes(splits.source.has_masks)
         masking = Masking(vae, shapes, config.loop.seed, model.mask_condition)
-    if splits.source.control != "none":
+    if splits.source.control:
         assert isinstance(model, ExtendableModel)
         model.add_inputs({"control": None})
         control = ControlImages(model.control_inputs, config.control.control_dropout, config.loop.seed)

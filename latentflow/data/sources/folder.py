@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from ...config import Control
 from ...errors import UserError, did_you_mean, few, plural, shown
 from ...utils.files import decode, storable
 from ...utils.names import composed, near_name
@@ -56,14 +57,15 @@ class Metadata:
     Attributes:
         name: the file's name.
         rows: annotations by the image's name, in the order of the file.
-        masks, controls: names of masks and of control images by the image's name.
+        masks: names of masks by the image's name.
+        controls: kind -> names of its control images, by the image's name.
         unused: columns that are not read.
     """
 
     name: str = ""
     rows: Mapping[str, RowAnnotation] = field(default_factory=dict)
     masks: Mapping[str, str] = field(default_factory=dict)
-    controls: Mapping[str, str] = field(default_factory=dict)
+    controls: Mapping[Control, Mapping[str, str]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
 
     @property
@@ -95,7 +97,7 @@ def read_metadata(folder: Folder, request: DataRequest) -> Metadata:
     columns = dict.fromkeys(name for _, record in records for name in record)
     ours = request.used_columns(our_columns(columns, renamed, str(path), image="file_name"))
     rows: dict[str, RowAnnotation] = {}
-    beside: dict[str, dict[str, str]] = {"mask": {}, "control": {}}
+    beside: dict[str, dict[str, str]] = {column: {} for column in ("mask", *request.control_columns)}
     lines: dict[str, int] = {}
     for line, record in records:
         row, where = {ours[name]: value for name, value in record.items()}, f"{path}, line {line}"
@@ -112,11 +114,14 @@ def read_metadata(folder: Folder, request: DataRequest) -> Metadata:
                 f"{where}: {name} is given as its own mask",
                 "Name the mask's file, or use --masks alpha to read masks from the alpha channels.",
             )
-    masks, controls = beside.values()
+    masks = beside.pop("mask")
+    controls: dict[Control, dict[str, str]] = {}
+    for column, kind in request.control_columns.items():
+        controls.setdefault(kind, {}).update(beside[column])
     for names, what, column in (
         (rows, "file", "file_name"),
         (masks.values(), "mask", "mask"),
-        (controls.values(), "control image", "control"),
+        *((files.values(), "control image", column) for column, files in beside.items()),
     ):
         if absent := [name for name in names if not folder.holds(name)]:
             hint = did_you_mean(near_name(absent[0], folder.images))
@@ -238,8 +243,8 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
             # A folder's name may be no text, which a class must be.
             label = storable(name.split("/")[0]) if "/" in name else None
             row = dataclasses.replace(row, label=label)
-        file, control = folder.file(name), controls.files.get(name)
-        examples.append(annotated_example(name, file, masks.get(name), row, control))
+        led = {kind: files[name] for kind, files in controls.files.items() if name in files}
+        examples.append(annotated_example(name, folder.file(name), masks.get(name), row, led))
     if metadata.masks:
         notes.append(f"masks of {plural(len(metadata.masks), 'image')} in the metadata{request.unused_masks}")
     if named:

@@ -234,9 +234,10 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
         UserError: there are none; or they lack what the model draws from.
     """
     data, shape = config.data, base.shape
-    if config.control.control == "labels":
+    if "labels" in config.control.control:
         raise UserError(
-            f"--control labels: {base.name} is a pretrained model, which learns control images, not label maps",
+            f"--control {' '.join(config.control.control)}: {base.name} is a pretrained model, which learns control "
+            "images, not label maps",
             "Save the label maps as images in their labels' colours, and use --control image.",
         )
     if data.masks == "alpha" and not config.flow.inpainting:

@@ -78,7 +78,7 @@ def _check_added_inputs(config: RunConfig, base: PretrainedBase, given: Collecti
             "Add --inpainting to hide parts of the images, or leave --mask-shapes out.",
         )
     asked = {"--inpainting": "masks"} if config.flow.inpainting else {}
-    if config.control.control != "none":
+    if config.control.control:
         asked["--control"] = "control images"
     for flag, inputs in asked.items():
         if getattr(base.shape, "first_layer", None) is None:
