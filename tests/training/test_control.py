@@ -314,8 +314,48 @@ def test_one_run_learns_both_kinds(folder: Path, run: Path, tmp_path: Path) -> N
     }
     for one, other in itertools.combinations(drawn.values(), 2):
         assert not torch.allclose(one, other, atol=1e-3)
+    both: dict[str, Any] = {"image": image, "labels": map_}
     dropped = sampled(pipe, **asked, control_image={"image": image, "labels": nothing})
     torch.testing.assert_close(dropped, drawn["image"])
+
+    def scaled(**scales: float) -> Tensor:
+        return sampled(pipe, **asked, control_image=both, control_scale=scales)
+
+    assert torch.equal(scaled(labels=0.0), drawn["image"])
+    assert torch.equal(scaled(image=0.0, labels=0.0), drawn["none"])
+    assert torch.equal(scaled(image=1.0), drawn["both"])
+    even = sampled(pipe, **asked, control_image=both, control_scale=1.5)
+    assert torch.equal(scaled(image=1.5, labels=1.5), even)
+    torch.testing.assert_close(scaled(image=1.5 + 1e-6, labels=1.5), even)  # and goes on from there
+    with pytest.raises(UserError, match="kind of control image 'labels'"):
+        sampled(pipe, **asked, control_image={"image": image}, control_scale={"labels": 2.0})
+    rows = pipe.model.encode_prompt(["a red circle"] * 2)
+    led = rows.with_control(torch.full((1, 3, 16, 16), 0.5))
+    under = pipe.model.with_layout(led, map_[None])
+    x, t = pipe.model.noise(2, 16, 16, torch.Generator().manual_seed(0)), torch.tensor(0.4)
+
+    def v(rows: Any) -> Tensor:
+        return pipe.model.velocity(rows, 1.0)(x, t)  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        of_labels, none, all_ = v(pipe.model.with_layout(rows, map_[None])), v(rows), v(under)
+        for image_scale, labels_scale, first in ((2.0, 0.7, v(led)), (-0.5, 1.8, of_labels)):
+            high, low = max(image_scale, labels_scale), min(image_scale, labels_scale)
+            expected = none + high * (first - none) + low * (all_ - first)
+            set_ = pipe.model.with_control_scale(under, {"image": image_scale, "labels": labels_scale})
+            torch.testing.assert_close(v(set_), expected, atol=1e-5, rtol=1e-4)
+    drawing: dict[str, Any] = {"file": "../pipelines/generate"}
+    common = ["a red circle", "--checkpoint", tmp_path / "run", "--steps", 1, "-o", tmp_path / "drawn.png"]
+    files = [
+        "--control",
+        f"image={data / '00-control-image.png'}",
+        f"labels={data / '00-control-labels.png'}",
+    ]
+    call(cache, *common, *files, "--control-scale", "image=2,labels=0.5", **drawing)
+    wrong = call(cache, *common, *files, "--control-scale", "image=2,3", expect=2, **drawing)
+    assert "--control-scale image=2,3" in wrong
+    wrong = call(cache, *common, *files, "--control-scale", "edges=2", expect=2, **drawing)
+    assert "kind of control image 'edges'" in wrong
     said = call(cache, folder, *line, "--control", "image", "labels", "-o", tmp_path / "no", expect=2)
     assert "12 images of 12 without a control image of kind image (00-control-image.png, ...)" in said
     said = call(cache, data, *line, "--control", "edges", "-o", tmp_path / "no", expect=2)
