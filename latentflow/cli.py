@@ -137,8 +137,11 @@ def _choices_last(config_class: type, args: Sequence[str]) -> list[str]:
     first: list[str] = []
     last: list[str] = []
     taken: tuple[str, ...] = ()
-    for arg in args:
-        taken = choices.get(arg, taken if arg in taken else ())
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        if following in choices.get(arg, ()):
+            taken = choices[arg]
+        elif arg not in taken:
+            taken = ()
         (last if taken else first).append(arg)
     return [*args] if "--" in args else [*first, *last]
 

@@ -163,6 +163,11 @@ def rename(columns: Iterable[str], renamed: Mapping[str, str], where: str) -> di
     return {name: ours_of.get(name, name) for name in own}
 
 
+def unused(column: str) -> str:
+    """Return the name that a column of ours has where it is not read."""
+    return f"{column}, not used"
+
+
 def unused_columns(ours: Mapping[str, str], image: str) -> list[str]:
     """Return a table's own names of the columns that are not read; ``image`` is our name of the images' column."""
     read = {image, *COLUMNS} - ({"image", "file_name"} - {image})
@@ -248,7 +253,7 @@ class DataRequest:
         """Return our names of a table's columns without those of control images that are not asked for: they may hold
         anything."""
         left = {*CONTROL_COLUMNS} - self.control_columns.keys()
-        return {theirs: f"{name}, not used" if name in left else name for theirs, name in ours.items()}
+        return {theirs: unused(name) if name in left else name for theirs, name in ours.items()}
 
     @property
     def control_columns(self) -> dict[str, Control]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +15,7 @@ from ...utils.files import decode, storable
 from ...utils.names import composed, near_name
 from ..dataset import Kind, Source
 from .annotations import (
+    CONTROL_COLUMNS,
     DataRequest,
     Found,
     RowAnnotation,
@@ -24,6 +25,7 @@ from .annotations import (
     our_columns,
     parse_row,
     text_in,
+    unused,
     unused_columns,
 )
 from .beside import MASK_ENDING, choose_files, files_beside, find_controls, stem_of
@@ -59,6 +61,7 @@ class Metadata:
         rows: annotations by the image's name, in the order of the file.
         masks: names of masks by the image's name.
         controls: kind -> names of its control images, by the image's name.
+        others: names of control images of kinds that are not asked for, where another is: no images of the set.
         unused: columns that are not read.
     """
 
@@ -66,6 +69,7 @@ class Metadata:
     rows: Mapping[str, RowAnnotation] = field(default_factory=dict)
     masks: Mapping[str, str] = field(default_factory=dict)
     controls: Mapping[Control, Mapping[str, str]] = field(default_factory=dict)
+    others: Set[str] = frozenset()
     unused: tuple[str, ...] = ()
 
     @property
@@ -98,6 +102,7 @@ def read_metadata(folder: Folder, request: DataRequest) -> Metadata:
     ours = request.used_columns(our_columns(columns, renamed, str(path), image="file_name"))
     rows: dict[str, RowAnnotation] = {}
     beside: dict[str, dict[str, str]] = {column: {} for column in ("mask", *request.control_columns)}
+    others: set[str] = set()
     lines: dict[str, int] = {}
     for line, record in records:
         row, where = {ours[name]: value for name, value in record.items()}, f"{path}, line {line}"
@@ -109,6 +114,9 @@ def read_metadata(folder: Folder, request: DataRequest) -> Metadata:
         for column, files in beside.items():
             if other := text_in(row, column, where):
                 files[name] = _existing(folder, where, other)
+        for column in CONTROL_COLUMNS if request.control else ():
+            if isinstance(other := row.get(unused(column)), str):
+                others.add(folder.find(other) or other)
         if beside["mask"].get(name) == name:
             raise UserError(
                 f"{where}: {name} is given as its own mask",
@@ -129,7 +137,7 @@ def read_metadata(folder: Folder, request: DataRequest) -> Metadata:
                 f"{path} names {plural(len(absent), what)} that cannot be found: {few(absent)}",
                 f"{hint}{column} is relative to the folder of the metadata.",
             )
-    return Metadata(found[0], rows, masks, controls, tuple(unused_columns(ours, "file_name")))
+    return Metadata(found[0], rows, masks, controls, others, tuple(unused_columns(ours, "file_name")))
 
 
 def _file_name(row: Mapping[str, object], where: str) -> str:
@@ -223,7 +231,7 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
     beside = files_beside(folder.images, metadata.rows, MASK_ENDING)
     named = sorted({mask for masks in beside.values() for mask in masks})
     controls = find_controls(folder, metadata.controls, metadata.rows, request)
-    no_images = {*named, *metadata.masks.values(), *controls.names} - metadata.rows.keys()
+    no_images = {*named, *metadata.masks.values(), *controls.names, *metadata.others} - metadata.rows.keys()
     folder = dataclasses.replace(folder, images=tuple(n for n in folder.images if n not in no_images))
     if not folder.images:
         raise _no_images(folder)
