@@ -17,7 +17,6 @@ class ControlModel(PretrainedModel):
 
     extra = ("control",)
     image_input = "control"
-    learns_with_images = True
 
     def describe_condition(self) -> str:
         """Return what the checkpoint takes, as the second half of an error."""

@@ -24,7 +24,6 @@ class TwoScalesModel(ControlModel, DiffusionModel):
 
     prompt_options: tuple[str, ...] = ()
     sampling_options = ("image_guidance_scale",)
-    learns_with_images = False  # its latents of images are not scaled, and it learns without them as well
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         super().__init__(pipeline, **options)

@@ -122,8 +122,9 @@ def test_a_run_learns_to_draw_under_control_images(
     [
         ("FluxFillPipeline", "latentflow inpaint photo.png mask.png"),
         ("FluxControlPipeline", "--control control.png"),
-        pytest.param(
-            "StableDiffusionInpaintPipeline", "latentflow inpaint photo.png", marks=pytest.mark.slow
+        *(
+            pytest.param(name, "latentflow inpaint photo.png", marks=pytest.mark.slow)
+            for name in ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
         ),
     ],
 )
