@@ -115,8 +115,8 @@ def read_metadata(folder: Folder, request: DataRequest) -> Metadata:
             if other := text_in(row, column, where):
                 files[name] = _existing(folder, where, other)
         for column in CONTROL_COLUMNS if request.control else ():
-            if isinstance(other := row.get(unused(column)), str):
-                others.add(folder.find(other) or other)
+            if isinstance(left_out := row.get(unused(column)), str):
+                others.add(folder.find(left_out) or left_out)
         if beside["mask"].get(name) == name:
             raise UserError(
                 f"{where}: {name} is given as its own mask",
