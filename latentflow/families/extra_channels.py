@@ -17,6 +17,7 @@ class ControlModel(PretrainedModel):
 
     extra = ("control",)
     image_input = "control"
+    learns_with_images = False  # in general: InstructPix2Pix takes latents of another scale
 
     def describe_condition(self) -> str:
         """Return what the checkpoint takes, as the second half of an error."""
