@@ -149,7 +149,10 @@ def test_a_base_that_draws_from_images_learns_from_them(
     ):
         said = call(cache, *line, *wrong, expect=2)
         assert words in " ".join(said.split()), said
-    assert "cannot be counted" not in call(cache, *line, *own, "--dry-run")
+    plan = call(cache, *line, *own, "--dry-run")
+    assert (
+        "cannot be counted" not in plan or "XL" in name
+    )  # SDXL's config does not say what its pooled prompts are
     said = call(cache, *line, *own, "--preview-steps", 2)
     assert files in said  # the line that draws with it
     assert len(losses(run)) == 2 and (run / "samples" / "step-000002.png").is_file()
