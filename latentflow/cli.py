@@ -21,7 +21,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from . import __version__
 from .errors import UserError, nearest, printable, shown, unknown
@@ -107,7 +107,7 @@ def parse(
     read: Callable[..., Any] = partial(
         tyro.cli,
         program,
-        args=args,
+        args=_choices_last(config_class, args),
         prog=prog,
         description=description,
         default=default,
@@ -124,6 +124,26 @@ def parse(
         parsed = read()  # prints what is wrong with the flags, and exits
     settings: C = parsed.settings
     return settings
+
+
+def _choices_last(config_class: type, args: Sequence[str]) -> list[str]:
+    """Return the arguments with those flags at the end that take several of some words, such as ``--control image``:
+    tyro would read a positional that follows as one more of them."""
+    choices: dict[str, tuple[str, ...]] = {}
+    for leaf in flags_of(config_class):
+        for hint in (leaf.hint, *get_args(leaf.hint)):
+            if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is Literal:
+                choices |= dict.fromkeys(leaf.names(None), get_args(get_args(hint)[0]))
+    first: list[str] = []
+    last: list[str] = []
+    taken: tuple[str, ...] = ()
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        if following in choices.get(arg, ()):
+            taken = choices[arg]
+        elif arg not in taken:
+            taken = ()
+        (last if taken else first).append(arg)
+    return [*args] if "--" in args else [*first, *last]
 
 
 def _name_ours(config_class: type, args: Sequence[str]) -> None:

@@ -86,8 +86,8 @@ class EvaluateConfig(AdapterChoice):
     """Rename table columns (of --test as well), as for `latentflow train`."""
     colours: Literal["srgb", "stored"] | None = None
     """Convert images (of --test as well) to sRGB by their colour profiles, or not, as for `latentflow train`."""
-    control: Literal["none", "image", "labels"] | None = None
-    """Kind of control images of DATA and --test, which are then no images of the set."""
+    control: tuple[Literal["none", "image", "labels"], ...] | None = None
+    """Kinds of control images of DATA and --test, which are then no images of the set."""
     control_folder: str | None = None
     """Folder of DATA's control images."""
     background: str | None = None

@@ -13,6 +13,7 @@ from latentflow.cli import parse, run
 from latentflow.config import TokenSamplingConfig
 from latentflow.inference.images import (
     control_files,
+    control_scales,
     enlarge,
     image_grid,
     read_controls,
@@ -44,9 +45,9 @@ class GenerateConfig(TokenSamplingConfig):
     control: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
     """Control image (edges, depth, a label map, the image to edit), for checkpoints that draw under one: a file for all
     prompts, or one for each. Of checkpoints that take two kinds: image=FILE labels=FILE."""
-    control_scale: float = 1.0
+    control_scale: Annotated[str, tyro.conf.arg(metavar="SCALE")] = "1"
     """Guidance over the control image, for checkpoints that draw without as well. 0: without it; 1: as trained; more
-    follows it harder."""
+    follows it harder. Of two kinds: image=2,labels=0.5."""
     like: Annotated[str | None, tyro.conf.arg(metavar="IMAGE")] = None
     """Draw variations of this image, for checkpoints with a latent variable (`latentflow train --latent-variable`)."""
     grid: bool = False
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Generate the images, and write them."""
     config = parse(GenerateConfig, argv, prog="latentflow generate")
     check_sampling(config)
-    files = control_files(config.control)
+    files, scale = control_files(config.control), control_scales(config.control_scale)
     like = None if config.like is None else read_opaque(config.like)
 
     from latentflow.pipeline import LatentFlowPipeline
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_inference_steps=config.steps,
         guidance_scale=config.guidance,
         solver=config.solver,
-        control_scale=config.control_scale,
+        control_scale=scale,
         temperature=config.temperature,
         corrector=config.corrector,
     )

@@ -15,6 +15,7 @@ from latentflow.errors import UserError
 from latentflow.inference.images import (
     box_mask,
     control_files,
+    control_scales,
     enlarge,
     image_grid,
     read_controls,
@@ -80,7 +81,7 @@ class InpaintConfig(TokenSamplingConfig):
     """Match the colours inside the mask to the kept pixels around it, so that no edge shows."""
     control: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
     """Control image, as of `latentflow generate`, which lies on the image: a file for all prompts, or one for each."""
-    control_scale: float = 1.0
+    control_scale: Annotated[str, tyro.conf.arg(metavar="SCALE")] = "1"
     """Guidance over the control image; see `latentflow generate --help`."""
     padding_mask_crop: int | None = None
     """Crop to the mask and this many pixels around it, and work at the checkpoint's own size; for large images."""
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(InpaintConfig, argv, prog="latentflow inpaint")
     check_sampling(config)
     image, mask, prompts = read(config)
-    files = control_files(config.control)
+    files, scale = control_files(config.control), control_scales(config.control_scale)
 
     from latentflow import LatentFlowInpaintPipeline
 
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         method=config.method,
         feather=config.feather,
         seamless=config.seamless,
-        control_scale=config.control_scale,
+        control_scale=scale,
         temperature=config.temperature,
         corrector=config.corrector,
     )

@@ -15,6 +15,7 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import ControlConfig
 from latentflow.errors import UserError, one_line, printable
+from latentflow.utils.flags import flag_of
 from latentflow.utils.html_page import refuse_existing
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ class CheckConfig:
     masks: Literal["auto", "none", "alpha"] = "auto"
     """Your own inpainting masks. auto: the metadata's mask column, else cat-mask.png beside cat.png. alpha: repaint
     what is transparent."""
-    control: Literal["none", "image", "labels"] = "none"
-    """Kind of control images to check: image (edges, depth, sketches) or labels (label maps). They are the metadata's
-    control column, else cat-control.png beside cat.png."""
+    control: tuple[Literal["none", "image", "labels"], ...] = ()
+    """Kinds of control images to check, as for `latentflow train`: image (edges, depth, sketches), labels (label maps),
+    or both."""
     control_folder: str | None = None
     """Folder of the control images, named like their images."""
     control_labels: str | None = None
@@ -55,7 +56,7 @@ class CheckConfig:
     """Print the report as JSON."""
     sheet: str | None = None
     """Write a contact sheet, one image that shows up to 80 of yours, to this file (.png); with --control each beside
-    its control image."""
+    its control images."""
     report: str | None = None
     """Write the report and the contact sheet as one web page to this file (.html)."""
     overwrite: bool = False
@@ -184,11 +185,11 @@ def training_flags(config: CheckConfig) -> tuple[str, ...]:
     """Return the flags of a training that describe the data as they are described here."""
     default = CheckConfig(data="")
     names = ("condition", "missing_caption", "masks", "control", "control_folder", "control_labels")
+    changed = {name: value for name in names if (value := getattr(config, name)) != getattr(default, name)}
     flags = [
         word
-        for name in names
-        if getattr(config, name) != getattr(default, name)
-        for word in ("--" + name.replace("_", "-"), getattr(config, name))
+        for name, value in changed.items()
+        for word in (flag_of(name), *([value] if isinstance(value, str) else value))
     ]
     renamed = [word for pair in config.columns.items() for word in pair]
     return (*flags, *(["--columns", *renamed] if renamed else []))

@@ -6,7 +6,10 @@ run, and run only for values that differ from the defaults.
 
 from __future__ import annotations
 
+from .control import CONTROLS as CONTROLS
+from .control import Control as Control
 from .control import ControlConfig as ControlConfig
+from .control import control_kinds as control_kinds
 from .inference import AdapterChoice as AdapterChoice
 from .inference import MemoryConfig as MemoryConfig
 from .inference import SamplingConfig as SamplingConfig

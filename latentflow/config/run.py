@@ -277,7 +277,7 @@ class RunConfig:
             "--init-from": bool(self.init_from),
             "--tokens": self.tokens.tokens,
             "--latents-as-is": self.latents_as_is,
-            "--control": self.control.control != "none",
+            "--control": bool(self.control.control),
             "--latent-variable": self.latent_variable.latent_variable is not None,
             "--masks alpha": self.data.masks == "alpha",
             "--buckets": self.framing.buckets,
@@ -298,7 +298,7 @@ class RunConfig:
                 "Leave out one of the two.",
             )
         others = {
-            "control": self.control.control != "none",
+            "control": bool(self.control.control),
             "latents-as-is": self.latents_as_is,
             "latent-variable": self.latent_variable.latent_variable is not None,
         }

@@ -14,12 +14,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..config import Control
 from ..errors import UserError, few, one_line, plural
 from ..utils.progress import progress_bar
 from .cache.tensors import LazyTable, Resolution, Transform, batches, index_images, map_threaded, size_of
 from .checking.inspect_images import inspect_images
-from .dataset import Control, Example, Source, hash_text, read_image
+from .dataset import Example, Source, hash_text, read_image
 from .labels import NO_LABEL, Labels, numbered, palette_of, read_label_ids, to_label_image
+from .sources.beside import CONTROL_ENDING, stem_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,20 +60,25 @@ def inspect_controls(source: Source, labels: Labels = (), *, progress: bool = Tr
     Args:
         labels: the table of label maps; empty: the source's own, else it is made from them.
     """
-    if source.control == "none":
-        return ControlReport()
-    labels = labels or source.labels
+    reports = [_inspect_kind(source, kind, labels or source.labels, progress) for kind in source.control]
+    problems = tuple(problem for report in reports for problem in report.problems)
+    return ControlReport(problems, next((report.labels for report in reports if report.labels), ()))
+
+
+def _inspect_kind(source: Source, kind: Control, labels: Labels, progress: bool) -> ControlReport:
     examples, problems = source.examples, list[str]()
-    if without := [example.name for example in examples if not example.has_control]:
+    word = "control image" if len(source.control) == 1 else f"control image of kind {kind}"
+    if without := [example.name for example in examples if kind not in example.control_kinds]:
+        own = "" if len(source.control) == 1 else f" ({stem_of(without[0])}{CONTROL_ENDING}-{kind}.png, ...)"
         problems.append(
-            f"{plural(len(without), 'image')} of {len(examples)} without a control image: {few(without)}"
+            f"{plural(len(without), 'image')} of {len(examples)} without a {word}{own}: {few(without)}"
         )
-    given = [example for example in examples if example.has_control]
+    given = [example for example in examples if kind in example.control_kinds]
     infos_by_name: dict[str, _ControlInfo] = {}
     unreadable, sized = [], []
     infos = zip(examples, inspect_images(source, progress=False), strict=True)  # which are known by now
-    sizes = [info.size for example, info in infos if example.has_control]
-    found = map_threaded(partial(_inspect, kind=source.control, labels=labels), given)
+    sizes = [info.size for example, info in infos if kind in example.control_kinds]
+    found = map_threaded(partial(_inspect, kind=kind, labels=labels), given)
     bar = progress_bar(
         zip(given, sizes, found, strict=True),
         total=len(given),
@@ -87,19 +94,19 @@ def inspect_controls(source: Source, labels: Labels = (), *, progress: bool = Tr
         else:
             infos_by_name[example.name] = info
     if sized:
-        problems.append(f"{plural(len(sized), 'control image')} of another size than the image: {few(sized)}")
+        problems.append(f"{plural(len(sized), word)} of another size than the image: {few(sized)}")
     if unreadable:
-        problems.append(f"{plural(len(unreadable), 'control image')} cannot be used: {few(unreadable)}")
-    if source.control != "labels":
+        problems.append(f"{plural(len(unreadable), word)} cannot be used: {few(unreadable)}")
+    if kind != "labels":
         return ControlReport(tuple(problems))
     table, differing = _table(infos_by_name, labels)
     return ControlReport((*problems, *differing), table)
 
 
-def _inspect(example: Example, kind: str, labels: Labels) -> _ControlInfo | str:
+def _inspect(example: Example, kind: Control, labels: Labels) -> _ControlInfo | str:
     """Return the properties of an example's control image, or why it cannot be used."""
     try:
-        control = example.open_control()
+        control = example.open_control(kind)
         assert control is not None
         if kind != "labels":
             return _ControlInfo(control.size)
@@ -144,8 +151,8 @@ def with_control_checked(source: Source, labels: Labels = ()) -> Source:
     """
     report = inspect_controls(source, labels)
     if report.problems:
-        raise UserError("; ".join(report.problems), _FIX.format(source.control))
-    if source.control == "labels" and not report.labels:
+        raise UserError("; ".join(report.problems), _FIX.format(" ".join(source.control)))
+    if "labels" in source.control and not report.labels:
         raise UserError(f"the label maps of {source.name} hold no label", "Every pixel of them is 255.")
     return dataclasses.replace(source, labels=report.labels)
 
@@ -155,7 +162,7 @@ def with_control_checked(source: Source, labels: Labels = ()) -> Source:
 
 @dataclass(frozen=True)
 class ControlImage(Example):
-    """The control image of an example, as an image that is cut like it."""
+    """The control image of an example, of kind "image", as an image that is cut like it."""
 
     whole: Example = field(kw_only=True)
 
@@ -164,16 +171,16 @@ class ControlImage(Example):
         return self.whole.centering
 
     def open(self) -> Image.Image:
-        control = self.whole.open_control()
+        control = self.whole.open_control("image")
         assert control is not None
         return control
 
     def content_key(self) -> str:
-        return hash_text(f"control {self.whole.control_key()} at {self.centering}")
+        return hash_text(f"control {self.whole.control_key('image')} at {self.centering}")
 
 
 def control_images(source: Source) -> Source:
-    """Return a source of the control images of ``source``, in its order."""
+    """Return a source of the control images of ``source``, those of kind "image", in its order."""
     examples: Any = _Controls(source.examples)
     return dataclasses.replace(source, examples=examples)
 
@@ -226,11 +233,11 @@ def layout_transform(size: tuple[int, int], labels: Labels) -> Transform[Example
         "size": list(size), "resize": "fit-nearest", "labels": [list(label) for label in labels]
     }  # fmt: skip
     row_bytes = size[0] * size[1]
-    return Transform("layouts", settings, row_bytes, Example.controlled_key, encode, "reading label maps")
+    return Transform("layouts", settings, row_bytes, Example.layout_key, encode, "reading label maps")
 
 
 def _layout(example: Example, size: tuple[int, int], labels: Labels) -> Tensor:
-    control = example.open_control(size[::-1])
+    control = example.open_control("labels", size[::-1])
     assert control is not None
     ids = Image.fromarray(read_label_ids(control, labels))
     fitted = ImageOps.fit(ids, size[::-1], method=Image.Resampling.NEAREST, centering=example.centering)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from ..config import FramingConfig
+from ..config import Control, FramingConfig
 from ..errors import UserError, one_line
 from .cache.store import Array
 from .checking.inspect_images import inspect_images
@@ -228,14 +228,14 @@ class CroppedExample(Example):
         return self.whole.mask_key()
 
     @property
-    def has_control(self) -> bool:
-        return self.whole.has_control
+    def control_kinds(self) -> tuple[Control, ...]:
+        return self.whole.control_kinds
 
-    def open_control(self, size: tuple[int, int] | None = None) -> Image.Image | None:
-        return self.whole.open_control(size)
+    def open_control(self, kind: Control, size: tuple[int, int] | None = None) -> Image.Image | None:
+        return self.whole.open_control(kind, size)
 
-    def control_key(self) -> str:
-        return self.whole.control_key()
+    def control_key(self, kind: Control) -> str:
+        return self.whole.control_key(kind)
 
 
 def with_crops(source: Source, crops: int) -> Source:

@@ -23,12 +23,11 @@ from .masks import alpha_mask, read_mask, without_alpha
 from .sources.files import File, file_key
 
 if TYPE_CHECKING:
-    from ..config import DataConfig
+    from ..config import Control, DataConfig
     from .labels import Labels
 
 Kind = Literal["text", "class", "unconditional"]
 Colours = Literal["srgb", "stored"]
-Control = Literal["none", "image", "labels"]
 
 
 def hash_text(text: str) -> str:
@@ -51,7 +50,7 @@ class Example(ABC):
         texts: further captions of the image, of which each use draws one.
         weight: factor on the image's loss.
         repeats: number of times that an epoch uses it.
-        control: the file of its control image, or None.
+        controls: kind and file of each of its control images.
     """
 
     name: str
@@ -61,7 +60,7 @@ class Example(ABC):
     texts: tuple[str, ...] = field(default=(), kw_only=True)
     weight: float = field(default=1.0, kw_only=True)
     repeats: int = field(default=1, kw_only=True)
-    control: File | None = field(default=None, kw_only=True)
+    controls: tuple[tuple[Control, File], ...] = field(default=(), kw_only=True)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -111,12 +110,12 @@ class Example(ABC):
         return None if self.mask is None else f"{self.content_key()} {self.mask_key()}"
 
     @property
-    def has_control(self) -> bool:
-        """True where the image comes with a control image."""
-        return self.control is not None
+    def control_kinds(self) -> tuple[Control, ...]:
+        """The kinds of the control images that the image comes with."""
+        return tuple(kind for kind, _ in self.controls)
 
-    def open_control(self, size: tuple[int, int] | None = None) -> Image.Image | None:
-        """Return the control image, upright in its own mode; None where there is none.
+    def open_control(self, kind: Control, size: tuple[int, int] | None = None) -> Image.Image | None:
+        """Return the control image of a kind, upright in its own mode; None where there is none.
 
         Args:
             size: (width, height) that it will be brought to, for one that is drawn; of a file it is its own.
@@ -124,21 +123,23 @@ class Example(ABC):
         Raises:
             UserError: the file cannot be read.
         """
-        if self.control is None:
+        if kind not in self.control_kinds:
             return None
-        image = decode_image(self.control)
+        image = decode_image(dict(self.controls)[kind])
         with decoding(name := name_of(image)):
             turned = ImageOps.exif_transpose(image)
         turned.filename, turned.format = name, image.format  # type: ignore[attr-defined]  # for later messages
         return turned
 
-    def control_key(self) -> str:
-        """Return the hexadecimal hash of the control image, "" where there is none."""
-        return "" if self.control is None else file_key(self.control)
+    def control_key(self, kind: Control) -> str:
+        """Return the hexadecimal hash of the control image of a kind, which there is."""
+        return file_key(dict(self.controls)[kind])
 
-    def controlled_key(self) -> str | None:
-        """Return a key of the control image as it is cut with its image; None where there is none."""
-        return f"{self.content_key()} {self.control_key()}" if self.has_control else None
+    def layout_key(self) -> str | None:
+        """Return a key of the label map as it is cut with its image; None where there is none."""
+        return (
+            f"{self.content_key()} {self.control_key('labels')}" if "labels" in self.control_kinds else None
+        )
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Source:
         classes: class names in order of their ids; empty unless ``kind`` is "class".
         notes: lines on what was inferred or left out, to be printed before training.
         root: the folder, None for a procedural set. Nothing is ever written below it.
-        control: the kind of the control images; "none": there are none.
+        control: the kinds of the control images.
         labels: of label maps, in the order of their ids.
     """
 
@@ -216,7 +217,7 @@ class Source:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     root: Path | None = None
-    control: Control = "none"
+    control: tuple[Control, ...] = ()
     labels: Labels = ()
 
     def __len__(self) -> int:
@@ -303,8 +304,8 @@ class Source:
     def masked_keys(self) -> Iterator[str | None]:
         return (example.masked_key() for example in self.examples)
 
-    def controlled_keys(self) -> Iterator[str | None]:
-        return (example.controlled_key() for example in self.examples)
+    def layout_keys(self) -> Iterator[str | None]:
+        return (example.layout_key() for example in self.examples)
 
     def fingerprint(self) -> str:
         """Return a hash of all images and annotations, whatever their names and order: it tells changed data."""
@@ -374,8 +375,8 @@ def _describe(example: Example) -> str:
     parts = [key, example.text, example.label]
     if mask := example.mask_key():
         parts.append(mask)
-    if example.has_control:
-        parts.append(f"control {example.control_key()}")
+    kinds = example.control_kinds
+    parts += [f"control {example.control_key(kind)}" + f" of {kind}" * (len(kinds) > 1) for kind in kinds]
     if is_converted:
         parts.append("in sRGB")
     parts += [f"or {text}" for text in example.texts]

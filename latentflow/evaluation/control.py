@@ -68,7 +68,7 @@ def layouts(sampler: Sampler, count: int) -> dict[str, Any]:
 def led_by_edges(model: FlowModel, source: Source) -> Source | None:
     """Return the images whose control images `latentflow control --kind edges` made; None: a figure of them says
     nothing, as there are none or the checkpoint takes none."""
-    if "image" not in model.control_kinds or source.control != "image":
+    if "image" not in model.control_kinds or "image" not in source.control:
         return None
     rows = [row for row, example in enumerate(source.examples) if _thresholds(example) is not None]
     return source.subset(rows) if rows else None
@@ -115,7 +115,7 @@ def edges(sampler: Sampler, source: Source, background: str, count: int) -> dict
 
 
 def _thresholds(example: Example) -> tuple[float, float] | None:
-    control = example.open_control()
+    control = example.open_control("image")
     return None if control is None else edge_thresholds(control)
 
 

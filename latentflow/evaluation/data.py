@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..config import ControlConfig, DataConfig, LoopConfig
+from ..config import ControlConfig, DataConfig, LoopConfig, control_kinds
 from ..data import Source, cached_pixels, find_source, pixels_to_images, readable, split
 from ..data.sources.kinds import is_latent_folder
 from ..errors import UserError, few
@@ -72,6 +72,7 @@ def run_settings(checkpoint: str, data: str) -> dict[str, Any]:
         "validation_seed": (int,),
         "columns": (dict,),
         "stratify": (bool,),
+        "control": (str, list, tuple),
         "control_folder": (str, type(None)),
     }
     for name, value in settings.items():
@@ -86,7 +87,7 @@ def run_settings(checkpoint: str, data: str) -> dict[str, Any]:
 def open_source(data: str, settings: Mapping[str, Any]) -> Source:
     """Open a data set as the run did, without the images that cannot be read."""
     wanted = {name: settings[name] for name in DATA_SETTINGS}
-    if settings["control"] == "none" or not Path(data).expanduser().is_dir():
+    if not control_kinds(settings["control"]) or not Path(data).expanduser().is_dir():
         wanted["control_folder"] = None
     return readable(find_source(data, **wanted))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -16,6 +17,7 @@ class ControlModel(PretrainedModel):
 
     extra = ("control",)
     image_input = "control"
+    learns_with_images = False  # in general: InstructPix2Pix takes latents of another scale
 
     def describe_condition(self) -> str:
         """Return what the checkpoint takes, as the second half of an error."""
@@ -43,6 +45,8 @@ class MaskedModel(PretrainedModel):
 
     A network of the family that takes neither has no ``extra``.
     """
+
+    learns_with_images = True
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         super().__init__(pipeline, **options)
@@ -72,10 +76,27 @@ class MaskedModel(PretrainedModel):
         if not self.takes_masks:
             return super().with_known(rows, images, masks, known)
         holes = checked_holes(rows, images, masks).to(self.device)
+        return self.with_masked(rows, self.mask_condition(images.to(self.device), holes, known))
+
+    def mask_condition(self, images: Tensor, masks: Tensor, known: Tensor | None = None) -> Tensor:
+        """Return what the network takes of masked images (P, C + C', h, w): the latents, and `mask_channels`.
+
+        Args:
+            images: (P, 3, H, W) in [-1, 1].
+            masks: (P, 1, H, W) in {0, 1}, 1 = repaint.
+            known: as of `with_known`.
+        """
+        holes = masks.float()
         if known is None:
-            known = self.encode(images.to(self.device) * (1.0 - holes))
+            with torch.autocast(images.device.type, enabled=False):  # autoencoders may overflow in float16
+                known = self.encode(images * (1.0 - holes))
         known = known.to(holes)
-        return keep(rows, known=known, mask=self.mask_channels(holes, known))
+        return torch.cat([known, self.mask_channels(holes, known)], 1)
+
+    def with_masked(self, rows: Rows, channels: Tensor) -> Rows:
+        """See `PretrainedModel.with_masked`."""
+        count = self.latent_shape(self.size_multiple, self.size_multiple)[0]
+        return keep(rows, known=channels[:, :count], mask=channels[:, count:])
 
     def known_latents(self, rows: Rows) -> Tensor:
         """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""

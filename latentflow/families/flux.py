@@ -164,6 +164,7 @@ class FluxControlModel(ControlModel, FluxExtraModel):
     Its rows have embeds (B, L, D) and pooled (B, D'); they keep control (B, C, h, w).
     """
 
+    learns_with_images = True
     #: as in diffusers' train_control_lora_flux.py: these networks were made for scales of 10 to 30
     training_guidance = 30.0
 

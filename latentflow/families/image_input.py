@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, shown
 
 if TYPE_CHECKING:
     from .model import Generators
@@ -116,11 +117,11 @@ class ImageInputMixin:
         """
         raise UserError("this checkpoint takes no label maps", self.describe_condition())
 
-    def with_control_scale(self, rows: Rows, scale: float) -> Rows:
+    def with_control_scale(self, rows: Rows, scale: float | Mapping[str, float]) -> Rows:
         """Return the rows with another strength of their control images; 1 is what the network has learnt."""
         if scale != 1.0:
             raise UserError(
-                f"control_scale is {scale:g}, but this checkpoint does not draw without its control image",
+                f"control_scale is {shown(scale)}, but this checkpoint does not draw without its control image",
                 "Leave it out: the scale leads away from what is drawn without.",
             )
         return rows

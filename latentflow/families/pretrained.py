@@ -26,6 +26,7 @@ from .call_options import check_options, check_prompt_options
 from .distilled import Distilled, recognised
 from .edit_defaults import EditDefaults
 from .model import FlowModel, Generators, Rows, Size, Values
+from .rows import keep
 from .siblings import text_to_image
 from .sizes import check_size
 from .text_encoders import TEXT_ENCODERS, absent_encoders_named, embeds_width
@@ -66,6 +67,8 @@ class PretrainedModel(FlowModel):
     extra: tuple[str, ...] = ()
     #: likewise, after those, where rows keep it: the network draws without as well
     optional_extra: tuple[str, ...] = ()
+    #: a fine-tune can give the network what it takes of images, ``extra``
+    learns_with_images: bool = False
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         super().__init__(text_to_image(pipeline))
@@ -323,6 +326,10 @@ class PretrainedModel(FlowModel):
             )
         extra = [*self.extra, *(name for name in self.optional_extra if name in rows.kept)]
         return {**rows.values, **{name: rows.kept[name] for name in extra}}
+
+    def with_masked(self, rows: Rows, channels: Tensor) -> Rows:
+        """Return the rows of masked images, of which ``mask_condition`` has made the channels (B, C', h, w)."""
+        return keep(rows, channels=channels)
 
     def with_extra(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
         """Return x (B, C, h, w) and, in further channels, what the network takes of images.

@@ -205,6 +205,22 @@ def control_files(words: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
+def control_scales(text: str) -> float | dict[str, float]:
+    """Return the scale of control images, a number, or that of each kind, such as image=2,labels=0.5.
+
+    Raises:
+        UserError: it is neither.
+    """
+    parts = {kind: value for kind, _, value in (part.rpartition("=") for part in text.split(","))}
+    try:
+        scales = {kind.strip(): float(value) for kind, value in parts.items()}
+    except ValueError:
+        scales = {}
+    if not scales or len(parts) < text.count(",") + 1 or ("" in scales and len(scales) > 1):
+        raise UserError(f"--control-scale {text}", "Give a number, or one for a kind: image=2,labels=0.5.")
+    return scales.get("", scales)
+
+
 def read_controls(files: Sequence[tuple[str, str]], model: FlowModel) -> list[Any]:
     """Read control images as a model takes them: label maps in their own mode, others upright on white.
 

@@ -138,6 +138,14 @@ def _finite(least: float = -float("inf"), most: float = float("inf"), fix: str =
     return lambda name, value: finite(name, value, least, most, fix=fix)
 
 
+def _scales(name: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return finite(name, value)
+    if not value:
+        raise UserError(f"{name} is an empty dictionary", "Leave it out.")
+    return {kind: finite(f"{name}[{kind!r}]", each) for kind, each in value.items()}
+
+
 def _tensor(shape: str, *, floating: bool = True) -> Check:
     """Return the check of a tensor of as many dimensions as ``shape`` names, such as "(B, L)", none of them 0."""
 
@@ -286,7 +294,7 @@ CHECKS: dict[str, Check] = {
     "sigmas": lambda name, value: checked_sigmas(value),
     "guidance_scale": _finite(),
     "source_guidance_scale": _finite(),
-    "control_scale": _finite(),
+    "control_scale": _scales,
     "guidance_interval": _interval,
     "num_images_per_prompt": _whole(1, 10**9),
     "frames": _whole(2, fix="Ask for at least 2, the first and the last."),
@@ -355,7 +363,7 @@ class ConditionArguments:
     generator: Generators | None = None
     latents: Tensor | None = None
     control_image: Any = None
-    control_scale: float = 1.0
+    control_scale: float | Mapping[str, float] = 1.0
     like: Any = None
     temperature: float = 1.0
     corrector: float = 0.0

@@ -113,8 +113,18 @@ def read_label_maps(maps: Images, labels: tuple[tuple[str, str], ...], size: Siz
     return layouts
 
 
-def add_control(rows: Rows, controls: Controls, scale: float) -> Rows:
-    """Return the rows of control images that lead what is drawn, at a scale: see `ControlledModel`."""
+def add_control(rows: Rows, controls: Controls, scale: float | Mapping[str, float]) -> Rows:
+    """Return the rows of control images that lead what is drawn, at a scale of all or of each kind: see
+    `ControlledModel`.
+
+    Raises:
+        UserError: there is a scale of a kind of which there is no control image.
+    """
+    if isinstance(scale, Mapping):
+        for kind in scale:
+            lookup(controls, kind, "control_scale: kind of control image")
+        of_each = [scale.get(kind, 1.0) for kind in controls]
+        scale = of_each[0] if len({*of_each}) == 1 else dict(zip(controls, of_each, strict=True))
     model: Any = rows.model
     for kind, values in controls.items():
         moved = values.to(model.device)

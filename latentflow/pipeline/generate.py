@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor
@@ -48,7 +49,7 @@ class GenerateCall(CallMixin):
         crops_coords_top_left: Size = (0, 0),
         target_size: Size | None = None,
         control_image: Images = None,
-        control_scale: float = 1.0,
+        control_scale: float | Mapping[str, float] = 1.0,
         temperature: float = 1.0,
         corrector: float = 0.0,
         like: Images = None,
@@ -102,7 +103,9 @@ class GenerateCall(CallMixin):
                 checkpoint that takes both: {"image": ..., "labels": ...}.
             control_scale: guidance over the control image, for checkpoints that draw without as well: v(without) +
                 control_scale (v(with) - v(without)), under every prompt, before the guidance over prompts. 1: as it
-                was trained; 0: without; more follows it harder. Values but these two double the evaluations.
+                was trained; 0: without; more follows it harder. Values but these two double the evaluations. Of both
+                kinds: {"image": 1.5, "labels": 0.5}, or one of the two, where the other counts as 1; scales that
+                differ triple the evaluations.
             temperature: of checkpoints of tokens: divides the logits; below 1 likely tokens are drawn more
                 often.
             corrector: of checkpoints of tokens: how many times each token is drawn again on the way, on average.

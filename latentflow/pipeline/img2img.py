@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 from torch import Tensor
@@ -45,7 +46,7 @@ class ImageToImageCall(CallMixin):
         height: int | None = None,
         width: int | None = None,
         control_image: Images = None,
-        control_scale: float = 1.0,
+        control_scale: float | Mapping[str, float] = 1.0,
         temperature: float = 1.0,
         corrector: float = 0.0,
         **adapters: Unpack[AdapterScale],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
 import torch
@@ -72,7 +72,7 @@ class InpaintCall(CallMixin):
         feather: float = 0,
         seamless: bool = True,
         control_image: Images = None,
-        control_scale: float = 1.0,
+        control_scale: float | Mapping[str, float] = 1.0,
         temperature: float = 1.0,
         corrector: float = 0.0,
         **adapters: Unpack[AdapterScale],

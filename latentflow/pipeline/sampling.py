@@ -182,7 +182,7 @@ class SamplingMixin:
         model.check_image_input(asked.control_image, fills, asked.refers)
         if asked.control_image is None and asked.control_scale != 1.0:
             raise UserError(
-                f"control_scale is {asked.control_scale:g}, and there is no control image",
+                f"control_scale is {shown(asked.control_scale)}, and there is no control image",
                 "Give one, control_image, or leave the scale out.",
             )
         if asked.control_image is not None:

@@ -103,7 +103,7 @@ def load_data(
         base_classes(checkpoint)  # refuses what is no checkpoint, before every image is looked at
     control = control or ControlConfig()
     source = readable(find_source(data.data, **data.wanted(), **control.wanted()))
-    if control.control != "none":
+    if control.control:
         labels = read_label_file(control.control_labels) if control.control_labels else source.labels
         source = with_control_checked(source, labels or base_labels(checkpoint))
     data, autoencoder = source.adopt(data), vae or checkpoint or source.autoencoder
@@ -306,7 +306,7 @@ class LatentCache:
         if self.has_masks:
             own = cached_masks(part, size)
             views |= {"masks": own.masks, "has_mask": own.has_mask}
-        if part.control == "labels":
+        if "labels" in part.control:
             views["layout"] = cached_layouts(part, size)
         state = process_state()
         with memory_phase("encode"), state.main_process_first():
@@ -322,7 +322,7 @@ class LatentCache:
                 progress=state.is_main_process,
             )
             table = latents(part)
-            if part.control == "image":
+            if "image" in part.control:
                 control = latents(control_images(part))
         return BucketData(table, views, control)
 

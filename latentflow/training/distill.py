@@ -104,9 +104,9 @@ class Teacher:
             raise UserError(f"{name} draws {kind}, and the data have none", f"Give images with {kind}.")
         if source.has_masks and not model.takes_masks:
             raise UserError(f"the data have masks, and {name} does not inpaint", "Add --masks none.")
-        if source.control != "none":
+        if source.control:
             raise UserError(
-                f"--control {source.control}: a student learns what its teacher draws without control images",
+                f"--control {' '.join(source.control)}: a student learns what its teacher draws without control images",
                 "Leave it out.",
             )
         if size_conditioning != model.takes_sizes:

@@ -142,11 +142,13 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     else:
         texts = shown_by(source, rows, model)
     condition = model.call_arguments(texts)
-    if source.control != "none":
+    if source.control:
         size = model.native_size
         assert size is not None  # a run's network says it
-        cut = partial(cut_control, size=size, kind=source.control, labels=source.labels)
-        condition["control_image"] = {source.control: [cut(source.examples[row]) for row in rows]}
+        condition["control_image"] = {
+            kind: [cut_control(source.examples[row], size, kind, source.labels) for row in rows]
+            for kind in source.control
+        }
     encoder = pipe.text_encoder
     home = None if encoder is None else encoder.device  # the CPU, if the encoder is not trained along
     if encoder is not None:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from ..config import RunConfig
 from ..data import Source, to_pil
 from ..data.control import cut_control
+from ..data.dataset import read_image
 from ..families.index import read_index
 from ..families.pretrained import PretrainedModel
 from ..pipeline.generate import LatentFlowPipeline
+from ..pipeline.inpaint import LatentFlowInpaintPipeline
 from ..pipeline.over_model import over_model
 from .data import DataSplits, shown_by
 from .fine_tune.defaults import FEW
@@ -69,7 +71,8 @@ class PretrainedResult:
             (B, 3, side, side) in [0, 1], on the CPU.
         """
         side, model = self.splits.data.resolution, self.model
-        pipe = over_model(LatentFlowPipeline, model)
+        fills = self.base.draws_from == "mask"
+        pipe = over_model(LatentFlowInpaintPipeline if fills else LatentFlowPipeline, model)
         pipe.set_progress_bar_config(disable=True)
         others = _beside_network(model)
         for part in others:
@@ -103,8 +106,12 @@ class PretrainedResult:
     def _condition(self, source: Source, row: int) -> dict[str, Any]:
         model, side = self.model, self.splits.data.resolution
         given: dict[str, Any] = {}
-        if source.control != "none":
-            given["control_image"] = cut_control(source.examples[row], (side, side), source.control)
+        if source.control:
+            given["control_image"] = cut_control(source.examples[row], (side, side), "image")
+        if self.base.draws_from == "mask":  # the middle of the image is drawn anew
+            given["image"] = read_image(source.examples[row], side, self.splits.data.background)
+            given["mask_image"] = Image.new("L", (side, side))
+            given["mask_image"].paste(255, (side // 4, side // 4, side - side // 4, side - side // 4))
         if model.takes_classes:
             return given | model.call_arguments(shown_by(source, [row], model))
         if source.kind == "text":
@@ -122,7 +129,9 @@ class PretrainedResult:
         if meter is not None:
             meter.write(self.output)
         training, validation = self.splits.training, self.splits.validation
-        if len(training) <= FEW and training.kind != "unconditional":
+        # what is filled shows its image however little was learnt
+        told = training.kind != "unconditional" and self.base.draws_from != "mask"
+        if len(training) <= FEW and told:
             report_memorisation(
                 self.output,
                 training,
@@ -177,15 +186,18 @@ class PretrainedResult:
             samples=_SHOWN,
             sample_steps=(model.usual_steps,),
             resolution=self.splits.data.resolution,
-            inpaints=model.takes_masks,
-            control=model.control_kinds,
+            inpaints=model.takes_masks and not model.extra,
+            control=() if model.extra else model.control_kinds,
             stock=type(pipeline).__name__,
+            draws_from=self.base.draws_from,
         )
 
     def command(self) -> str:
         """Return the line that draws an image with the result."""
         opened = self.output if self.adapter else self.folder
-        return generate_command(self.model.condition_kind, self._example(), str(opened))
+        return generate_command(
+            self.model.condition_kind, self._example(), str(opened), draws_from=self.base.draws_from
+        )
 
     def _example(self) -> str:
         return shown_by(self.splits.source, [0], self.model)[0]

@@ -20,8 +20,10 @@ from ..data.dataset import NO_CLASS
 from ..errors import UserError
 from ..families.added_inputs import ExtendableModel
 from ..families.distilled import training_warning
+from ..families.extra_channels import MaskedModel
 from ..families.pretrained import PretrainedModel
 from ..families.quantization import check_quantization, quantization
+from ..models import ControlInputs
 from ..pipeline.adapter_files import weights_hash
 from ..utils.memory import memory_phase
 from .data import Captions, DataSplits, LatentCache, generator_as_begun
@@ -164,14 +166,20 @@ def train_pretrained(
     adapter = PretrainedAdapter(model, config.adapter) if config.adapter.lora_rank else None
     masking = control = None
     if config.flow.inpainting:
-        assert isinstance(model, ExtendableModel)
-        model.add_inputs({"masks": None}, coupling=config.flow.coupling)
+        assert isinstance(model, ExtendableModel | MaskedModel)
+        if base.draws_from != "mask":
+            assert isinstance(model, ExtendableModel)
+            model.add_inputs({"masks": None}, coupling=config.flow.coupling)
         shapes = config.flow.shapes(splits.source.has_masks)
         masking = Masking(vae, shapes, config.loop.seed, model.mask_condition)
-    if splits.source.control != "none":
-        assert isinstance(model, ExtendableModel)
-        model.add_inputs({"control": None})
-        control = ControlImages(model.control_inputs, config.control.control_dropout, config.loop.seed)
+    if splits.source.control:
+        dropout = 0.0  # a base that draws under control images draws nothing without
+        if base.draws_from != "control":
+            assert isinstance(model, ExtendableModel)
+            model.add_inputs({"control": None})
+            dropout = config.control.control_dropout
+        channels = model.latent_shape(model.size_multiple, model.size_multiple)[0]
+        control = ControlImages(ControlInputs(image=channels), dropout, config.loop.seed)
     if adapter is None:
         model.network.requires_grad_(True)
     for line in adapter.lines() if adapter else [f"all {base.size / 1e6:.0f} M parameters are trained"]:
@@ -197,7 +205,8 @@ def train_pretrained(
     if state.is_main_process and not config.loop.shard:
         usual = with_base_settings(config, base, len(training), KEPT, own_share).loop
         by_default = (usual.max_train_steps, usual.learning_rate)
-        meter = LearningMeter(loss, own, training, state.device, by_default, images=16, batch_size=1)
+        fills = base.draws_from == "mask"
+        meter = LearningMeter(loss, own, training, state.device, by_default, 16, batch_size=1, fills=fills)
     compile_network(model.network, config.loop, state.device)
     stop = Stop()
     finished = fit(

@@ -172,7 +172,7 @@ def build(
         Routing(config.routing, network, (samples, batch)) if config.routing.route_share else None,
         make_alignment(config.alignment, network) if config.alignment.alignment else None,
         control=None
-        if source.control == "none"
+        if not source.control
         else ControlImages(
             ControlInputs.of(network.config["control"]), config.control.control_dropout, loop.seed
         ),
@@ -254,8 +254,8 @@ def new_networks(
 def control_inputs(source: Source, vae: Autoencoder) -> ControlInputs:
     """Return the control images that a network takes for those of ``source``."""
     return ControlInputs(
-        image=latent_channels(vae) if source.control == "image" else 0,
-        labels=source.labels if source.control == "labels" else (),
+        image=latent_channels(vae) if "image" in source.control else 0,
+        labels=source.labels if "labels" in source.control else (),
         cell=downscale_factor(vae),
     )
 
@@ -309,7 +309,7 @@ def networks_from(
         changes["condition_channels"] = mask_channels(base.vae)
     if size_conditioning:
         changes["size_conditioning"] = True
-    if source.control != "none":
+    if source.control:
         known = ControlInputs.of(config.get("control"))
         changes["control"] = known.joined(control_inputs(source, base.vae)).plain()
     own = config["latent_variable"], config["latent_variable_dim"]

@@ -67,7 +67,7 @@ def dataclass_without(source: Source) -> Source:
     import dataclasses
 
     return dataclasses.replace(
-        source, examples=tuple(dataclasses.replace(example, control=None) for example in source.examples)
+        source, examples=tuple(dataclasses.replace(example, controls=()) for example in source.examples)
     )
 
 
@@ -79,7 +79,7 @@ def test_a_folder_and_a_column_of_their_own(folder: Path, tmp_path: Path) -> Non
     expected = [ids(number) for number in range(4)]
 
     def read(source: Source) -> list[Any]:
-        return [read_label_ids(example.open_control()) for example in source.examples]  # type: ignore[arg-type]
+        return [read_label_ids(example.open_control("labels")) for example in source.examples]  # type: ignore[arg-type]
 
     assert np.array_equal(read(found(folder, control_folder=str(apart))), expected)
     inside = folder / "maps"
@@ -100,7 +100,7 @@ def test_a_folder_and_a_column_of_their_own(folder: Path, tmp_path: Path) -> Non
     table = found(folder / "metadata.csv", columns={"control": "layout"})
     assert np.array_equal(read(table), expected)
     unread = find_source(str(folder / "metadata.csv"))  # a column of that name may mean anything
-    assert all(example.control is None for example in unread.examples)
+    assert all(not example.controls for example in unread.examples)
     with pytest.raises(UserError, match="no folder"):
         found(folder, control_folder=str(apart))
     with pytest.raises(UserError, match="no --control"):
@@ -167,6 +167,78 @@ def test_label_maps_are_read_in_every_form(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(UserError, match=why):
             read_label_file(file)
+
+
+def test_two_kinds_have_names_of_their_own(folder: Path, tmp_path: Path, load_program: Any) -> None:
+    """Beside the images, in folders of their own, and in columns of metadata and tables; each alone is read as well."""
+
+    def read(source: Source) -> list[Any]:
+        source = with_control_checked(source)
+        assert source.control == ("image", "labels") and len(source) == 4
+        layouts = cached_layouts(source, (8, 12))
+        assert all(np.array_equal(layouts[number][0], ids(number)) for number in range(4))
+        return [np.asarray(example.open()) for example in control_images(source).examples]
+
+    both, sketches, maps = ("labels", "image"), tmp_path / "apart" / "image", tmp_path / "apart" / "labels"
+    for root in (sketches, maps):
+        root.mkdir(parents=True)
+    for number in range(4):
+        (folder / f"{number}-control.png").rename(folder / f"{number}-control-labels.png")
+        Image.new("RGB", SIZE, (number, 0, 0)).save(folder / f"{number}-control-image.png")
+    beside = found(folder, control=both)
+    assert [image[0, 0, 0] for image in read(beside)] == [0, 1, 2, 3]
+    assert "control images of 4 images (image) and 4 images (labels)" in beside.notes
+    alone = found(folder, control="image")
+    assert len(alone) == 4 and {example.control_kinds for example in alone.examples} == {("image",)}
+    assert len({alone.fingerprint(), beside.fingerprint(), found(folder).fingerprint()}) == 3
+    shown, sheet = check_data(str(folder), control=both), tmp_path / "sheet.png"
+    load_program("check").main([str(folder), "--control", "image", "labels", "--sheet", str(sheet)])
+    assert shown[0].controls == 4 and not shown[0].problems and shown[0].labels == ("0", "1", "2")
+    colours = {colour for _, colour in Image.open(sheet).convert("RGB").getcolors(10**6)}  # type: ignore[union-attr]
+    assert {(255, 0, 0), (0, 255, 0), (3, 0, 0)} <= colours  # of the label maps, and of a control image
+    for number in range(4):
+        for kind, root in zip(("image", "labels"), (sketches, maps), strict=True):
+            (folder / f"{number}-control-{kind}.png").rename(root / f"{number}.png")
+    assert [
+        image[0, 0, 0] for image in read(found(folder, control=both, control_folder=str(sketches.parent)))
+    ]
+    sketches.parent.rename(folder / "apart")
+    rows = [
+        {"file_name": f"{n}.png", "text": "one"}
+        | {f"control_{kind}": f"apart/{kind}/{n}.png" for kind in ("image", "labels")}
+        for n in range(4)
+    ]
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for number in range(4):
+        (folder / f"{number}.txt").unlink()
+    for data in (folder, folder / "metadata.csv"):
+        assert [image[0, 0, 0] for image in read(found(data, control=both))] == [0, 1, 2, 3]
+        assert [kinds for kinds, _ in found(data, control="image").examples[1].controls] == ["image"]
+    assert not find_source(str(folder / "metadata.csv")).examples[0].controls
+
+
+def test_two_kinds_that_are_incomplete(folder: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", SIZE).save(folder / f"{number}-control-image.png")
+    with pytest.raises(UserError) as refused:
+        with_control_checked(found(folder, control=("image", "labels")))
+    assert (
+        "1 image of 4 without a control image of kind image (3-control-image.png, ...): 3.png"
+        in refused.value.what
+    )
+    assert "4 images of 4 without a control image of kind labels (0-control-labels.png" in refused.value.what
+    assert "check DATA --control image labels" in refused.value.fix
+    with pytest.raises(UserError, match="two control images that differ"):  # which of the two is meant?
+        found(folder, control="image")
+    with pytest.raises(UserError, match=f"no folder {tmp_path / 'image'}"):
+        found(folder, control=("image", "labels"), control_folder=str(tmp_path))
+    with pytest.raises(UserError, match="--control none image"):
+        found(folder, control=("none", "image"))
+    with pytest.raises(UserError, match="control 'edges'"):
+        found(folder, control=("edges", "image"))
 
 
 def test_crops_cut_the_control_image_as_the_image(tmp_path: Path) -> None:

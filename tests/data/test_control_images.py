@@ -83,7 +83,7 @@ def test_edges_are_written_beside_the_images_as_training_reads_them(
     source = with_control_checked(find_source(str(photos), missing_caption="empty", control="image"))
     assert [example.name for example in source.examples] == ["a.jpg", "b.png", "more/c.png"]
     for example in source.examples:
-        control = example.open_control()
+        control = example.open_control("image")
         assert control is not None and edge_thresholds(control) == EDGES
         assert np.array_equal(control, edge_map(example.open().convert("RGB")))
     (photos / "a-control.png").write_bytes(b"mine")
@@ -158,7 +158,7 @@ def test_label_maps_are_what_the_model_says_with_its_names(
     processor = transformers.SegformerImageProcessor.from_pretrained(model)
     seen = set()
     for example in source.examples:
-        control = example.open_control()
+        control = example.open_control("labels")
         assert control is not None and palette_of(control)[:3] == tuple(colour for _, colour in labels)
         ids = read_label_ids(control, labels)
         with torch.no_grad():

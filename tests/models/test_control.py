@@ -45,6 +45,12 @@ def test_a_row_without_a_control_image_is_what_it_is_without_any(name: str) -> N
     torch.testing.assert_close(out[1], model(latents(), 0.3)[1])
     alone = {key: value[:1] for key, value in given.items()}
     torch.testing.assert_close(out[:1], model(latents()[:1], 0.3, Condition(**alone)))
+    for kind, nothing in (("control", 0.0), ("layout", -1)):  # one kind dropped: what the other alone gives
+        dropped = {**given, kind: torch.full_like(given[kind], nothing)}
+        rest = {key: value for key, value in given.items() if key != kind}
+        both, one = (model(latents(), 0.3, Condition(**each)) for each in (dropped, rest))
+        assert torch.equal(both, one)
+        assert not torch.allclose(one, out, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", MODELS)

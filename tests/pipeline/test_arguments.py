@@ -71,7 +71,7 @@ WRONG: dict[str, list[Any]] = {
     ],
     "guidance_scale": NO_NUMBER,
     "source_guidance_scale": NO_NUMBER,
-    "control_scale": NO_NUMBER,
+    "control_scale": [*NO_NUMBER, {}, {"image": NAN}],
     "temperature": [*NO_NUMBER, 0.0, -1.0],
     "corrector": [*NO_NUMBER, -1.0],
     "guidance_interval": [0.5, (0.5,), (0.2, 0.6, 0.8), (0.6, 0.2), (-0.1, 0.5), (0.5, 1.5), (NAN, 1.0), ("0", "1"),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ..families.tiny import TINY
+from ..families.tiny import TINY, WITH_EXTRA_CHANNELS
 
 #: a run without validation and previews, whose sums are the same on every machine
 QUICK = [
@@ -46,7 +46,7 @@ def photos(
 
 def base_flags(name: str, folder: Path) -> list[Any]:
     """Return the flags that name a tiny checkpoint, the options that its size needs, and its resolution."""
-    tiny = TINY[name]
+    tiny = {**TINY, **WITH_EXTRA_CHANNELS}[name]
     options = [f"{key}={json.dumps(value)}" for key, value in tiny.call.items()]
     given = ["--family-options", *options] if options else []
     return ["--init-from", folder, *given, "--resolution", tiny.side]

@@ -93,11 +93,10 @@ def test_flags_that_cannot_be_had_are_refused_before_anything_is_encoded(
     ("name", "words"),
     [
         (
-            "StableDiffusionInpaintPipeline",
-            "a StableDiffusionInpaintPipeline, cannot be fine-tuned: it draws from",
+            "StableDiffusionInstructPix2PixPipeline",
+            "a StableDiffusionInstructPix2PixPipeline, cannot be fine-tuned: it draws from images",
         ),
-        ("FluxFillPipeline", "it draws from images"),
-        ("StableDiffusionInstructPix2PixPipeline", "it draws from images"),
+        ("CogView4ControlPipeline", "it draws from images"),
         ("QwenImageEditPipeline", "a QwenImageEditPipeline, cannot be fine-tuned: it draws from images"),
         ("SanaSprintPipeline", "it is a consistency model, which has no velocity"),
         ("LatentConsistencyModelPipeline", "it is a consistency model, which has no velocity"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 from latentflow import LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.inference.opening import open_pipeline
 
+from ..families.tiny import WITH_EXTRA_CHANNELS
 from .command import call, losses
 from .pretrained import QUICK, adapter, base_flags, photos
 
@@ -113,3 +115,63 @@ def test_a_run_learns_to_draw_under_control_images(
     assert "also draws under a control image" in card and "--method trained" in card
     assert "With diffusers" not in card and "how they were filled" not in card
     assert (run / "samples" / "step-000002.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("FluxFillPipeline", "latentflow inpaint photo.png mask.png"),
+        ("FluxControlPipeline", "--control control.png"),
+        *(
+            pytest.param(name, "latentflow inpaint photo.png", marks=pytest.mark.slow)
+            for name in ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
+        ),
+    ],
+)
+def test_a_base_that_draws_from_images_learns_from_them(
+    pretrained: Callable[[str], Path], cache: Path, tmp_path: Path, name: str, files: str
+) -> None:
+    """Its own input channels take the masks or control images, and the result is an ordinary adapter."""
+    base, run, fills = pretrained(name), tmp_path / "run", "inpaint" in files
+    side = WITH_EXTRA_CHANNELS[name].side
+    data, controls = photos(tmp_path / "photos", side, 4), tmp_path / "controls"
+    controls.mkdir()
+    for number in range(4):
+        Image.new("L", (side, side), 60 * number).save(controls / f"{number}.png")
+    masked, led = ["--inpainting"], ["--control", "image", "--control-folder", controls]
+    own, other = (masked, led) if fills else (led, masked)
+    line: list[Any] = [data, "-o", run, *base_flags(name, base), *QUICK]
+    line += ["--lora-rank", 2, "--learning-rate", 0.01, "--max-train-steps", 2]
+    for wrong, words in (
+        ([], f"and does nothing else Add {' '.join(own[:2])}"),
+        ([*own, *other], f"{other[0]}: {base}"),
+        ([*own, "--prior-prompts", data / "0.txt"], "--prior-samples: "),
+    ):
+        said = call(cache, *line, *wrong, expect=2)
+        assert words in " ".join(said.split()), said
+    plan = call(cache, *line, *own, "--dry-run")
+    assert (
+        "cannot be counted" not in plan or "XL" in name
+    )  # SDXL's config does not say what its pooled prompts are
+    said = call(cache, *line, *own, "--preview-steps", 2)
+    assert files in said  # the line that draws with it
+    assert len(losses(run)) == 2 and (run / "samples" / "step-000002.png").is_file()
+    made = adapter(run)
+    assert all("lora" in key for key in made)
+    assert any(value.any() for key, value in made.items() if "lora_B" in key)
+    image, mask = Image.open(data / "1.png"), Image.new("L", (side, side), 255)
+    given: dict[str, Any] = {"image": image, "mask_image": mask} if fills else {"control_image": image}
+    kind: Any = LatentFlowInpaintPipeline if fills else LatentFlowPipeline
+    pipe: Any = open_pipeline(kind, str(run), "cpu")
+    drawn = []
+    for _ in range(2):  # with the adapter, and without
+        random = torch.Generator().manual_seed(0)
+        call_ = {**given, "num_inference_steps": 1, "output_type": "pt", "generator": random}
+        drawn.append(pipe("a red apple", **call_).images)
+        pipe.unload_lora_weights()
+    assert not torch.equal(*drawn)
+    card = (run / "adapter" / "README.md").read_text()
+    assert files in card and "input channels" not in card and "from PIL import Image" in card
+    stock = getattr(diffusers, name).from_pretrained(base)
+    stock.load_lora_weights(run / "adapter")
+    assert stock.get_active_adapters()

@@ -385,7 +385,7 @@ def index_images(
     """
     if shards is None:
         shards = source.shards(transform.kind, transform.settings)
-    by_kind = {"masks": source.masked_keys, "layouts": source.controlled_keys}
+    by_kind = {"masks": source.masked_keys, "layouts": source.layout_keys}
     keys: Callable[[], Iterable[str | None]] = by_kind.get(transform.kind, source.pixel_keys)
     return _index_rows(shards, transform, source.examples, keys, progress)
 

@@ -59,22 +59,24 @@ def _thumbnail(example: Example, cell: int) -> Image.Image:
     with example.open() as image:
         image.draft(None, (cell, cell))
         rgb = to_rgb(image)
-    if example.has_control:
-        rgb = _beside_its_control(rgb, example)
+    if example.control_kinds:
+        rgb = _beside_its_controls(rgb, example)
     scale = cell / max(rgb.size)
     size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
     return rgb.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
 
 
-def _beside_its_control(rgb: Image.Image, example: Example) -> Image.Image:
-    """Return an image with its control image on the right; a grey area where that cannot be read."""
-    pair = Image.new("RGB", (2 * rgb.width, rgb.height), (128, 128, 128))
-    pair.paste(rgb, (0, 0))
-    with suppress(UserError):
-        control = example.open_control()
-        assert control is not None
-        pair.paste(to_rgb(control).resize(rgb.size, Image.Resampling.NEAREST), (rgb.width, 0))
-    return pair
+def _beside_its_controls(rgb: Image.Image, example: Example) -> Image.Image:
+    """Return an image with its control images on the right; a grey area where one cannot be read."""
+    kinds = example.control_kinds
+    row = Image.new("RGB", ((1 + len(kinds)) * rgb.width, rgb.height), (128, 128, 128))
+    row.paste(rgb, (0, 0))
+    for place, kind in enumerate(kinds, start=1):
+        with suppress(UserError):
+            control = example.open_control(kind)
+            assert control is not None
+            row.paste(to_rgb(control).resize(rgb.size, Image.Resampling.NEAREST), (place * rgb.width, 0))
+    return row
 
 
 def choose_evenly(source: Source, most: int) -> list[Example]:

@@ -303,7 +303,7 @@ def _report(source: Source, problems: list[str], labels: Labels) -> tuple[Report
         near_duplicates=tuple(group for group in near if len({infos[name].key for name in group}) > 1),
         notes=source.notes,
         problems=(*problems, *unreadable_problems(unreadable, len(source)), *beside, *controls.problems),
-        controls=sum(example.has_control for example in good.examples),
+        controls=sum(bool(example.control_kinds) for example in good.examples),
         labels=tuple(name for name, _ in controls.labels),
     )
     good = dataclasses.replace(good, labels=controls.labels)

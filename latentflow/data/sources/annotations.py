@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from ...config import CONTROLS, Control
 from ...errors import UserError, did_you_mean, few, nearest, plural, shown
 from ...utils.files import refuse_no_text
 from ...utils.names import Listings, as_spelled, composed, find_path
-from ..dataset import Colours, Control, Example, FileExample, Kind, Source
+from ..dataset import Colours, Example, FileExample, Kind, Source
 from .files import File, Member
 
 Condition = Literal["auto", "none", "class", "text"]
@@ -26,8 +28,9 @@ MissingCaption = Literal["error", "empty", "skip"]
 Masks = Literal["auto", "none", "alpha"]
 
 HEAVIEST = 1e6  # weight of an image's loss: more only ends in updates that are not finite
-COLUMNS = ("image", "file_name", "text", "label", "mask", "control", "weight")
-IMAGE_COLUMNS = ("image", "mask", "control")  # that may hold the bytes of images
+CONTROL_COLUMNS = ("control", *(f"control_{kind}" for kind in CONTROLS))
+COLUMNS = ("image", "file_name", "text", "label", "mask", *CONTROL_COLUMNS, "weight")
+IMAGE_COLUMNS = ("image", "mask", *CONTROL_COLUMNS)  # that may hold the bytes of images
 # Other words for our columns. Our own are among them, since a table may have them in upper case.
 _IMAGE_SYNONYMS = (
     "file_name", "image", "path", "image_path", "file", "filename", "img", "picture", "image_file", "images",
@@ -160,6 +163,11 @@ def rename(columns: Iterable[str], renamed: Mapping[str, str], where: str) -> di
     return {name: ours_of.get(name, name) for name in own}
 
 
+def unused(column: str) -> str:
+    """Return the name that a column of ours has where it is not read."""
+    return f"{column}, not used"
+
+
 def unused_columns(ours: Mapping[str, str], image: str) -> list[str]:
     """Return a table's own names of the columns that are not read; ``image`` is our name of the images' column."""
     read = {image, *COLUMNS} - ({"image", "file_name"} - {image})
@@ -221,7 +229,7 @@ class DataRequest:
     masks: Masks = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     colours: Colours = "srgb"
-    control: Control = "none"
+    control: tuple[Control, ...] = ()
     control_folder: str | None = None
 
     @property
@@ -235,21 +243,32 @@ class DataRequest:
         Raises:
             UserError: some are asked for.
         """
-        if self.control != "none":
+        if self.control:
             raise UserError(
-                f"--control {self.control}: control images are not read from {what}",
+                f"--control {' '.join(self.control)}: control images are not read from {what}",
                 "Give a folder with cat-control.png beside cat.png, or a table with a column control.",
             )
 
     def used_columns(self, ours: Mapping[str, str]) -> dict[str, str]:
-        """Return our names of a table's columns without that of control images where none are asked for: it may hold
+        """Return our names of a table's columns without those of control images that are not asked for: they may hold
         anything."""
-        known = {"control": "control, not used"} if self.control == "none" else {}
-        return {theirs: known.get(name, name) for theirs, name in ours.items()}
+        left = {*CONTROL_COLUMNS} - self.control_columns.keys()
+        return {theirs: unused(name) if name in left else name for theirs, name in ours.items()}
+
+    @property
+    def control_columns(self) -> dict[str, Control]:
+        """Columns of control images, and the kind of each: of a single kind ``control`` as well, whose values give way
+        to those of the column that names the kind."""
+        alone: dict[str, Control] = {"control": self.control[0]} if len(self.control) == 1 else {}
+        return alone | {f"control_{kind}": kind for kind in self.control}
 
 
 def annotated_example(
-    name: str, image: File, mask: File | None, annotation: RowAnnotation, control: File | None = None
+    name: str,
+    image: File,
+    mask: File | None,
+    annotation: RowAnnotation,
+    controls: Mapping[Control, File] = MappingProxyType({}),
 ) -> FileExample:
     """Return the example of an image file with its annotation."""
     first, *more = annotation.texts or (None,)
@@ -259,7 +278,7 @@ def annotated_example(
         annotation.label,
         path=image,
         mask=mask,
-        control=control,
+        controls=tuple((kind, controls[kind]) for kind in CONTROLS if kind in controls),
         texts=tuple(more),
         weight=annotation.weight,
     )
@@ -271,6 +290,7 @@ def table_examples(
     image: str = "image",
     folder: Path = Path(),
     class_names: Sequence[str] | None = None,
+    controls: Mapping[str, Control] = MappingProxyType({}),
 ) -> Iterable[FileExample]:
     """Yield the example of every row of a table of any kind (CSV, parquet, saved data set, hub).
 
@@ -281,6 +301,7 @@ def table_examples(
         image: our name of the column with the images; those that are no members are paths.
         folder: the folder that relative paths start from.
         class_names: names of the classes where the table has numbers.
+        controls: see `DataRequest.control_columns`.
 
     Raises:
         UserError: a value is of the wrong type; a row has no image; a path leads out of the folder.
@@ -292,12 +313,13 @@ def table_examples(
             row["label"] = class_name(class_names, row.get("label"), where)
         files = {
             name: members[name] if name in members else _path_in(row, name, folder, where, listings)
-            for name in (image, "mask", "control")
+            for name in (image, "mask", *controls)
         }
         if (file := files[image]) is None:
             raise UserError(f"{where} holds no image", "Give its image, or leave the row out.")
         name = f"row {number:08d}" if image in members else str(row[image])
-        yield annotated_example(name, file, files["mask"], parse_row(row, where), files["control"])
+        led = {kind: given for column, kind in controls.items() if (given := files[column]) is not None}
+        yield annotated_example(name, file, files["mask"], parse_row(row, where), led)
 
 
 def _path_in(
@@ -382,9 +404,15 @@ def source_of_rows(
     kind, kind_notes = choose_condition(found, request, data, lacks)
     masks = sum(example.mask is not None for example in examples)
     mask_notes = [f"masks of {plural(masks, 'image')}{request.unused_masks}"] if masks else []
-    controls = sum(example.control is not None for example in examples)
-    mask_notes += [f"control images of {plural(controls, 'image')}"] * bool(controls)
+    mask_notes += counted_controls(kind for example in examples for kind in example.control_kinds)
     return build_source(data, examples, kind, request, [*notes, *kind_notes, *mask_notes], root)
+
+
+def counted_controls(kinds: Iterable[Control]) -> list[str]:
+    """Return a line on the control images of a set, whose kinds these are; none where there are none."""
+    counts = Counter(kinds)
+    parts = [f"{plural(counts[kind], 'image')}" + f" ({kind})" * (len(counts) > 1) for kind in sorted(counts)]
+    return [f"control images of {' and '.join(parts)}"] if parts else []
 
 
 def build_source(

@@ -7,9 +7,10 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from ...config import CONTROLS, Control
 from ...errors import UserError, few, plural
 from ...utils.names import composed, near_path
-from .annotations import DataRequest
+from .annotations import DataRequest, counted_controls
 from .files import File, Folder, file_key, list_folder
 
 MASK_ENDING, CONTROL_ENDING = "-mask", "-control"
@@ -63,56 +64,82 @@ class ControlFiles(NamedTuple):
     """The control images of a folder.
 
     Attributes:
-        files: by the name of the image.
+        files: kind -> files by the name of the image.
         names: of files in the folder that are control images, and so no images of the set.
         notes: lines for the user.
     """
 
-    files: Mapping[str, File]
+    files: Mapping[Control, Mapping[str, File]]
     names: frozenset[str]
     notes: tuple[str, ...]
 
 
 def find_controls(
-    folder: Folder, listed: Mapping[str, str], rows: Container[str], request: DataRequest
+    folder: Folder,
+    listed: Mapping[Control, Mapping[str, str]],
+    rows: Container[str],
+    request: DataRequest,
 ) -> ControlFiles:
     """Find the control images that are asked for: those that the metadata list, else those of the folder of control
     images, or in files beside the images.
 
+    A file ``cat-control.png`` is of the kind that is asked for; of several kinds they say theirs
+    (``cat-control-image.png``), and have folders of their own in the folder of control images.
+
     Args:
-        listed: in the metadata, by the name of the image.
+        listed: kind -> those in the metadata, by the name of the image.
         rows: names of images in the metadata.
 
     Raises:
-        UserError: an image has two that differ; there is no such folder.
+        UserError: an image has two of a kind that differ; there is no such folder.
     """
-    beside = files_beside(folder.images, rows, CONTROL_ENDING)
-    named = sorted({other for others in beside.values() for other in others})
-    if request.control == "none":
+    endings = (CONTROL_ENDING, *(f"{CONTROL_ENDING}-{kind}" for kind in CONTROLS))
+    beside = {
+        ending: files_beside(folder.images, rows, ending)
+        for ending in endings
+        if any(f"{ending}." in name for name in folder.images)
+    }
+    named = {other for found in beside.values() for others in found.values() for other in others}
+    if not request.control:
         what = f"{plural(len(named), 'file')} named like control images are images of the set"
-        notes = (f"{what} (--control image or labels reads them as such): {few(named)}",) if named else ()
-        return ControlFiles({}, frozenset(), notes)
-    if request.control_folder is None:
-        files = choose_files(folder, listed, beside, "control image")
-        return ControlFiles(files, frozenset({*named, *listed.values()}), _counted(files))
-    root = Path(request.control_folder).expanduser()
+        reads = f"{what} (--control image or labels reads them as such): {few(sorted(named))}"
+        return ControlFiles({}, frozenset(), (reads,) if named else ())
+    files: dict[Control, dict[str, File]] = {}
+    names = {*named, *(other for found in listed.values() for other in found.values())}
+    for kind in request.control:
+        own, alone = listed.get(kind, {}), len(request.control) == 1
+        if request.control_folder is None:
+            called: dict[str, list[str]] = {}
+            for ending in (CONTROL_ENDING, f"{CONTROL_ENDING}-{kind}")[not alone :]:
+                for name, others in beside.get(ending, {}).items():
+                    called.setdefault(name, []).extend(others)
+            files[kind] = choose_files(folder, own, called, "control image")
+        else:
+            root = Path(request.control_folder).expanduser()
+            found, within = _in_folder(folder, root if alone else root / kind, kind)
+            files[kind] = found | {name: folder.file(other) for name, other in own.items()}
+            names |= within
+    counted = counted_controls(kind for kind, found in files.items() for _ in found)
+    return ControlFiles(files, frozenset(names), tuple(counted))
+
+
+def _in_folder(folder: Folder, root: Path, kind: Control) -> tuple[dict[str, File], set[str]]:
+    """Return the files of a folder of control images by the names of their images, and the names of those in it that
+    ``folder`` holds as well."""
     if not root.is_dir():
         raise UserError(
             f"there is no folder {root}", near_path(str(root)).strip() or "Check --control-folder."
         )
     other, (here, there) = list_folder(root), (root.resolve(), folder.root.resolve())
     inside = f"{here.relative_to(there).as_posix()}/" if here.is_relative_to(there) else None
-    within = [name for name in folder.images if inside is not None and name.startswith(inside)]
+    within = {name for name in folder.images if inside is not None and name.startswith(inside)}
     stems = {stem_of(name): name for name in other.images}
-    own = {stem.removesuffix(CONTROL_ENDING): other.file(name) for stem, name in stems.items()}
-    own |= {stem: other.file(name) for stem, name in stems.items()}  # the image's own name comes first
-    files = {name: own[stem_of(name)] for name in folder.images if stem_of(name) in own}
-    files |= {name: folder.file(control) for name, control in listed.items()}
-    return ControlFiles(files, frozenset({*within, *named, *listed.values()}), _counted(files))
-
-
-def _counted(files: Mapping[str, File]) -> tuple[str, ...]:
-    return (f"control images of {plural(len(files), 'image')}",)
+    own: dict[str, File] = {}
+    for ending in (f"{CONTROL_ENDING}-{kind}", CONTROL_ENDING, ""):  # the image's own name comes first
+        own |= {
+            stem.removesuffix(ending): other.file(n) for stem, n in stems.items() if stem.endswith(ending)
+        }
+    return {name: own[stem_of(name)] for name in folder.images if stem_of(name) in own}, within
 
 
 def stem_of(name: str) -> str:

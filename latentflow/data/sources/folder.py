@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from ...config import Control
 from ...errors import UserError, did_you_mean, few, plural, shown
 from ...utils.files import decode, storable
 from ...utils.names import composed, near_name
 from ..dataset import Kind, Source
 from .annotations import (
+    CONTROL_COLUMNS,
     DataRequest,
     Found,
     RowAnnotation,
@@ -23,6 +25,7 @@ from .annotations import (
     our_columns,
     parse_row,
     text_in,
+    unused,
     unused_columns,
 )
 from .beside import MASK_ENDING, choose_files, files_beside, find_controls, stem_of
@@ -56,14 +59,17 @@ class Metadata:
     Attributes:
         name: the file's name.
         rows: annotations by the image's name, in the order of the file.
-        masks, controls: names of masks and of control images by the image's name.
+        masks: names of masks by the image's name.
+        controls: kind -> names of its control images, by the image's name.
+        others: names of control images of kinds that are not asked for, where another is: no images of the set.
         unused: columns that are not read.
     """
 
     name: str = ""
     rows: Mapping[str, RowAnnotation] = field(default_factory=dict)
     masks: Mapping[str, str] = field(default_factory=dict)
-    controls: Mapping[str, str] = field(default_factory=dict)
+    controls: Mapping[Control, Mapping[str, str]] = field(default_factory=dict)
+    others: Set[str] = frozenset()
     unused: tuple[str, ...] = ()
 
     @property
@@ -95,7 +101,8 @@ def read_metadata(folder: Folder, request: DataRequest) -> Metadata:
     columns = dict.fromkeys(name for _, record in records for name in record)
     ours = request.used_columns(our_columns(columns, renamed, str(path), image="file_name"))
     rows: dict[str, RowAnnotation] = {}
-    beside: dict[str, dict[str, str]] = {"mask": {}, "control": {}}
+    beside: dict[str, dict[str, str]] = {column: {} for column in ("mask", *request.control_columns)}
+    others: set[str] = set()
     lines: dict[str, int] = {}
     for line, record in records:
         row, where = {ours[name]: value for name, value in record.items()}, f"{path}, line {line}"
@@ -107,16 +114,22 @@ def read_metadata(folder: Folder, request: DataRequest) -> Metadata:
         for column, files in beside.items():
             if other := text_in(row, column, where):
                 files[name] = _existing(folder, where, other)
+        for column in CONTROL_COLUMNS if request.control else ():
+            if isinstance(left_out := row.get(unused(column)), str):
+                others.add(folder.find(left_out) or left_out)
         if beside["mask"].get(name) == name:
             raise UserError(
                 f"{where}: {name} is given as its own mask",
                 "Name the mask's file, or use --masks alpha to read masks from the alpha channels.",
             )
-    masks, controls = beside.values()
+    masks = beside.pop("mask")
+    controls: dict[Control, dict[str, str]] = {}
+    for column, kind in request.control_columns.items():
+        controls.setdefault(kind, {}).update(beside[column])
     for names, what, column in (
         (rows, "file", "file_name"),
         (masks.values(), "mask", "mask"),
-        (controls.values(), "control image", "control"),
+        *((files.values(), "control image", column) for column, files in beside.items()),
     ):
         if absent := [name for name in names if not folder.holds(name)]:
             hint = did_you_mean(near_name(absent[0], folder.images))
@@ -124,7 +137,7 @@ def read_metadata(folder: Folder, request: DataRequest) -> Metadata:
                 f"{path} names {plural(len(absent), what)} that cannot be found: {few(absent)}",
                 f"{hint}{column} is relative to the folder of the metadata.",
             )
-    return Metadata(found[0], rows, masks, controls, tuple(unused_columns(ours, "file_name")))
+    return Metadata(found[0], rows, masks, controls, others, tuple(unused_columns(ours, "file_name")))
 
 
 def _file_name(row: Mapping[str, object], where: str) -> str:
@@ -218,7 +231,7 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
     beside = files_beside(folder.images, metadata.rows, MASK_ENDING)
     named = sorted({mask for masks in beside.values() for mask in masks})
     controls = find_controls(folder, metadata.controls, metadata.rows, request)
-    no_images = {*named, *metadata.masks.values(), *controls.names} - metadata.rows.keys()
+    no_images = {*named, *metadata.masks.values(), *controls.names, *metadata.others} - metadata.rows.keys()
     folder = dataclasses.replace(folder, images=tuple(n for n in folder.images if n not in no_images))
     if not folder.images:
         raise _no_images(folder)
@@ -238,8 +251,8 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
             # A folder's name may be no text, which a class must be.
             label = storable(name.split("/")[0]) if "/" in name else None
             row = dataclasses.replace(row, label=label)
-        file, control = folder.file(name), controls.files.get(name)
-        examples.append(annotated_example(name, file, masks.get(name), row, control))
+        led = {kind: files[name] for kind, files in controls.files.items() if name in files}
+        examples.append(annotated_example(name, folder.file(name), masks.get(name), row, led))
     if metadata.masks:
         notes.append(f"masks of {plural(len(metadata.masks), 'image')} in the metadata{request.unused_masks}")
     if named:

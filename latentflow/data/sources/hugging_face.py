@@ -122,7 +122,7 @@ def _source(data: str, rows: Any, request: DataRequest, root: Path | None) -> So
         for row, value in enumerate(values)
     )
     class_names = getattr(rows.features.get(label), "names", None)
-    examples = list(table_examples(found, ours, class_names=class_names))
+    examples = list(table_examples(found, ours, class_names=class_names, controls=request.control_columns))
     notes = [f"{plural(len(examples), 'row')}, mapped from disk", *notes]
     return source_of_rows(data, examples, request, "a column text or label", notes, root)
 

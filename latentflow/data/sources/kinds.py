@@ -6,16 +6,17 @@ One of them, a YAML file, mixes others, with repeats and weights.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from ...config import control_kinds
 from ...errors import UserError, few, is_number, lookup, plural, shown, unknown, whole
 from ...utils.files import read_yaml
 from ...utils.names import composed, find_path, near_path
 from ..cache.store import refuse_inside
-from ..dataset import Colours, Control, Example, Source, with_tag_orders
+from ..dataset import Colours, Example, Source, with_tag_orders
 from .annotations import HEAVIEST, Condition, DataRequest, Masks, MissingCaption, build_source
 from .files import IMAGE_SUFFIXES, parquet_files
 from .folder import read_folder
@@ -53,7 +54,7 @@ def find_source(
     keep_tags: int = 0,
     colours: Colours = "srgb",
     caption: str | None = None,
-    control: Control = "none",
+    control: str | Sequence[str] = (),
     control_folder: str | None = None,
 ) -> Source:
     """Find the images of ``data``, which is of one of ``KINDS``, with their annotations (docs/reference/data.md).
@@ -73,9 +74,11 @@ def find_source(
         keep_tags: the number of tags that stay in front.
         colours: "srgb" converts by colour profiles, "stored" takes the numbers of all images as they are.
         caption: of the images that have none; then classes are not used.
-        control: the kind of the control images that are read: "image", or "labels" of label maps (``control`` columns;
-            ``cat-control.png`` beside ``cat.png``). They are then never images of the set.
-        control_folder: a folder with control images that are named like the images, in the place of those beside them.
+        control: kinds of the control images that are read: "image", "labels" of label maps (``control`` columns;
+            ``cat-control.png`` beside ``cat.png``), or both (``control_image`` and ``control_labels``;
+            ``cat-control-image.png``). They are then never images of the set.
+        control_folder: a folder with control images that are named like the images, in the place of those beside them;
+            of both kinds in its folders ``image`` and ``labels``.
 
     Raises:
         UserError: the data are missing, empty, broken or of the wrong level; metadata cannot be understood or
@@ -87,23 +90,23 @@ def find_source(
         ("missing-caption", MissingCaption, missing_caption),
         ("masks", Masks, masks),
         ("colours", Colours, colours),
-        ("control", Control, control),
     ):
         lookup(dict.fromkeys(get_args(choices)), value, name)
+    kinds = control_kinds(control)
     request = DataRequest(
         condition=condition,
         missing_caption=missing_caption,
         masks=masks,
         columns=dict(columns or {}),
         colours=colours,
-        control=control,
+        control=kinds,
         control_folder=control_folder,
     )
-    if control_folder is not None and (control == "none" or not Path(data).expanduser().is_dir()):
+    if control_folder is not None and (not kinds or not Path(data).expanduser().is_dir()):
         raise UserError(
-            f"--control-folder {control_folder}: {'no --control' if control == 'none' else data + ' is no folder'}",
+            f"--control-folder {control_folder}: {'no --control' if not kinds else data + ' is no folder'}",
             "Say what it holds: --control image or labels."
-            if control == "none"
+            if not kinds
             else "It goes with a folder of images; elsewhere name control images in a column control.",
         )
     if caption is not None:
@@ -184,9 +187,9 @@ def _read_shapes(data: str, request: DataRequest) -> Source:
             "'shapes' is both the procedural set and a folder here",
             "Write ./shapes for the folder, or run from another directory for the procedural set.",
         )
-    if request.control == "image":
+    if "image" in request.control:
         raise UserError("'shapes' has label maps, and no other control images", "Use --control labels.")
-    return train_source(request.condition, layouts=request.control == "labels")
+    return train_source(request.condition, layouts=bool(request.control))
 
 
 def _not_found(data: str) -> UserError:

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...config import Control
 from ...errors import UserError
 from ..dataset import Example, Kind, Source
 from ..images import to_pil
@@ -159,18 +160,18 @@ class ShapeExample(Example):
         return hashlib.sha256(f"shapes {_VERSION} {self.spec} {self.seed}".encode()).hexdigest()
 
     @property
-    def has_control(self) -> bool:
-        return self.has_layout
+    def control_kinds(self) -> tuple[Control, ...]:
+        return ("labels",) if self.has_layout else ()
 
-    def open_control(self, size: tuple[int, int] | None = None) -> Image.Image | None:
+    def open_control(self, kind: Control, size: tuple[int, int] | None = None) -> Image.Image | None:
         from .shape_layouts import LABELS, label_map  # which reads images by this module
 
-        if not self.has_layout:
+        if kind not in self.control_kinds:
             return None
         return to_label_image(label_map(self.spec, size[0] if size else 64, self.seed), LABELS)
 
-    def control_key(self) -> str:
-        return self.content_key() if self.has_layout else ""
+    def control_key(self, kind: Control) -> str:
+        return self.content_key()
 
 
 def all_specs() -> list[Spec]:
@@ -335,7 +336,7 @@ def train_source(
     if layouts:
         from .shape_layouts import LABELS
 
-        controls = {"control": "labels", "labels": LABELS}
+        controls = {"control": ("labels",), "labels": LABELS}
     if condition == "class":
         classes = tuple(sorted({example.label for example in examples if example.label}))
         return Source("shapes", tuple(examples), "class", classes, notes, **controls)

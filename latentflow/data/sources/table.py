@@ -73,7 +73,7 @@ def read_table(data: str, request: DataRequest) -> Source:
     files = [
         file
         for example in examples
-        for file in (example.path, example.mask, example.control)
+        for file in (example.path, example.mask, *(file for _, file in example.controls))
         if isinstance(file, Path)
     ]
     if absent := [file for file in files if not file.is_file()]:
@@ -108,7 +108,7 @@ def _table(path: Path, request: DataRequest, unused: dict[str, None]) -> list[Fi
         rows = _parquet_rows(path, file, ours)
     image = _image_column(path, ours.values())
     unused |= dict.fromkeys(unused_columns(ours, image))
-    return list(table_examples(rows, ours, image, path.parent, classes))
+    return list(table_examples(rows, ours, image, path.parent, classes, request.control_columns))
 
 
 def _image_column(path: Path, columns: Collection[str]) -> str:

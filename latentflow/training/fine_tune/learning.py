@@ -36,7 +36,7 @@ class LearningMeter:
     """The losses on some training images, each at four noises and times that are always the same.
 
     So before and after are compared in pairs, and differ only by what the network has learnt. Nothing is masked, also
-    where the network learns to inpaint: this is about generating.
+    where the network learns to inpaint: this is about generating; unless it does nothing else.
 
     Args:
         loss: of the networks as the run begins, on whose device it is measured.
@@ -45,6 +45,7 @@ class LearningMeter:
         usual: the steps and the learning rate of such a fine-tune by default, for the verdict.
         images: that are measured, at most.
         batch_size: rows of one forward pass.
+        fills: the network draws nothing without a mask.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class LearningMeter:
         usual: tuple[int, float],
         images: int = _IMAGES,
         batch_size: int = _IMAGES,
+        fills: bool = False,
     ) -> None:
         self._usual, self._batch_size = usual, batch_size
         self._loss, self._data, self._device = copy.copy(loss.to(device)), data, device
-        self._loss.masking, self._loss.training = None, False  # the copy's own: it shares the networks only
+        self._loss.training = False  # the copy's own: it shares the networks only
+        self._loss.masking = loss.masking if fills else None
         count = min(images, len(data))
         self._images = [place * len(data) // count for place in range(count)]
         self._total = len(source)

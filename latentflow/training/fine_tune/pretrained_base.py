@@ -82,7 +82,7 @@ class PretrainedBase:
             family_options: as `FineTuningConfig.family_options`.
 
         Raises:
-            UserError: they cannot be read; or the model draws from images or plans, which training does not give it,
+            UserError: they cannot be read; or the model edits images or follows plans, which training does not give it,
                 or has no velocity.
         """
         quiet_libraries()
@@ -90,7 +90,7 @@ class PretrainedBase:
         options = parse_options(family_options)
         shape = model_from_configs(folder, options)
         kind = f"{checkpoint}, {with_article(type(shape.pipeline).__name__)}, cannot be fine-tuned"
-        if shape.takes_masks or shape.extra or shape.needs_images:
+        if shape.needs_images or (shape.extra and not shape.learns_with_images):
             raise UserError(
                 f"{kind}: it draws from images", "Start from a text-to-image model of its family."
             )
@@ -116,6 +116,11 @@ class PretrainedBase:
         ):
             found = DiffusionPipeline.download(self.folder, use_safetensors=True)
         return replace(self, folder=str(found))
+
+    @property
+    def draws_from(self) -> str:
+        """The images beside noise that its network takes: "mask" (with an image), "control" or "none"."""
+        return self.shape.image_input
 
     @property
     def size(self) -> int:
@@ -234,9 +239,10 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
         UserError: there are none; or they lack what the model draws from.
     """
     data, shape = config.data, base.shape
-    if config.control.control == "labels":
+    if "labels" in config.control.control:
         raise UserError(
-            f"--control labels: {base.name} is a pretrained model, which learns control images, not label maps",
+            f"--control {' '.join(config.control.control)}: {base.name} is a pretrained model, which learns control "
+            "images, not label maps",
             "Save the label maps as images in their labels' colours, and use --control image.",
         )
     if data.masks == "alpha" and not config.flow.inpainting:

@@ -23,6 +23,11 @@ from .pretrained_base import PretrainedBase
 
 #: parameters of a network above which an adapter is trained by default
 LARGE = 500_000_000
+#: what a base draws from -> the flag of a run that learns with it, and what the base does
+_OWN_INPUTS = {
+    "mask": ("--inpainting", "fills the hole of an image"),
+    "control": ("--control", "draws under a control image"),
+}
 #: settings with which the usual number of steps and learning rate are those of another run
 KEPT = ("lora_rank", "train_batch_size", "gradient_accumulation_steps")
 _USES = 740  # samples of one image; of n images the cube root of n times as many (docs/guide/fine-tune-pretrained.md)
@@ -78,8 +83,11 @@ def _check_added_inputs(config: RunConfig, base: PretrainedBase, given: Collecti
             "Add --inpainting to hide parts of the images, or leave --mask-shapes out.",
         )
     asked = {"--inpainting": "masks"} if config.flow.inpainting else {}
-    if config.control.control != "none":
+    if config.control.control:
         asked["--control"] = "control images"
+    if base.draws_from in _OWN_INPUTS:
+        _check_own_input(config, base, given, asked)
+        asked = {}
     for flag, inputs in asked.items():
         if getattr(base.shape, "first_layer", None) is None:
             kind = with_article(type(base.shape.pipeline).__name__)
@@ -98,6 +106,27 @@ def _check_added_inputs(config: RunConfig, base: PretrainedBase, given: Collecti
             "--outside-mask with --inpainting: masks are then holes to fill, and errors count everywhere",
             "Leave one of the two out.",
         )
+
+
+def _check_own_input(
+    config: RunConfig, base: PretrainedBase, given: Collection[str], asked: Collection[str]
+) -> None:
+    """Refuse a run without the images that the base draws from, and what goes with a base that draws without."""
+    flag, does = _OWN_INPUTS[base.draws_from]
+    kind = f"{base.name}, {with_article(type(base.shape.pipeline).__name__)}, {does}"
+    if flag not in asked:
+        add = "--control image" if flag == "--control" else flag
+        raise UserError(f"{kind}, and does nothing else", f"Add {add}, so that it learns from such images.")
+    unfit = {
+        "--inpainting": config.flow.inpainting and flag != "--inpainting",
+        "--control": bool(config.control.control) and flag != "--control",
+        "--coupling data-dependent": config.flow.coupling == "data-dependent",
+        "--control-dropout": "control_dropout" in given and config.control.control_dropout > 0,
+        "--prior-samples": bool(config.fine_tuning.prior_samples or config.fine_tuning.prior_prompts),
+    }
+    for name, is_unfit in unfit.items():
+        if is_unfit:
+            raise UserError(f"{name}: {kind}, and it is trained as it was before", "Leave it out.")
 
 
 def _check_quantised(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...autoencoder.latents import _cells, encoded, of_videos
 from ...families import Rows
-from ...families.pretrained import PretrainedModel
+from ...families.model import Values
+from ...families.pretrained import PackedModel, PretrainedModel
 from ...families.stored_weights import quantised_layers
 from ...families.text_encoders import embeds_width
 
@@ -246,7 +247,7 @@ def training_step(
         x = torch.empty(batch_size, *latent_shape, device=_DEVICE)
         t = torch.empty(batch_size, device=_DEVICE)
         try:
-            condition = alone.prepare(_rows(alone, batch_size, text_length))
+            condition = alone.prepare(replace(_rows(alone, batch_size, text_length), kept=_images(alone, x)))
             with (
                 torch.autocast(_DEVICE, torch.bfloat16, enabled=autocast),
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
@@ -268,6 +269,14 @@ def _with_network(model: PretrainedModel, network: nn.Module) -> PretrainedModel
             setattr(pipeline, name, network if part is model.network else None)
     alone.pipeline = pipeline
     return alone
+
+
+def _images(model: PretrainedModel, x: Tensor) -> dict[str, Values]:
+    """Return what rows keep of images beside latents x (B, C, h, w), for a network that takes them."""
+    cells = model.patch**2 if isinstance(model, PackedModel) else 1
+    latents = x.shape[1] * (1 + sum(name != "mask" for name in model.extra))
+    channels = {"mask": int(model.network.config.in_channels) // cells - latents} if model.extra else {}
+    return {name: x.new_empty(len(x), channels.get(name, x.shape[1]), *x.shape[2:]) for name in model.extra}
 
 
 def _rows(model: PretrainedModel, count: int, length: int) -> Rows:

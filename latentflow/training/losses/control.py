@@ -17,10 +17,10 @@ from ..loop.random_numbers import sent
 
 
 class ControlImages:
-    """Add the control images of a batch to its condition; a share of them is dropped in training.
+    """Add the control images of a batch to its condition; a share of each kind is dropped in training.
 
     Which sample is without is a pure function of the seed and the sample's id, independent of what is dropped of the
-    rest of the condition: so one network learns to draw under any part of it.
+    other kind and of the rest of the condition: so one network learns to draw under any part of it.
 
     Args:
         inputs: the control images that the network takes.
@@ -40,13 +40,12 @@ class ControlImages:
         if self._inputs.image:
             condition = replace(condition, control=self.image(batch, training=training))
         if self._inputs.labels:
-            latents, kept = batch["latents"], self._kept(batch, training)
-            layout = batch.get("layout")
+            latents, layout = batch["latents"], batch.get("layout")
             if layout is None:
                 sides = (side * self._inputs.cell for side in latents.shape[2:])
                 layout = latents.new_full((len(latents), *sides), -1, dtype=torch.int64)
             else:
-                ids = layout[:, 0].long()
+                kept, ids = self._kept(batch, "layout", training), layout[:, 0].long()
                 layout = torch.where(kept[:, None, None] & (ids != NO_LABEL), ids, -1)
             condition = replace(condition, layout=layout)
         return condition
@@ -56,12 +55,15 @@ class ControlImages:
         image: Tensor | None = batch.get("control")
         if image is None:
             return torch.zeros_like(batch["latents"])
-        return image * self._kept(batch, training)[:, None, None, None]
+        return image * self._kept(batch, "control", training)[:, None, None, None]
 
-    def _kept(self, batch: Mapping[str, Any], training: bool) -> Tensor:
-        """Return (B,) bool: the rows that keep their control image."""
-        kept = [not training or self._keeps(number) for number in batch["sample_ids"]]
+    def _kept(self, batch: Mapping[str, Any], name: str, training: bool) -> Tensor:
+        """Return (B,) bool: the rows that keep their control image of a kind, ``name`` in the batch."""
+        # The first number of a sample is that of the first kind that the data have: so it was when they had but one.
+        place = [kind for kind in ("control", "layout") if kind in batch].index(name)
+        kept = [not training or self._keeps(number, place) for number in batch["sample_ids"]]
         return sent(torch.tensor(kept), batch["latents"].device)
 
-    def _keeps(self, sample_id: int) -> bool:
-        return np.random.default_rng([self._seed, Stream.CONTROL, sample_id]).uniform() >= self._dropout
+    def _keeps(self, sample_id: int, place: int) -> bool:
+        numbers = np.random.default_rng([self._seed, Stream.CONTROL, sample_id])
+        return bool(numbers.uniform(size=place + 1)[place] >= self._dropout)

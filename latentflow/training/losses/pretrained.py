@@ -121,7 +121,7 @@ class PretrainedLoss(FlowLoss):
         rows = self.prompts(batch, drop)
         if self.control is not None:
             rows = keep(rows, control=self.control.image(batch, training=self.training))
-        return rows if self.masking is None else keep(rows, channels=self.masking(batch))
+        return rows if self.masking is None else self._model[0].with_masked(rows, self.masking(batch))
 
     def dropped(self, random: SampleRandom) -> Tensor:
         """Draw the rows (B,) bool whose prompt is replaced by the empty one, on the CPU: a GPU is not waited for."""

@@ -37,6 +37,11 @@ _TAGS = {
     "class": "unconditional-image-generation",  # the hub knows no other that takes no text
     "unconditional": "unconditional-image-generation",
 }
+#: what a pretrained model draws from -> argument of its call, and a name for the file
+_FILES = {
+    "mask": {"image": "photo.png", "mask_image": "mask.png"},
+    "control": {"control_image": "control.png"},
+}
 _CONTROLS = {"image": "a control image", "labels": "a label map"}
 _SHOWN = (
     "resolution", "joint", "network", "network_preset", "width", "depth", "heads", "patch_size", "vae", "init_from",
@@ -72,6 +77,7 @@ class CardFacts:
         few_steps: how it is sampled, if in few steps.
         resolution: side of its images in pixels; None: as the run's settings have it.
         stock: class of diffusers that opens it, or for an adapter that it is loaded into; "": one of ours.
+        draws_from: images beside noise without which that draws nothing: a key of `_FILES`, or "none".
     """
 
     where: str
@@ -87,6 +93,7 @@ class CardFacts:
     few_steps: FewSteps = FewSteps()
     resolution: int | None = None
     stock: str = ""
+    draws_from: str = "none"
 
 
 def write_card(folder: Path, run: Path, facts: CardFacts) -> None:
@@ -217,7 +224,9 @@ def _values(facts: CardFacts, header: str) -> dict[str, Any]:
         "conditions": conditions.get(kind, ""),
         "classes": ", ".join(_as_text(name) for name in facts.classes) if kind == "class" else "",
         "call": {"text": f"prompt={example!r}", "class": f"class_labels=[{example!r}]"}.get(kind, ""),
-        "command": generate_command(kind, example, where),
+        "command": generate_command(kind, example, where, draws_from=facts.draws_from),
+        "pipeline": "LatentFlowInpaintPipeline" if facts.draws_from == "mask" else "LatentFlowPipeline",
+        "files": _FILES.get(facts.draws_from, {}),
         "stock": facts.stock,
         "inpaints": facts.inpaints,
         "varies": facts.varies,
@@ -245,6 +254,7 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
             one_line(base.place),
             one_line(facts.where),
             run.config.get("family_options") or (),
+            facts.draws_from,
         )
     if facts.stock:
         values |= _stock_values(facts, run.config.get("family_options") or ())
@@ -294,13 +304,14 @@ def _stock_values(facts: CardFacts, family_options: Sequence[str]) -> dict[str, 
     example, options = _in_a_line(facts.example), parse_options(family_options)
     sides = {} if facts.resolution is None else dict.fromkeys(("height", "width"), facts.resolution)
     stock = {name: value for name, value in {**sides, **options}.items() if name in taken}
+    files = [f'{name}=Image.open("{file}")' for name, file in _FILES.get(facts.draws_from, {}).items()]
     is_class = facts.kind == "class"
     own = f"class_labels=[{example!r}]" if is_class else f"prompt={example!r}"
     shown = f"class_labels=pipe.get_label_ids([{example!r}])" if is_class else own
     return {
         "open": ', dtype="auto"' + (f", family_options={options!r}" if options else ""),
-        "call": ", ".join([own, *(f"{name}={value!r}" for name, value in sides.items())]),
-        "stock_call": ", ".join([shown, *(f"{name}={value!r}" for name, value in stock.items())]),
+        "call": ", ".join([own, *files, *(f"{name}={value!r}" for name, value in sides.items())]),
+        "stock_call": ", ".join([shown, *files, *(f"{name}={value!r}" for name, value in stock.items())]),
     }
 
 
@@ -356,13 +367,22 @@ def _adapter_parts(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, str, 
 
 
 def generate_command(
-    kind: str, example: str, checkpoint: str, adapter: str = "", family_options: Sequence[str] = ()
+    kind: str,
+    example: str,
+    checkpoint: str,
+    adapter: str = "",
+    family_options: Sequence[str] = (),
+    draws_from: str = "none",
 ) -> str:
     """Return the line that generates an image of ``example`` with a checkpoint of this ``kind``, and with the adapter
     and the options of its family that are given; see `CardFacts`."""
+    files = [*_FILES.get(draws_from, {}).values()]
     flags = {"text": [_in_a_line(example)], "class": ["--class", _in_a_line(example)]}.get(kind, [])
     flags += ["--checkpoint", checkpoint, *(["--lora", adapter] if adapter else [])]
     flags += ["--family-options", *family_options] if family_options else []
+    if draws_from == "mask":
+        return shlex.join(["latentflow", "inpaint", *files, *flags, "-o", "filled.png"])
+    flags += ["--control", *files] if files else []
     return shlex.join(["latentflow", "generate", *flags, "-o", "image.png"])
 
 
