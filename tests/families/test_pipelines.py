@@ -26,10 +26,8 @@ from latentflow.errors import UserError
 from latentflow.pipeline.over_model import ModelPipeline
 from latentflow.utils.files import SHIPPED_CHECKPOINTS
 
-from .test_pretrained import PROMPTS, opened, seeded
-from .tiny import TINY, checkpoint
-
-each_family = pytest.mark.parametrize("name", TINY)
+from .test_pretrained import PROMPTS, each_family, each_layout, opened, seeded
+from .tiny import checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +97,7 @@ def test_kept_pixels_are_kept_and_the_seam_is_matched(name: str) -> None:
     assert steps[0] < steps[1]
 
 
-@each_family
+@each_layout
 def test_edits_and_variations(name: str) -> None:
     """An edit to the same words is the image through the autoencoder; image-to-image of strength 0 as well."""
     if not opened(name)[1].takes_text:
@@ -118,7 +116,7 @@ def test_edits_and_variations(name: str) -> None:
     torch.testing.assert_close(again, through, rtol=0.0, atol=1e-5)
 
 
-@each_family
+@each_layout
 def test_inverted_noise_makes_the_image_again(name: str) -> None:
     """To within the error that the inversion has measured; without a condition as well."""
     _, model, tiny = opened(name)
