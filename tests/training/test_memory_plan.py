@@ -88,25 +88,23 @@ def by_hand(module: nn.Module, stored: str, kept: str = "lm_head") -> float:
 # ---------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8", "float8", "nf4"])
-@pytest.mark.parametrize("name", MODELS)
-def test_weights_of_published_models(name: str, stored: str, tmp_path: Path) -> None:
-    planner = MemoryPlanner(model_from_configs(unpacked(name, tmp_path)))
+def test_weights_of_published_models(published: Path) -> None:
+    planner, name = MemoryPlanner(model_from_configs(published)), published.name
     network, index = direct(name, "transformer"), configs(name)["model_index.json"]
     encoders = [direct(name, part) for part in index if part.startswith("text_encoder")]
     assert parameter_count(network) / 1e9 == pytest.approx(PARAMETERS[name][0], abs=0.06)
     assert sum(map(parameter_count, encoders)) / 1e9 == pytest.approx(PARAMETERS[name][1], abs=0.06)
-    found = planner.weights(FineTuning(base=stored, encoders=stored))
-    assert found.base == pytest.approx(by_hand(network, stored), rel=1e-3)
-    expected = 0.0
-    for encoder in encoders:
-        clip = type(encoder).__name__.startswith("CLIP") and stored != "float32"
-        t5 = isinstance(encoder, transformers.T5EncoderModel)
-        expected += by_hand(
-            encoder, "bfloat16" if clip else stored, "wo" if t5 and stored == "nf4" else "lm_head"
-        )
-    assert found.prompts == pytest.approx(expected, rel=1e-3)
-    assert found.images == pytest.approx(by_hand(direct(name, "vae"), "float32"), rel=1e-3)
+    images = by_hand(direct(name, "vae"), "float32")
+    for stored in ("float32", "bfloat16", "int8", "float8", "nf4"):
+        found = planner.weights(FineTuning(base=stored, encoders=stored))
+        assert found.base == pytest.approx(by_hand(network, stored), rel=1e-3), stored
+        expected = 0.0
+        for encoder in encoders:
+            clip = type(encoder).__name__.startswith("CLIP") and stored != "float32"
+            kept = "wo" if isinstance(encoder, transformers.T5EncoderModel) and stored == "nf4" else "lm_head"
+            expected += by_hand(encoder, "bfloat16" if clip else stored, kept)
+        assert found.prompts == pytest.approx(expected, rel=1e-3), stored
+        assert found.images == pytest.approx(images, rel=1e-3)
 
 
 def test_what_learns(published: Path) -> None:
