@@ -452,13 +452,7 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
     def beside_negative(self, rows: Rows, negative: Rows | None) -> Rows | None:
         """Return 2B rows, ``rows`` and what guidance leads away from, see `velocity`; None where that is nothing."""
         negative = self.unconditional(rows) if negative is None else negative
-        if negative is None:
-            return None
-        if len(negative) not in (1, len(rows)):
-            raise UserError(
-                f"{len(negative)} negative rows for {len(rows)} rows", "Pass one, or one for each."
-            )
-        return Rows.cat([rows, replace(negative.repeat(len(rows) // len(negative)), kept=rows.kept)])
+        return None if negative is None else Rows.cat([rows, negative_of(rows, negative)])
 
     def true_guidance(self, scale: float) -> float:
         """Return the scale of classifier-free guidance, see ``latentflow.flow.guide``, for a guidance scale."""
@@ -505,6 +499,17 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
             end: (B,) the end of the interval of an average velocity; None: its velocity is asked for.
             guidance_scale: for networks that embed it.
         """
+
+
+def negative_of(rows: Rows, negative: Rows) -> Rows:
+    """Return a negative row for each of ``rows``, which keeps what that one keeps.
+
+    Raises:
+        UserError: there is neither one nor one for each.
+    """
+    if len(negative) not in (1, len(rows)):
+        raise UserError(f"{len(negative)} negative rows for {len(rows)} rows", "Pass one, or one for each.")
+    return replace(negative.repeat(len(rows) // len(negative)), kept=rows.kept)
 
 
 def _of_adapters(name: str) -> bool:
