@@ -21,7 +21,6 @@ from ..models.text import START
 from ..utils.names import as_spelled
 from .control import CONTROL, ControlledModel
 from .few_steps import FewSteps
-from .latent_variable import LatentVariableModel
 from .model import Rows, Size
 from .training_defaults import TrainingDefaults
 
@@ -32,7 +31,7 @@ NAMED_STEPS = 20
 USUAL_GUIDANCE = 4.0
 
 
-class LatentFlowModel(ControlledModel, LatentVariableModel):
+class LatentFlowModel(ControlledModel):
     """The flow model of latentflow's own checkpoints.
 
     What a checkpoint is conditioned on is read from its network's config: ``text_dim`` set means captions,

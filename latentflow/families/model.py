@@ -37,6 +37,7 @@ from .distilled import Distilled
 from .edit_defaults import EditDefaults
 from .few_steps import FewSteps
 from .image_input import ImageInputMixin
+from .latent_variable import LatentVariableMixin
 from .opening import OpeningMixin
 from .rows import Rows as Rows
 from .rows import Values as Values
@@ -50,7 +51,7 @@ Size: TypeAlias = tuple[int, int]
 _NUMBERS = itertools.count()
 
 
-class FlowModel(OpeningMixin, ImageInputMixin, ABC):
+class FlowModel(OpeningMixin, ImageInputMixin, LatentVariableMixin, ABC):
     """A velocity network with its conditioning, latents, path and prediction, guidance, time grid and saving.
 
     It holds no state beside its pipeline's: where adapters, devices or precisions of that change, it follows.
