@@ -36,7 +36,7 @@ from .fine_tune.pretrained_settings import KEPT, base_dtype, setting_lines, with
 from .fine_tune.prior import MixedData
 from .loop.checkpoint import has_begun
 from .loop.compiling import compile_network
-from .loop.distributed import check_precision, process_state
+from .loop.distributed import check_precision, process_state, samples_per_step
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
 from .loop.stopping import Stop
@@ -178,7 +178,7 @@ def train_pretrained(
         log.info(line)
     if config.network.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
-    batch = config.loop.train_batch_size * config.loop.gradient_accumulation_steps * state.num_processes
+    batch = samples_per_step(config.loop)
     loss = PretrainedLoss(
         model,
         config.flow,

@@ -157,7 +157,7 @@ def test_a_compiled_adapter_learns_the_same(others, cache, base, tmp_path) -> No
         ("--lora-rank 4 --lora-alpha nan", "--lora-alpha is nan"),
         ("BASE --lora-rank 17", "--lora-rank 17 is above what the layer blocks.0.attn.qkv (16 to 48) can"),
         ("BASE --lora-rank 4 --lora-layers atention", "--lora-layers atention: DiT has no such layers"),
-        ("BASE --lora-rank 4 --optimizer muon", "--optimizer muon with --lora-rank"),
+        ("BASE --lora-rank 4 --optimizer muon", "--optimizer muon with an adapter"),
         ("BASE --lora-rank 4 --inpainting", "lacks the inputs for --inpainting"),
         ("--init-from EMPTY --lora-rank 4", "is not a pipeline folder: it holds no model_index.json"),
     ],
