@@ -56,6 +56,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Compute without gradients."""
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_folder(request: pytest.FixtureRequest) -> Path:
     """The folder of data sets that `--run-data` names (for tests marked ``data``)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -28,11 +27,6 @@ from latentflow.utils.files import SHIPPED_CHECKPOINTS
 
 from .test_pretrained import PROMPTS, each_family, each_layout, opened, seeded
 from .tiny import checkpoint
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    yield
 
 
 def over(kind: Any, name: str) -> Any:

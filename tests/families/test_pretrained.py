@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from copy import copy, deepcopy
 from functools import cache
 from typing import Any
@@ -20,6 +19,8 @@ from latentflow.flow import EDITING, INPAINTING, SOLVERS, integrate, time_grid
 
 from .tiny import TINY, Tiny, checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 PROMPTS = ["a red apple", "big green tree over a small house"]
 STEPS = 4
 #: families whose guidance scale 0 is no guidance; elsewhere it is 1
@@ -34,12 +35,6 @@ LAYOUTS = (
 each_layout = pytest.mark.parametrize(
     "name", [name if name in LAYOUTS else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def seeded(seed: int = 0) -> torch.Generator:
