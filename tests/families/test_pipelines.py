@@ -68,7 +68,7 @@ def test_a_call_draws_as_the_model_does(name: str) -> None:
     assert image.size == (tiny.side, tiny.side)
 
 
-@each_family
+@each_layout
 def test_kept_pixels_are_kept_and_the_seam_is_matched(name: str) -> None:
     """Also where a mask ends within a token of the network. The tiny autoencoders shift colours by place, and a small
     strength leaves little else at the seam."""

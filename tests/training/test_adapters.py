@@ -118,7 +118,9 @@ def test_a_run_does_not_go_on_beside_another_base(others, cache, base, tmp_path)
     assert "adapter.base" in call(cache, *line, "--max-train-steps", 2, expect=2)
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "sharded", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["replicated", "sharded"]
+)
 def test_two_processes_learn_what_one_learns(sharded, others, cache, base, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     line = [others, *TINY, *LORA, "--init-from", base, "--lora-text-encoder", "--mixed-precision", "no"]
