@@ -135,7 +135,7 @@ def test_it_draws_what_the_stock_pipeline_does(name: str, guided: bool) -> None:
     torch.testing.assert_close(images(name, ours), theirs, rtol=0.0, atol=1e-5)
 
 
-@each_layout
+@each_family
 def test_what_is_wrong_is_seen(name: str) -> None:
     """The comparison would fail with the other sign, with reversed time, with other prompts and other guidance."""
     model = opened(name)[1]
