@@ -18,6 +18,7 @@ from ..autoencoder.losses import PatchDiscriminator
 from ..config import RunConfig
 from ..data import Source, cached_pixels, pixels_to_images
 from ..errors import UserError
+from ..families.stored_weights import parameter_count
 from ..metrics import psnr
 from .data import (
     DataSplits,
@@ -102,7 +103,7 @@ def train_joint(
         modules["discriminator"] = DiscriminatorLoss(discriminator, autoencoder)
 
     # ---- plan ----
-    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (vae, model.flow_model.network)]
+    sizes = [parameter_count(part) / 1e6 for part in (vae, model.flow_model.network)]
     own = (
         f"joint training ({config.joint.joint}): autoencoder {sizes[0]:.1f} M parameters, network {sizes[1]:.1f} M, "
         f"latents of {latent_channels(vae)} x {model.latent_size} x {model.latent_size}"

@@ -23,7 +23,7 @@ from latentflow.families import FlowModel, Rows
 from latentflow.families.from_configs import model_from_configs
 from latentflow.families.stored_weights import parameter_count, quantised_layers, stored_bytes
 from latentflow.training.fine_tune import memory_plan, step_memory
-from latentflow.training.fine_tune.memory_plan import GIB, FineTuning, MemoryPlanner, memory_lines
+from latentflow.training.fine_tune.memory_plan import GIB, FineTuning, MemoryPlanner
 from latentflow.training.fine_tune.step_memory import encoding_images, encoding_prompts, training_step
 
 from ..families.tiny import checkpoint
@@ -408,7 +408,8 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> MemoryPlanner:
 
 @pytest.mark.slow
 def test_lines_of_a_model_of_20b(tmp_path: Path) -> None:
-    lines = memory_lines(unpacked("qwen-image", tmp_path), FineTuning())
+    planner = MemoryPlanner(model_from_configs(unpacked("qwen-image", tmp_path)))
+    lines = planner.lines(FineTuning())
     cards = {line.partition(" GB: ")[0]: line.partition(" GB: ")[2] for line in lines if " GB: " in line}
     assert cards["12"] == "does not fit"
     assert cards["24"].startswith("fits with --quantize nf4 (1")
