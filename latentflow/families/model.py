@@ -207,8 +207,12 @@ class FlowModel(OpeningMixin, ImageInputMixin, LatentVariableMixin, ABC):
 
     @property
     def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any; a family for which others are documented has them."""
-        return TrainingDefaults.usual(self)
+        """Settings of a fine-tune where nobody gives any: the usual ones, and what families have `documented`."""
+        found = TrainingDefaults.usual(self)
+        for family in reversed(type(self).__mro__):
+            if change := vars(family).get("documented_training"):
+                found = change(found)
+        return found
 
     def training_density(self, height: int, width: int) -> flow.TimeDensity:
         """Return the density of the training times of images of this size in pixels."""
