@@ -269,8 +269,15 @@ def real_step(
     return sum(kept.values()), peak
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointing", "autocast"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "Flux2KleinPipeline", "QwenImagePipeline"])
 def test_a_step_holds_what_a_real_one_does(
     name: str, checkpointing: bool, autocast: bool, tiny: Callable[[str], tuple[FlowModel, Any]]
@@ -383,7 +390,7 @@ def test_lines_of_a_published_model(klein: MemoryPlanner) -> None:
         (80, FineTuning(), []),
         (12, FineTuning(), []),
         (8, FineTuning(), ["--quantize nf4"]),
-        (4.5, FineTuning(), ["--quantize nf4", "--resolution 768"]),
+        pytest.param(4.5, FineTuning(), ["--quantize nf4", "--resolution 768"], marks=pytest.mark.slow),
         (2, FineTuning(), None),
         (80, FineTuning(lora_rank=0), ["--optimizer adamw-8bit"]),
         (24, FineTuning(lora_rank=0), ["--lora-rank 16"]),
