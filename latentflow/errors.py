@@ -191,6 +191,20 @@ def whole(name: str, value: Any, least: int, most: int | None = None, *, fix: st
     raise UserError(f"{name} is {shown(value)}", fix or f"Give a whole number {span}.")
 
 
+def check_resolution(resolution: int, multiple: int, needing: str = "the autoencoder needs") -> None:
+    """Refuse a resolution that is not a multiple of what its models need.
+
+    Raises:
+        UserError: it is none; the nearest one is named.
+    """
+    if resolution % multiple:
+        fitting = max(1, round(resolution / multiple)) * multiple
+        raise UserError(
+            f"--resolution {resolution} is not a multiple of {multiple}, as {needing}",
+            f"Use --resolution {fitting}.",
+        )
+
+
 def is_number(value: Any) -> bool:
     """Return whether ``value`` is a finite number (numpy's are) that a float can hold, and no truth value."""
     try:

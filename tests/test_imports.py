@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -46,6 +47,11 @@ LAYERS = [
 ]
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def part(module: str) -> str:
     """`latentflow.models.dit` -> models, `latentflow.training.loop.fit` -> training.loop; a run and fine-tuning
     are one part, training."""
@@ -68,8 +74,7 @@ def imports(file: Path, everywhere: bool = True) -> list[tuple[int, str]]:
     """
     found = []
     package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree) if everywhere else tree.body:
+    for node in ast.walk(parsed(file)) if everywhere else parsed(file).body:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -162,7 +167,7 @@ def test_nothing_unpickles(file: Path) -> None:
     """A checkpoint from elsewhere must not be able to run code."""
     modules = {module.split(".")[0] for _, module in imports(file)}
     assert not modules & {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             values = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert values.get("weights_only") == "True", (
@@ -176,30 +181,32 @@ def test_nothing_unpickles(file: Path) -> None:
 SELDOM_USED = ["scipy.stats.distributions", "bitsandbytes.nn"]
 
 
-@pytest.mark.parametrize(
-    ("module", "absent"),
-    [
-        ("latentflow", ["torch", "diffusers", "transformers", "tyro"]),
-        ("latentflow.cli", ["torch", "diffusers", "transformers", "tyro"]),
-        ("latentflow.config", ["torch", "numpy", "accelerate", "diffusers", "transformers", "yaml"]),
-        ("latentflow.flow", ["diffusers", "transformers", "accelerate", "tyro"]),
-        ("latentflow.families", ["torch", "diffusers", "transformers", "tyro"]),
-        ("latentflow.families.model", ["latentflow.pipeline", "tyro"]),
-        ("latentflow.pipeline", ["latentflow.data", "latentflow.training", "tyro", *SELDOM_USED]),
-    ],
-)
-def test_light_imports_stay_light_and_leave_the_garbage_collector_on(module: str, absent: list[str]) -> None:
-    code = (
-        f"import gc, sys, {module}; assert gc.isenabled(); print(*sorted(set({absent!r}) & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+HEAVY = ["torch", "diffusers", "transformers", "tyro"]
+#: modules that one process imports one after the other, each with what is still absent then
+LIGHT = [
+    {"latentflow.config": ["torch", "numpy", "accelerate", "diffusers", "transformers", "yaml"]},
+    {
+        "latentflow": HEAVY,
+        "latentflow.cli": HEAVY,
+        "latentflow.families": HEAVY,
+        "latentflow.flow": ["diffusers", "transformers", "accelerate", "tyro"],
+        "latentflow.families.model": ["latentflow.pipeline", "tyro"],
+    },
+    {"latentflow.pipeline": ["latentflow.data", "latentflow.training", "tyro", *SELDOM_USED]},
+]
 
 
-def test_what_waits_for_its_use_is_there_when_it_is_used() -> None:
-    code = """
-import importlib.util, inspect
-import latentflow.pipeline, scipy
+@pytest.mark.parametrize("modules", LIGHT, ids=lambda modules: next(iter(modules)))
+def test_light_imports_stay_light_and_leave_the_garbage_collector_on(modules: dict[str, list[str]]) -> None:
+    """What waits for its use is there when it is used."""
+    code = f"""
+import gc, importlib.util, inspect, sys
+for name, absent in {modules!r}.items():
+    importlib.import_module(name)
+    assert gc.isenabled() and not set(absent) & set(sys.modules), (name, set(absent) & set(sys.modules))
+if name != "latentflow.pipeline":
+    sys.exit()
+import scipy
 from diffusers import FlowMatchEulerDiscreteScheduler
 assert importlib.util.find_spec("scipy.stats") and inspect.getmodule(len)
 FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True).set_timesteps(3)
@@ -242,7 +249,7 @@ def fragments(file: Path) -> list[str]:
     """Return the docstrings of classes and functions that open with neither a verb nor a head noun."""
     nodes = [
         node
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(file))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     ]
     documented = [(node.lineno, ast.get_docstring(node) or "") for node in nodes]

@@ -8,7 +8,6 @@ from .decoders import decoded_by as decoded_by
 from .decoders import open_decoder as open_decoder
 from .decoders import use_decoder as use_decoder
 from .latents import Autoencoder as Autoencoder
-from .latents import check_resolution as check_resolution
 from .latents import decode as decode
 from .latents import denormalise as denormalise
 from .latents import downscale_factor as downscale_factor

@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, VQModel
 from torch import Tensor
 
-from ..errors import UserError
-from .latents import Autoencoder, check_resolution
+from ..errors import UserError, check_resolution
+from .latents import Autoencoder
 
 if TYPE_CHECKING:
     from ..config import AutoencoderConfig

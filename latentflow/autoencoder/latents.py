@@ -190,20 +190,6 @@ def _raw_channels(vae: Autoencoder) -> int | None:
     return next((vae.config[name] for name in names if vae.config.get(name)), None)
 
 
-def check_resolution(resolution: int, factor: int) -> None:
-    """Refuse a resolution that an autoencoder with this downscale factor cannot take.
-
-    Raises:
-        UserError: it is not divisible; the nearest valid one is named.
-    """
-    if resolution % factor:
-        nearest = max(1, round(resolution / factor)) * factor
-        raise UserError(
-            f"resolution {resolution} is not divisible by the autoencoder's downscale factor {factor}",
-            f"Use --resolution {nearest}.",
-        )
-
-
 def has_statistics(vae: Autoencoder) -> bool:
     """Return True if the checkpoint carries per-channel latent statistics."""
     return (

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import Control, FramingConfig
-from ..errors import UserError, one_line
+from ..errors import UserError, check_resolution, one_line
 from .cache.store import Array
 from .checking.inspect_images import inspect_images
 from .dataset import Example, Source, StoredSizes, hash_text
@@ -34,12 +34,7 @@ def bucket_sizes(resolution: int, unit: int) -> list[Size]:
     Raises:
         UserError: ``resolution`` is not one of its multiples.
     """
-    if resolution % unit:
-        nearest = max(1, round(resolution / unit)) * unit
-        raise UserError(
-            f"--resolution {resolution} is not a multiple of {unit}, as autoencoder and network need",
-            f"The nearest is {nearest}.",
-        )
+    check_resolution(resolution, unit, "autoencoder and network need")
     step = unit * max(1, round(resolution / _STEPS / unit))
     shorts = [resolution - step * i for i in range(resolution) if resolution - step * i >= resolution / 2]
     wide = [(short, resolution**2 // short // step * step) for short in shorts]

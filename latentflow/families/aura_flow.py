@@ -8,18 +8,14 @@ from torch import Tensor
 
 from .model import Values
 from .pretrained import FixedShiftModel
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 class AuraFlowModel(FixedShiftModel):
     """Flow model of AuraFlow. Its rows have embeds (B, L, D), zero where there is no token."""
 
     patch = 2
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("SimpleTuner's AURAFLOW.md", learning_rate=4e-5)
+    documented_training = documented("SimpleTuner's AURAFLOW.md", learning_rate=4e-5)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline.encode_prompt(prompts, None, False, **options)[0]}

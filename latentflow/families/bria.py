@@ -22,7 +22,7 @@ from .model import Generators, Rows, Size, Values
 from .pretrained import PackedModel, PretrainedModel
 from .references import ReferenceModel
 from .sizes import check_size
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 class BriaModel(PackedModel):
@@ -132,11 +132,7 @@ class BriaFiboEditModel(ReferenceModel, BriaFiboModel):
 
     sampling_options = ("_auto_resize",)
     most_images = None
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("diffusers' train_dreambooth_fibo_edit.py", lora_rank=128)
+    documented_training = documented("diffusers' train_dreambooth_fibo_edit.py", lora_rank=128)
 
     def row_of(self, prompt: str, images: list[Image], options: dict[str, Any]) -> Rows:
         """Return the row of one prompt and its images; see `ReferenceModel.row_of`.

@@ -19,8 +19,8 @@ from .pretrained import PretrainedModel
 class ConsistencyModel(PretrainedModel):
     """Family whose network predicts the data at the end of the path (Song et al. 2023, arXiv:2303.01469).
 
-    `predict` returns the average velocity from x to that data; the velocity at x is not known. The guidance scale is an
-    input of the network.
+    `predict` returns the average velocity from x to that data; the velocity at x is not known, so that `velocity` needs
+    a grid. The guidance scale is an input of the network.
     """
 
     has_velocity = False
@@ -44,22 +44,10 @@ class ConsistencyModel(PretrainedModel):
             raise UserError(f"{steps} steps of a consistency model", f"Its scheduler has {most} at most.")
         return super().time_grid(steps, height, width)
 
-    def velocity(
-        self,
-        rows: Rows,
-        guidance_scale: float | None = None,
-        negative: Rows | None = None,
-        times: Tensor | None = None,
-        interval: tuple[float, float] = (0.0, 1.0),
-    ) -> Velocity:
-        """Return the average velocity to the data, of the grid ``times``; see `FlowModel.velocity`.
-
-        Raises:
-            UserError: without a grid, the velocity itself is asked for.
-        """
+    def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> Velocity:
         if times is None:
             require_velocity(self)
-        return super().velocity(rows, guidance_scale, negative, times, interval)
+        return super()._bound(rows, times, scale)
 
 
 class LatentConsistencyModel(ConsistencyModel, StableDiffusionModel):

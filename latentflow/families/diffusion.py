@@ -26,7 +26,7 @@ from .extra_channels import MaskedModel
 from .model import Rows, Size, Values
 from .pretrained import PretrainedModel
 from .siblings import extra_channels
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 @dataclass(frozen=True)
@@ -212,11 +212,7 @@ class StableDiffusionModel(InpaintableModel):
     """Flow model of Stable Diffusion 1 and 2, inpainting weights too. Its rows have embeds (B, L, D)."""
 
     prompt_options: tuple[str, ...] = ("clip_skip",)
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("diffusers' train_text_to_image_lora.py")
+    documented_training = documented("diffusers' train_text_to_image_lora.py")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         if options.get("clip_skip") is not None:
@@ -241,6 +237,7 @@ class StableDiffusionXLModel(InpaintableModel):
     """
 
     prompt_options: tuple[str, ...] = ("clip_skip",)
+    documented_training = documented("diffusers' train_dreambooth_lora_sdxl.py")
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         if pipeline.config.get("requires_aesthetics_score"):
@@ -249,11 +246,6 @@ class StableDiffusionXLModel(InpaintableModel):
                 "Open the base model, or use the refiner with diffusers itself.",
             )
         super().__init__(pipeline, **options)
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("diffusers' train_dreambooth_lora_sdxl.py")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -297,12 +289,7 @@ class PixArtModel(DiffusionModel):
 
     prompt_options = ("max_sequence_length", "clean_caption")
     patch = 2
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        defaults = super().training_defaults
-        return defaults.as_in("OneTrainer's preset of PixArt-Sigma", lora_rank=16, learning_rate=1e-5)
+    documented_training = documented("OneTrainer's preset of PixArt-Sigma", lora_rank=16, learning_rate=1e-5)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, False, **options)
@@ -334,11 +321,7 @@ class HunyuanDiTModel(DiffusionModel):
     prompt_options = ()
     sampling_options = ("original_size",)
     patch = 2
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("HunyuanDiT's lora/train_lora.sh", lora_rank=64)
+    documented_training = documented("HunyuanDiT's lora/train_lora.sh", lora_rank=64)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         encode = self.pipeline.encode_prompt

@@ -14,7 +14,7 @@ from .extra_channels import ControlModel, MaskedModel
 from .model import Size, Values
 from .pretrained import PackedModel, PretrainedModel
 from .references import ReferenceModel
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 class FluxModel(ExtendableModel, PackedModel):
@@ -28,11 +28,7 @@ class FluxModel(ExtendableModel, PackedModel):
     sampling_options: tuple[str, ...] = ("true_cfg_scale",)
     #: as in every command of diffusers' README_flux.md, also for Fill; its program's default, 3.5, is that of drawing
     training_guidance = 1.0
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("diffusers' train_dreambooth_lora_flux.py")
+    documented_training = documented("diffusers' train_dreambooth_lora_flux.py")
 
     @property
     def embeds_guidance(self) -> bool:  # type: ignore[override]
@@ -88,13 +84,7 @@ class FluxKontextModel(ReferenceModel, FluxModel):
 
     first_layer = None  # its references would need the channels as well
     sampling_options = (*FluxModel.sampling_options, "max_area", "_auto_resize")
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in(
-            "diffusers' train_dreambooth_lora_flux_kontext.py", posterior="mode"
-        )
+    documented_training = documented("diffusers' train_dreambooth_lora_flux_kontext.py", posterior="mode")
 
     def network_inputs(self, prompt: str, images: list[Image], options: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the network; see `ReferenceModel.network_inputs`.
@@ -167,11 +157,7 @@ class FluxControlModel(ControlModel, FluxExtraModel):
     learns_with_images = True
     #: as in diffusers' train_control_lora_flux.py: these networks were made for scales of 10 to 30
     training_guidance = 30.0
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("diffusers' train_control_lora_flux.py")
+    documented_training = documented("diffusers' train_control_lora_flux.py")
 
 
 class ChromaModel(FluxModel):
@@ -179,11 +165,7 @@ class ChromaModel(FluxModel):
 
     embeds_guidance = False
     sampling_options = ()
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return TrainingDefaults.usual(self).as_in("ai-toolkit's train_lora_chroma_24gb.yaml", lora_rank=16)
+    documented_training = documented("ai-toolkit's train_lora_chroma_24gb.yaml", lora_rank=16)
 
     def guidance(self, scale: float | None) -> float:
         """Return the guidance scale."""

@@ -9,18 +9,14 @@ from torch import Tensor
 
 from .model import Values
 from .pretrained import PretrainedModel
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 class HiDreamModel(PretrainedModel):
     """Flow model of HiDream-I1. Its rows have t5 (B, L, D), llama (B, layers, L, D') and pooled (B, D'')."""
 
     patch = 2
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("diffusers' README_hidream.md", learning_rate=2e-4)
+    documented_training = documented("diffusers' README_hidream.md", learning_rate=2e-4)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         t5, _, llama, _, pooled, _ = self.pipeline.encode_prompt(

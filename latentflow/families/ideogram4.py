@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..errors import UserError, reason
 from ..flow import LogitNormal, Velocity
 from .model import Rows, Values
 from .pretrained import PretrainedModel
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 class Ideogram4Model(PretrainedModel):
@@ -30,12 +29,9 @@ class Ideogram4Model(PretrainedModel):
     bears_autocast = False
     sampling_options = ("guidance_schedule", "mu", "std")
     noise_channels_last = True
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any; the network itself is never evaluated without a prompt."""
-        defaults = replace(super().training_defaults, condition_dropout=0.0)
-        return defaults.as_in("diffusers' train_dreambooth_lora_ideogram4.py", posterior="mode")
+    documented_training = documented(  # the network itself is never evaluated without a prompt
+        "diffusers' train_dreambooth_lora_ideogram4.py", posterior="mode", condition_dropout=0.0
+    )
 
     def training_density(self, height: int, width: int) -> LogitNormal:
         """Return the density of the training times, as in diffusers' train_dreambooth_lora_ideogram4.py.

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..errors import UserError, shown
 
 if TYPE_CHECKING:
-    from .model import Generators
     from .rows import Rows
 
 
@@ -24,36 +23,6 @@ class ImageInputMixin:
     needs_images: bool = False
     #: it draws at the size of the control image where nobody asks for a size, as its stock pipeline does
     sized_by_control: bool = False
-
-    @property
-    def latent_variable(self) -> str | None:
-        """Subject of the network's latent variable, "image" or "path"; None: it has none."""
-        return None
-
-    def with_latent_variable(
-        self,
-        rows: Rows,
-        generator: Generators | None = None,
-        like: Tensor | None = None,
-        *,
-        mean: bool = False,
-    ) -> Rows:
-        """Return the rows with a latent variable, see `LatentVariableModel`; as they are of a network without.
-
-        Raises:
-            UserError: an image is to be varied.
-        """
-        if like is not None and not mean:
-            raise self.no_latent_variable()
-        return rows
-
-    @staticmethod
-    def no_latent_variable() -> UserError:
-        """Return the error that there is none."""
-        return UserError(
-            "like is given, but this checkpoint has no latent variable that could be one of an image",
-            "Train one: latentflow train DATA --latent-variable image; or vary images with LatentFlowImg2ImgPipeline.",
-        )
 
     @property
     def takes_masks(self) -> bool:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, finite
+from ..errors import finite
 from ..flow import Velocity, guide_batched
 from .diffusion import DiffusionModel, StableDiffusionModel, StableDiffusionXLModel
 from .extra_channels import ControlModel
-from .model import Rows, Values
+from .model import Rows, Values, negative_of
 
 
 class TwoScalesModel(ControlModel, DiffusionModel):
@@ -51,16 +51,12 @@ class TwoScalesModel(ControlModel, DiffusionModel):
         if scale == 1.0 or further == 0.0:
             return super().velocity(rows, scale, negative, times, interval)
         alone = self._bound(rows, times, scale)
-        negative = self.null(1) if negative is None else negative
-        if len(negative) not in (1, len(rows)):
-            raise UserError(
-                f"{len(negative)} negative rows for {len(rows)} rows", "Pass one, or one for each."
-            )
-        negative = negative.repeat(len(rows) // len(negative))
-        control = rows.kept["control"]
+        seen, control = (
+            negative_of(rows, self.null(1) if negative is None else negative),
+            rows.kept["control"],
+        )
         assert isinstance(control, Tensor)
-        seen = replace(negative, kept=rows.kept)
-        blind = replace(negative, kept={"control": torch.zeros_like(control)})
+        blind = replace(seen, kept={"control": torch.zeros_like(control)})
         of_three = self._bound(Rows.cat([rows, seen, blind]), times, scale)
 
         def pair(x: Tensor, t: Tensor) -> Tensor:

@@ -7,18 +7,14 @@ from typing import Any
 
 from ..utils.libraries import missing
 from .diffusion import StableDiffusionXLModel
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 class KolorsModel(StableDiffusionXLModel):
     """Flow model of Kolors; it needs `pip install sentencepiece`. Its rows have embeds (B, L, D) and pooled (B, D')."""
 
     prompt_options = ()  # the stock call takes max_sequence_length, and encodes 256 tokens all the same
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("Kolors' dreambooth/train.sh", learning_rate=2e-5)
+    documented_training = documented("Kolors' dreambooth/train.sh", learning_rate=2e-5)
 
     @staticmethod
     def open_pipeline(name_or_path: str | os.PathLike[str], **options: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .model import Values
 from .pretrained import PackedModel
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 class Krea2Model(PackedModel):
@@ -18,12 +18,7 @@ class Krea2Model(PackedModel):
     """
 
     unguided = 0.0
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        defaults = super().training_defaults
-        return defaults.as_in("diffusers' README_krea2.md", lora_rank=32, learning_rate=3e-4)
+    documented_training = documented("diffusers' README_krea2.md", lora_rank=32, learning_rate=3e-4)
 
     def true_guidance(self, scale: float) -> float:
         """Return the scale as classifier-free guidance counts it."""

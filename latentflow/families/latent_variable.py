@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..models.latent_variable import Posterior
-from .model import FlowModel, Generators, Rows
-from .rows import check_counts, keep
+from ..errors import UserError
+from .rows import Rows, check_counts, keep
+
+if TYPE_CHECKING:
+    from .model import Generators
 
 
-class LatentVariableModel(FlowModel):
-    """The part of a flow model that has a latent variable z, if it has one. Its rows keep z (B, Z)."""
+class LatentVariableMixin:
+    """The part of a `FlowModel` that has a latent variable z, if its network has one. Its rows keep z (B, Z)."""
 
     @property
     def latent_variable(self) -> str | None:
         """Subject of z: "image" or "path"; None: there is none."""
-        encoder = self._encoder
+        encoder = self._z_encoder
         return None if encoder is None else str(encoder.kind)
 
     @property
-    def _encoder(self) -> Any:
+    def _z_encoder(self: Any) -> Any:
         return getattr(self.network, "z_encoder", None)
 
+    @staticmethod
+    def no_latent_variable() -> UserError:
+        """Return the error that there is none."""
+        return UserError(
+            "like is given, but this checkpoint has no latent variable that could be one of an image",
+            "Train one: latentflow train DATA --latent-variable image; or vary images with LatentFlowImg2ImgPipeline.",
+        )
+
     def with_latent_variable(
-        self,
+        self: Any,
         rows: Rows,
         generator: Generators | None = None,
         like: Tensor | None = None,
@@ -40,10 +50,15 @@ class LatentVariableModel(FlowModel):
             generator: as of `FlowModel.noise`.
             like: latents (P, C, h, w); row b is of image b * P // B.
             mean: take the mean of what z may be given ``like``.
+
+        Raises:
+            UserError: an image is to be varied, and there is no z.
         """
-        encoder = self._encoder
+        encoder = self._z_encoder
         if encoder is None:
-            return super().with_latent_variable(rows, generator, like, mean=mean)
+            if like is not None and not mean:
+                raise self.no_latent_variable()
+            return rows
 
         def noise(rows: int, *shape: int, by: Generators | None = generator) -> Tensor:
             made: Tensor = randn_tensor((rows, *shape), generator=by, device=self.device, dtype=torch.float32)
@@ -60,5 +75,7 @@ class LatentVariableModel(FlowModel):
             seen += [x0, x0, x0.new_zeros(len(x0))]
         place = next(encoder.parameters()).device  # where an offloaded network waits
         place = self.device if place.type == "meta" else place
+        from ..models.latent_variable import Posterior  # families without a z need none of our networks
+
         posterior = Posterior(*(part.to(self.device) for part in encoder(*(part.to(place) for part in seen))))
         return keep(rows, z=posterior.mean if mean else posterior.sample(noise(len(rows), encoder.dim)))

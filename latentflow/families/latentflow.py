@@ -21,7 +21,6 @@ from ..models.text import START
 from ..utils.names import as_spelled
 from .control import CONTROL, ControlledModel
 from .few_steps import FewSteps
-from .latent_variable import LatentVariableModel
 from .model import Rows, Size
 from .training_defaults import TrainingDefaults
 
@@ -32,7 +31,7 @@ NAMED_STEPS = 20
 USUAL_GUIDANCE = 4.0
 
 
-class LatentFlowModel(ControlledModel, LatentVariableModel):
+class LatentFlowModel(ControlledModel):
     """The flow model of latentflow's own checkpoints.
 
     What a checkpoint is conditioned on is read from its network's config: ``text_dim`` set means captions,
@@ -454,15 +453,7 @@ class LatentFlowModel(ControlledModel, LatentVariableModel):
         tokens: Tensor = found.features
         return tokens.float().mean(1)
 
-    def velocity(
-        self,
-        rows: Rows,
-        guidance_scale: float | None = None,
-        negative: Rows | None = None,
-        times: Tensor | None = None,
-        interval: tuple[float, float] = (0.0, 1.0),
-    ) -> flow.Velocity:
-        """See `FlowModel.velocity`; a consistency model goes to the end of the grid at every step."""
+    def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> flow.Velocity:
         if times is not None and self.few_steps.consistency:
-            times = times[[0, -1]]
-        return super().velocity(rows, guidance_scale, negative, times, interval)
+            times = times[[0, -1]]  # at every step it goes to the end of the grid
+        return super()._bound(rows, times, scale)

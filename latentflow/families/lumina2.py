@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .added_inputs import ExtendableModel
 from .model import Values
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 class Lumina2Model(ExtendableModel):
@@ -24,11 +24,7 @@ class Lumina2Model(ExtendableModel):
     patch = 2
     first_layer = "x_embedder"
     cells_in_order = True
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("diffusers' train_dreambooth_lora_lumina2.py")
+    documented_training = documented("diffusers' train_dreambooth_lora_lumina2.py")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, False, **options)

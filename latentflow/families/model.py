@@ -37,6 +37,7 @@ from .distilled import Distilled
 from .edit_defaults import EditDefaults
 from .few_steps import FewSteps
 from .image_input import ImageInputMixin
+from .latent_variable import LatentVariableMixin
 from .opening import OpeningMixin
 from .rows import Rows as Rows
 from .rows import Values as Values
@@ -50,7 +51,7 @@ Size: TypeAlias = tuple[int, int]
 _NUMBERS = itertools.count()
 
 
-class FlowModel(OpeningMixin, ImageInputMixin, ABC):
+class FlowModel(OpeningMixin, ImageInputMixin, LatentVariableMixin, ABC):
     """A velocity network with its conditioning, latents, path and prediction, guidance, time grid and saving.
 
     It holds no state beside its pipeline's: where adapters, devices or precisions of that change, it follows.
@@ -206,8 +207,12 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
 
     @property
     def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any; a family for which others are documented has them."""
-        return TrainingDefaults.usual(self)
+        """Settings of a fine-tune where nobody gives any: the usual ones, and what families have `documented`."""
+        found = TrainingDefaults.usual(self)
+        for family in reversed(type(self).__mro__):
+            if change := vars(family).get("documented_training"):
+                found = change(found)
+        return found
 
     def training_density(self, height: int, width: int) -> flow.TimeDensity:
         """Return the density of the training times of images of this size in pixels."""
@@ -452,13 +457,7 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
     def beside_negative(self, rows: Rows, negative: Rows | None) -> Rows | None:
         """Return 2B rows, ``rows`` and what guidance leads away from, see `velocity`; None where that is nothing."""
         negative = self.unconditional(rows) if negative is None else negative
-        if negative is None:
-            return None
-        if len(negative) not in (1, len(rows)):
-            raise UserError(
-                f"{len(negative)} negative rows for {len(rows)} rows", "Pass one, or one for each."
-            )
-        return Rows.cat([rows, replace(negative.repeat(len(rows) // len(negative)), kept=rows.kept)])
+        return None if negative is None else Rows.cat([rows, negative_of(rows, negative)])
 
     def true_guidance(self, scale: float) -> float:
         """Return the scale of classifier-free guidance, see ``latentflow.flow.guide``, for a guidance scale."""
@@ -505,6 +504,17 @@ class FlowModel(OpeningMixin, ImageInputMixin, ABC):
             end: (B,) the end of the interval of an average velocity; None: its velocity is asked for.
             guidance_scale: for networks that embed it.
         """
+
+
+def negative_of(rows: Rows, negative: Rows) -> Rows:
+    """Return a negative row for each of ``rows``, which keeps what that one keeps.
+
+    Raises:
+        UserError: there is neither one nor one for each.
+    """
+    if len(negative) not in (1, len(rows)):
+        raise UserError(f"{len(negative)} negative rows for {len(rows)} rows", "Pass one, or one for each.")
+    return replace(negative.repeat(len(rows) // len(negative)), kept=rows.kept)
 
 
 def _of_adapters(name: str) -> bool:

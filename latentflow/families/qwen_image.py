@@ -13,7 +13,7 @@ from .added_inputs import ExtendableModel
 from .model import Rows, Size, Values
 from .pretrained import PackedModel, PretrainedModel
 from .references import ReferenceModel
-from .training_defaults import TrainingDefaults
+from .training_defaults import TrainingDefaults, documented
 
 
 class QwenImageModel(ExtendableModel, PackedModel):
@@ -25,11 +25,7 @@ class QwenImageModel(ExtendableModel, PackedModel):
     first_layer: str | None = "img_in"
     guidance_argument = "true_cfg_scale"
     sampling_options: tuple[str, ...] = ("true_cfg_scale",)
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("diffusers' README_qwen.md", learning_rate=2e-4)
+    documented_training = documented("diffusers' README_qwen.md", learning_rate=2e-4)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask = self.pipeline.encode_prompt(prompts, **options)
@@ -131,12 +127,7 @@ class QwenImage21Model(PretrainedModel):
     guidance_argument = "true_cfg_scale"
     sampling_options = ("true_cfg_scale",)
     prompt_options = ()
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        defaults = super().training_defaults
-        return defaults.as_in("diffusers' train_dreambooth_lora_qwenimage21.py", lora_rank=16)
+    documented_training = documented("diffusers' train_dreambooth_lora_qwenimage21.py", lora_rank=16)
 
     @property
     def size_multiple(self) -> int:

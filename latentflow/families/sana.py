@@ -11,7 +11,7 @@ from .added_inputs import ExtendableModel
 from .consistency import ConsistencyModel
 from .model import Values
 from .pretrained import FixedShiftModel
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 class SanaModel(ExtendableModel, FixedShiftModel):
@@ -22,11 +22,7 @@ class SanaModel(ExtendableModel, FixedShiftModel):
 
     first_layer = "patch_embed.proj"
     prompt_options = ("max_sequence_length", "clean_caption", "complex_human_instruction")
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("diffusers' train_dreambooth_lora_sana.py")
+    documented_training = documented("diffusers' train_dreambooth_lora_sana.py")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, False, **options)

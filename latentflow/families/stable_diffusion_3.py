@@ -12,7 +12,7 @@ from ..flow import LogitNormal, Velocity
 from .added_inputs import ExtendableModel
 from .edit_defaults import EditDefaults
 from .model import Rows, Values
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 class StableDiffusion3Model(ExtendableModel):
@@ -30,6 +30,7 @@ class StableDiffusion3Model(ExtendableModel):
         "skip_layer_guidance_start",
         "skip_layer_guidance_stop",
     )
+    documented_training = documented("diffusers' train_dreambooth_lora_sd3.py")
     #: blocks of the network that are left out
     skipped: list[int] | None = None
 
@@ -41,11 +42,6 @@ class StableDiffusion3Model(ExtendableModel):
         at t = 0.15 under SD3's shift of 3; guidance 3.5 and 13.5.
         """
         return EditDefaults(50, 0.85, 3.5, 13.5)
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in("diffusers' train_dreambooth_lora_sd3.py")
 
     def training_density(self, height: int, width: int) -> LogitNormal:
         """Return the density of the training times: logit-normal before the scheduler's shift (section 5.3.2)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,3 +58,8 @@ class TrainingDefaults:
         usual = [words for name, words in others.items() if name not in changes and getattr(self, name)]
         rest = f"; {' and '.join(usual)}: SimpleTuner" if usual else ""
         return replace(self, source=source + rest, **changes)
+
+
+def documented(source: str, **changes: Any) -> Callable[[TrainingDefaults], TrainingDefaults]:
+    """Return what a family has as ``documented_training``: the change to its settings; see `TrainingDefaults.as_in`."""
+    return lambda defaults: defaults.as_in(source, **changes)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .added_inputs import ExtendableModel
 from .model import Values
-from .training_defaults import TrainingDefaults
+from .training_defaults import documented
 
 
 class ZImageModel(ExtendableModel):
@@ -22,13 +22,7 @@ class ZImageModel(ExtendableModel):
     first_layer: str | None = "all_x_embedder.2-1"
     cells_in_order = True
     unguided = 0.0
-
-    @property
-    def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
-        return super().training_defaults.as_in(
-            "diffusers' train_dreambooth_lora_z_image.py", posterior="mode"
-        )
+    documented_training = documented("diffusers' train_dreambooth_lora_z_image.py", posterior="mode")
 
     def true_guidance(self, scale: float) -> float:
         """Return the scale as classifier-free guidance counts it."""

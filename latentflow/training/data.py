@@ -15,13 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..autoencoder import (
-    check_resolution,
-    downscale_factor,
-    has_statistics,
-    load_autoencoder,
-    measure_statistics,
-)
+from ..autoencoder import downscale_factor, has_statistics, load_autoencoder, measure_statistics
 from ..autoencoder.latents import Autoencoder
 from ..config import ControlConfig, DataConfig, FramingConfig, LoopConfig
 from ..data import (
@@ -44,7 +38,7 @@ from ..data.control import cached_layouts, control_images, with_control_checked
 from ..data.dataset import NO_CLASS
 from ..data.labels import read_label_file
 from ..data.sources.kinds import is_latent_folder
-from ..errors import UserError, few, lookup
+from ..errors import UserError, check_resolution, few, lookup
 from ..families import FlowModel
 from ..utils.files import check_types, read_settings, read_yaml
 from ..utils.memory import memory_phase

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..autoencoder import Autoencoder, downscale_factor, latent_channels
 from ..config import LoopConfig
 from ..data import Source
+from ..families.stored_weights import parameter_count
 from ..models import Condition, settings_of
 from ..utils.memory import peak_gib
 from ..utils.progress import duration_text
@@ -333,7 +334,7 @@ def _time_here(
     device, batch = process_state().device, loop.train_batch_size
     forward_passes = loop.gradient_accumulation_steps * steps  # of one process
     speed = matrix_product_rate(device, dtype)
-    room = 0.7 * _free_bytes(device) - 8 * _parameters(model.loss)  # weights and gradients
+    room = 0.7 * _free_bytes(device) - 8 * parameter_count(model.loss)  # weights and gradients
     kept = cost.activations * dtype.itemsize / 4
     rows = int(min(batch, _TIMED_SECONDS * speed / cost.flops, room / kept))
     if rows < 1:
@@ -401,12 +402,8 @@ def _random_batch(model: TrainedModel, vae: Autoencoder, source: Source, rows: i
     return batch
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def _size(module: nn.Module) -> str:
-    return f"{type(module).__name__}, {_parameters(module) / 1e6:.1f} M parameters"
+    return f"{type(module).__name__}, {parameter_count(module) / 1e6:.1f} M parameters"
 
 
 def _flops(count: float) -> str:

@@ -19,7 +19,7 @@ from .fine_tune.base import lost_guidance, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
 from .fine_tune.prior import MixedData, prior_prompts
 from .fine_tune.teacher_samples import SampleSettings, teacher_data
-from .loop.distributed import process_state, resolve
+from .loop.distributed import process_state, resolve, samples_per_step
 from .losses.conditioned import ConditionedLoss
 from .losses.latent_data import LatentData
 
@@ -143,7 +143,7 @@ def plan_lines(splits: DataSplits, loop: LoopConfig, own_share: float | None = N
         own_share: of a fine-tune, the share of the samples that are images of the data.
     """
     source, images, state = splits.source, len(splits.training), process_state()
-    batch = loop.train_batch_size * loop.gradient_accumulation_steps * state.num_processes
+    batch = samples_per_step(loop)
     epochs = (own_share or 1.0) * loop.max_train_steps * batch / max(1, len(splits.training.uses()))
     precision = resolve(loop.mixed_precision, state.device)
     lines = [f"{source.name}: {note}" for note in source.notes]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,21 +28,18 @@ from .fine_tune.base import refuse_own_result, refuse_pretrained_settings
 from .fine_tune.defaults import FEW, usual
 from .fine_tune.learning import LearningMeter, is_plain
 from .fine_tune.memorisation import report_memorisation_of
-from .loop.checkpoint import has_begun, list_checkpoints, step_of
+from .loop.checkpoint import list_checkpoints, step_of
 from .loop.compiling import compile_network
-from .loop.distributed import process_state
-from .loop.fit import Callbacks, fit
-from .loop.logging import log_to
-from .loop.stopping import Stop
+from .loop.fit import Callbacks
 from .losses.average_velocity import refuse_unfit
 from .losses.flow import validation_loss
 from .recipe import Recipe, data_recipe
 from .report.card import generate_command, write_adapter_card, write_card
 from .report.folder import first_stage, read_run
-from .report.hub import check_push, push
 from .report.verdict import judge
 from .train_autoencoder import train_autoencoder
 from .trained_model import TrainedModel, build
+from .training_run import TrainingRun, WriteConfig
 from .unfinished import forget_initial, keep_initial, starting_checkpoint
 
 
@@ -51,7 +47,7 @@ def train(
     config: RunConfig,
     resume_command: str,
     given_keys: Collection[str],
-    write_config: Callable[[RunConfig, Path], None],
+    write_config: WriteConfig,
     make_recipe: Callable[[RunConfig, DataSplits, Collection[str]], Recipe] = data_recipe,
 ) -> None:
     """Train a generator, or go on with a run that was stopped.
@@ -65,12 +61,8 @@ def train(
         UserError: the settings contradict each other, the data or the checkpoint.
         SystemExit: a signal stopped the run before its end, after saving; the status is 128 + its number.
     """
-    output, dry_run, state = Path(config.output), config.dry_run, process_state()
-    if not dry_run:
-        if config.push_to_hub:
-            check_push(config.push_to_hub)
-        output.mkdir(parents=True, exist_ok=True)
-    log = log_to(None if dry_run else output)
+    run = TrainingRun(config, resume_command, write_config)
+    output, state, log, dry_run = run.output, run.state, run.log, config.dry_run
 
     # ---- data ----
     config = replace(
@@ -119,21 +111,11 @@ def train(
             taught=recipe.student,
             bare=not config.init_from and source.kind == "unconditional",
         )
-    for line in recipe.plan:
-        log.info(line)
-    if state.device.type == "cpu" and not dry_run:
-        log.info("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
-    settings = replace(config, init_from=named)
-
-    def keep_config() -> None:
-        if state.is_main_process:
-            write_config(settings, output / "config.yaml")
-
-    if not dry_run and not has_begun(output):
-        keep_config()
+    run.plan(recipe.plan, "; --dry-run estimates it.")
+    run.keep(replace(config, init_from=named))
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
-    stop = Stop()
+    stop = run.stop
     has_autoencoder = (output / "autoencoder" / "autoencoder" / "config.json").is_file()
     vae: Autoencoder | None
     if splits.autoencoder is not None:
@@ -214,8 +196,7 @@ def train(
     vae.cpu()
 
     # ---- training ----
-    result = output / "pipeline"
-    meter = None
+    result, meter = output / "pipeline", None
     if state.is_main_process:
         keep_initial(output, model.pipeline())
         if config.init_from and not recipe.student and not config.loop.shard and is_plain(loss):
@@ -233,13 +214,11 @@ def train(
     )
     flops = sample_flops(flow_model.network, loss.text_encoder, data, model.latent_size)
     compile_network(flow_model.network, config.loop, state.device)
-    finished = fit(
+    if not run.fit(
         {"flow": loss, **recipe.extra_modules(loss)},
         data,
         config.loop,
-        output,
-        callbacks=Callbacks(
-            begin=keep_config,
+        Callbacks(
             validate=None
             if held_out is None
             else lambda: {"loss": validation_loss(loss, held_out, state.device)},
@@ -248,14 +227,9 @@ def train(
             export_to=result,
         ),
         description=describe(config, splits, model, recipe),
-        resume_line=resume_command,
         flops=flops,
         find_unused_parameters=bool(config.init_from) and source.kind == "unconditional",
-        stop=stop,
-    )
-    if not finished:
-        raise SystemExit(stop.status)
-    if not state.is_main_process:
+    ):
         return
     forget_initial(output)
 
@@ -268,12 +242,7 @@ def train(
     write_card(result, output, facts)  # once more: what was measured of the result is there now
     if model.adapter is not None:
         write_adapter_card(output / "adapter", output, replace(facts, where=str(output / "adapter")))
-    log.info(f"done: {result}; try it with\n  {generate_command(facts.kind, facts.example, str(result))}")
-    if verdict := judge(read_run(output)):
-        log.info(verdict.line)
-    if config.push_to_hub:
-        address, lines = push(result, config.push_to_hub)
-        log.info("\n  ".join([f"pushed: {address}", *lines]))
+    run.end(result, generate_command(facts.kind, facts.example, str(result)))
 
 
 def describe(config: RunConfig, splits: DataSplits, model: TrainedModel, recipe: Recipe) -> dict[str, Any]:

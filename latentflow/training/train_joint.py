@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..autoencoder.losses import PatchDiscriminator
 from ..config import RunConfig
 from ..data import Source, cached_pixels, pixels_to_images
 from ..errors import UserError
+from ..families.stored_weights import parameter_count
 from ..metrics import psnr
 from .data import (
     DataSplits,
@@ -29,25 +30,19 @@ from .data import (
     refuse_renumbered_classes,
 )
 from .export import card_facts, export_pipeline, preview_grid, preview_source
-from .loop.checkpoint import has_begun
 from .loop.compiling import compile_network
 from .loop.data_order import SampleUse
-from .loop.distributed import process_state
-from .loop.fit import Callbacks, fit
-from .loop.logging import log_to
-from .loop.stopping import Stop
+from .loop.fit import Callbacks
 from .losses.autoencoder import DiscriminatorLoss
 from .losses.flow import validation_loss
 from .losses.joint import JointAutoencoderLoss, JointFlowLoss
 from .losses.latent_data import Conditions, PixelData
 from .recipe import scratch_recipe
 from .report.card import generate_command, write_card
-from .report.folder import read_run
-from .report.hub import check_push, push
-from .report.verdict import judge
 from .train import describe
 from .train_autoencoder import reconstructions
 from .trained_model import build
+from .training_run import TrainingRun, WriteConfig
 from .unfinished import forget_initial, keep_initial
 
 _VALIDATION_IMAGES = 256
@@ -57,7 +52,7 @@ def train_joint(
     config: RunConfig,
     resume_command: str,
     given_keys: Collection[str],
-    write_config: Callable[[RunConfig, Path], None],
+    write_config: WriteConfig,
 ) -> None:
     """Train an autoencoder and a generator together, or go on with a run that was stopped.
 
@@ -70,12 +65,8 @@ def train_joint(
         UserError: the settings contradict each other, or the data; or the encoder has collapsed at the end.
         SystemExit: a signal stopped the run before its end, after saving; the status is 128 + its number.
     """
-    output, state = Path(config.output), process_state()
-    if not config.dry_run:
-        if config.push_to_hub:
-            check_push(config.push_to_hub)
-        output.mkdir(parents=True, exist_ok=True)
-    log = log_to(None if config.dry_run else output)
+    run = TrainingRun(config, resume_command, write_config)
+    output, state = run.output, run.state
 
     # ---- data ----
     loop = generator_as_begun(config.loop, output, given_keys).with_validation_time(given_keys)
@@ -112,23 +103,15 @@ def train_joint(
         modules["discriminator"] = DiscriminatorLoss(discriminator, autoencoder)
 
     # ---- plan ----
-    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (vae, model.flow_model.network)]
-    for line in [
-        *recipe.plan,
+    sizes = [parameter_count(part) / 1e6 for part in (vae, model.flow_model.network)]
+    own = (
         f"joint training ({config.joint.joint}): autoencoder {sizes[0]:.1f} M parameters, network {sizes[1]:.1f} M, "
-        f"latents of {latent_channels(vae)} x {model.latent_size} x {model.latent_size}",
-        *["WARNING: no GPU: expect 10 to 100 times the time of one"] * (state.device.type == "cpu"),
-    ]:
-        log.info(line)
+        f"latents of {latent_channels(vae)} x {model.latent_size} x {model.latent_size}"
+    )
+    run.plan([*recipe.plan, own])
     if config.dry_run:
         return
-
-    def keep_config() -> None:
-        if state.is_main_process:
-            write_config(config, output / "config.yaml")
-
-    if not has_begun(output):
-        keep_config()
+    run.keep(config)
 
     # ---- data as the losses take them ----
     def images(part: Source, flips: bool) -> JointData:
@@ -162,43 +145,28 @@ def train_joint(
         export_pipeline(folder, model, source, output, dtype, config.push_to_hub)
 
     # ---- training ----
-    result, stop = output / "pipeline", Stop()
+    result = output / "pipeline"
     if state.is_main_process:
         keep_initial(output, model.pipeline())
     compile_network(model.flow_model.network, loop, state.device)
-    finished = fit(
+    if not run.fit(
         modules,
         learned,
         loop,
-        output,
-        callbacks=Callbacks(
-            begin=keep_config,
-            validate=None if held_out is None else validate,
-            preview=preview,
-            export=export,
-            export_to=result,
+        Callbacks(
+            validate=None if held_out is None else validate, preview=preview, export=export, export_to=result
         ),
         description=describe(config, splits, model, recipe)
         | {"autoencoder": config.autoencoder.describe(), "joint": asdict(config.joint)},
-        resume_line=resume_command,
-        stop=stop,
-    )
-    if not finished:
-        raise SystemExit(stop.status)
-    if not state.is_main_process:
+    ):
         return
     forget_initial(output)
 
     # ---- the result ----
     facts = card_facts(model, source, output, config.push_to_hub)
     write_card(result, output, facts)
-    log.info(f"done: {result}; try it with\n  {generate_command(facts.kind, facts.example, str(result))}")
-    log.info(f"its autoencoder is {result / 'vae'}: --vae {result} takes it")
-    if verdict := judge(read_run(output)):
-        log.info(verdict.line)
-    if config.push_to_hub:
-        address, lines = push(result, config.push_to_hub)
-        log.info("\n  ".join([f"pushed: {address}", *lines]))
+    command = generate_command(facts.kind, facts.example, str(result))
+    run.end(result, command, f"its autoencoder is {result / 'vae'}: --vae {result} takes it")
 
 
 def starting_autoencoder(config: RunConfig, splits: DataSplits) -> Autoencoder:

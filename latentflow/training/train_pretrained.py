@@ -7,9 +7,8 @@ encoders that learn stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,28 +35,23 @@ from .fine_tune.pretrained_base import PretrainedBase, drop, load_pretrained_dat
 from .fine_tune.pretrained_prior import pretrained_prior, prior_data
 from .fine_tune.pretrained_settings import KEPT, base_dtype, setting_lines, with_base_settings
 from .fine_tune.prior import MixedData
-from .loop.checkpoint import has_begun
 from .loop.compiling import compile_network
-from .loop.distributed import check_precision, process_state
-from .loop.fit import Callbacks, fit
-from .loop.logging import log_to
-from .loop.stopping import Stop
+from .loop.distributed import check_precision, process_state, samples_per_step
+from .loop.fit import Callbacks
 from .losses.control import ControlImages
 from .losses.flow import Masking, validation_loss
 from .losses.latent_data import Conditions, LatentData
 from .losses.pretrained import PretrainedLoss, in_batch
 from .pretrained_result import PretrainedResult
 from .recipe import plan_lines
-from .report.folder import read_run
-from .report.hub import check_push, push
-from .report.verdict import judge
+from .training_run import TrainingRun, WriteConfig
 
 
 def train_pretrained(
     config: RunConfig,
     resume_command: str,
     given_keys: Collection[str],
-    write_config: Callable[[RunConfig, Path], None],
+    write_config: WriteConfig,
 ) -> None:
     """Fine-tune a pretrained model, or go on with a run that was stopped.
 
@@ -70,12 +64,8 @@ def train_pretrained(
         UserError: the settings contradict each other, the data or the model.
         SystemExit: a signal stopped the run before its end, after saving; the status is 128 + its number.
     """
-    output, state = Path(config.output), process_state()
-    if not config.dry_run:
-        if config.push_to_hub:
-            check_push(config.push_to_hub)
-        output.mkdir(parents=True, exist_ok=True)
-    log = log_to(None if config.dry_run else output)
+    run = TrainingRun(config, resume_command, write_config)
+    output, state, log = run.output, run.state, run.log
 
     # ---- configs, data, plan ----
     assert config.init_from is not None
@@ -91,15 +81,14 @@ def train_pretrained(
     config = replace(config, data=splits.data)
     config.loop.check_validated(len(validation) > 0)
     dtype = base_dtype(config.loop, config.adapter, state.device)
-    for line in [
-        *plan_lines(splits, config.loop, own_share),
-        *setting_lines(base, config, len(training), own_share),
-        prior_line,
-        *([f"WARNING: {warning}"] if (warning := training_warning(base.shape)) else []),
-    ]:
-        log.info(line)
-    if state.device.type == "cpu" and not config.dry_run:
-        log.info("WARNING: no GPU: expect 10 to 100 times the time of one")
+    run.plan(
+        [
+            *plan_lines(splits, config.loop, own_share),
+            *setting_lines(base, config, len(training), own_share),
+            prior_line,
+            *([f"WARNING: {warning}"] if (warning := training_warning(base.shape)) else []),
+        ]
+    )
     if config.dry_run:
         for line in MemoryPlanner(base.shape).lines(plan_of(config, dtype)):
             log.info(line)
@@ -109,13 +98,7 @@ def train_pretrained(
     if quantize:
         check_quantization(quantize, state.device.type)
     refuse_too_large(base.shape, config, dtype, state.device)
-
-    def keep_config() -> None:
-        if state.is_main_process:
-            write_config(config, output / "config.yaml")
-
-    if not has_begun(output):
-        keep_config()
+    run.keep(config)
     base = base.fetched()
     options = {"quantization_config": quantization(quantize, base.folder)} if quantize else {}
 
@@ -186,7 +169,7 @@ def train_pretrained(
         log.info(line)
     if config.network.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
-    batch = config.loop.train_batch_size * config.loop.gradient_accumulation_steps * state.num_processes
+    batch = samples_per_step(config.loop)
     loss = PretrainedLoss(
         model,
         config.flow,
@@ -208,14 +191,11 @@ def train_pretrained(
         fills = base.draws_from == "mask"
         meter = LearningMeter(loss, own, training, state.device, by_default, 16, batch_size=1, fills=fills)
     compile_network(model.network, config.loop, state.device)
-    stop = Stop()
-    finished = fit(
+    if not run.fit(
         {"flow": loss},
         data,
         config.loop,
-        output,
-        callbacks=Callbacks(
-            begin=keep_config,
+        Callbacks(
             validate=None
             if held_out is None
             else lambda: {
@@ -227,24 +207,14 @@ def train_pretrained(
         ),
         description=_description(config, splits, base, vae, adapter, batch)
         | ({"prior": [len(prior), config.fine_tuning.prior_share]} if prior else {}),
-        resume_line=resume_command,
         # SDXL's first text encoder ends before its last layer, and its null is no prompt
         find_unused_parameters=config.adapter.lora_text_encoder,
-        stop=stop,
-    )
-    if not finished:
-        raise SystemExit(stop.status)
-    if not state.is_main_process:
+    ):
         return
 
     # ---- the result ----
     result.write_card()
-    log.info(f"done: {result.folder}; try it with\n  {result.command()}")
-    if verdict := judge(read_run(output)):
-        log.info(verdict.line)
-    if config.push_to_hub:
-        address, lines = push(result.folder, config.push_to_hub)
-        log.info("\n  ".join([f"pushed: {address}", *lines]))
+    run.end(result.folder, result.command())
 
 
 def open_prompts(

@@ -35,7 +35,7 @@ from ..pipeline.generate import LatentFlowPipeline
 from ..utils.words import known_words, missing_words
 from .fine_tune.adapters import Adapter
 from .fine_tune.base import open_base, refuse_other_flow
-from .loop.distributed import process_state
+from .loop.distributed import samples_per_step
 from .losses import ControlImages, TokenLoss, flow_loss
 from .losses.alignment import Routing, make_alignment
 from .losses.conditioned import ConditionedLoss
@@ -149,7 +149,7 @@ def build(
         network.enable_gradient_checkpointing()
 
     # ---- loss ----
-    batch = loop.train_batch_size * loop.gradient_accumulation_steps * process_state().num_processes
+    batch = samples_per_step(loop)
     samples = loop.max_train_steps * batch
     if isinstance(model, TokenModel):
         learned = encoder if trains_text else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import diffusers
 import pytest
 import torch
@@ -11,6 +9,8 @@ import torch
 from latentflow.autoencoder import decode, downscale_factor, encode, latent_channels
 
 from .tiny import AUTOENCODERS, SIDE
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 #: the other autoencoders of diffusers, and what they are for
 LEFT_OUT = {
@@ -29,12 +29,6 @@ def test_none_is_forgotten() -> None:
     left_out = {f"Autoencoder{name}" for names in LEFT_OUT.values() for name in names}
     tested = {name.partition(" ")[0] for name in AUTOENCODERS}
     assert there == left_out | tested and not left_out & tested
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)

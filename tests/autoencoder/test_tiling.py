@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -14,11 +13,7 @@ from latentflow.config import MemoryConfig
 from latentflow.errors import UserError
 from latentflow.inference.memory import place
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def plain(size: int = 32) -> Any:

@@ -49,7 +49,7 @@ def test_buckets_hold_at_most_the_square_s_pixels_and_mirror_one_another(resolut
 
 
 def test_a_resolution_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(UserError, match="The nearest is 64"):
+    with pytest.raises(UserError, match="Use --resolution 64"):
         bucket_sizes(60, 16)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ from .tiny import TINY, checkpoint
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 # Patterns for the layers of other parts.
-pytestmark = pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.filterwarnings("ignore:The following:RuntimeWarning"),
+]
 FILE = "pytorch_lora_weights.safetensors"
 #: of most layers, and of some
 RANKS, ALPHAS = (3, 2), (5.0, 1.0)
@@ -60,12 +63,6 @@ def class_of(name: str) -> Any:
 
 #: all families with more layouts than diffusers'; Lumina2's is read at its published width alone
 WRITTEN = [name for name in TINY if len(layouts_of(class_of(name))) > 1 and name != "Lumina2Pipeline"]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def image(name: str, adapter: Path | None = None) -> Tensor:

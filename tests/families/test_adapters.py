@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from .test_family_programs import flags, size
 from .test_pretrained import opened, seeded
 from .tiny import checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 peft = pytest.importorskip("peft", reason="peft is not installed")
 Program = Callable[[str], Any]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -38,12 +40,6 @@ ADAPTED = {
     "StableDiffusionXLPipeline": ATTENTION,
 }
 each_adapted = pytest.mark.parametrize("name", ADAPTED)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

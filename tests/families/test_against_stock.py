@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
@@ -20,6 +19,8 @@ from latentflow.flow import integrate
 from .test_pretrained import PROMPTS, seeded
 from .tiny import CONSISTENCY, TINY, checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 STEPS = 5
 #: stock image-to-image pipelines of our families; those of consistency models are in test_consistency.py
 IMAGE_TO_IMAGE = [
@@ -28,12 +29,6 @@ IMAGE_TO_IMAGE = [
     if name.endswith("Img2ImgPipeline")
     and not ("PAG" in name or "Control" in name or SIBLINGS[name] in CONSISTENCY)
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def with_scheduler(name: str, **config: Any) -> Any:
@@ -89,7 +84,6 @@ def ddim(pipe: Any, **call: Any) -> Tensor:
 
 SPACINGS = ("leading", "trailing", "linspace")
 EPSILON = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline")
-VELOCITY = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -98,7 +92,7 @@ VELOCITY = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     ("name", "kind", "zero_snr"),
     [
         *((name, "epsilon", False) for name in EPSILON),
-        *((name, "v_prediction", zero_snr) for name in VELOCITY for zero_snr in (False, True)),
+        *(("StableDiffusionPipeline", "v_prediction", zero_snr) for zero_snr in (False, True)),
     ],
 )
 def test_ddim(name: str, kind: str, zero_snr: bool, to_one: bool, spacing: str) -> None:

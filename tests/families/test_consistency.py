@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy, deepcopy
 from functools import cache
 from pathlib import Path
@@ -32,14 +32,10 @@ from latentflow.inference.sample import model_capabilities
 from .test_pretrained import PROMPTS, seeded
 from .tiny import CONSISTENCY, Tiny, checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 SPRINT, LATENT = "SanaSprintPipeline", "LatentConsistencyModelPipeline"
 each_family = pytest.mark.parametrize("name", CONSISTENCY)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from latentflow.utils.files import pipeline_folder
 
 from ..pipeline.conftest import NAMES, quiet, tiny_dit, tiny_text, tiny_vae
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 SIDE = 8
 PROMPTS = ["a red apple", "green tree"]
 
@@ -36,12 +37,6 @@ def checkpoint(kind: Any = LatentFlowPipeline, *, settings: Any = None, **config
     names = NAMES if config.get("num_classes") else None
     pipe = quiet(kind(tiny_vae(), tiny_dit(**config), id2label=names, **parts, **(settings or {})))
     return pipe, pipe.model
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def sample(

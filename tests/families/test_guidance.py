@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,14 @@ from latentflow.flow import integrate
 from .test_pretrained import PROMPTS, drawn, grid, images, opened, seeded, stock
 from .tiny import TINY, checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 SKIPPED = {
     "skip_guidance_layers": [0],
     "skip_layer_guidance_scale": 2.0,
     "skip_layer_guidance_start": 0.01,
     "skip_layer_guidance_stop": 0.7,
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def model_of(pipe: Any, **options: Any) -> PretrainedModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -26,15 +25,8 @@ from latentflow.errors import UserError
 from latentflow.pipeline.over_model import ModelPipeline
 from latentflow.utils.files import SHIPPED_CHECKPOINTS
 
-from .test_pretrained import PROMPTS, opened, seeded
-from .tiny import TINY, checkpoint
-
-each_family = pytest.mark.parametrize("name", TINY)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    yield
+from .test_pretrained import PROMPTS, each_family, each_layout, opened, seeded
+from .tiny import checkpoint
 
 
 def over(kind: Any, name: str) -> Any:
@@ -76,7 +68,7 @@ def test_a_call_draws_as_the_model_does(name: str) -> None:
     assert image.size == (tiny.side, tiny.side)
 
 
-@each_family
+@each_layout
 def test_kept_pixels_are_kept_and_the_seam_is_matched(name: str) -> None:
     """Also where a mask ends within a token of the network. The tiny autoencoders shift colours by place, and a small
     strength leaves little else at the seam."""
@@ -99,7 +91,7 @@ def test_kept_pixels_are_kept_and_the_seam_is_matched(name: str) -> None:
     assert steps[0] < steps[1]
 
 
-@each_family
+@each_layout
 def test_edits_and_variations(name: str) -> None:
     """An edit to the same words is the image through the autoencoder; image-to-image of strength 0 as well."""
     if not opened(name)[1].takes_text:
@@ -118,7 +110,7 @@ def test_edits_and_variations(name: str) -> None:
     torch.testing.assert_close(again, through, rtol=0.0, atol=1e-5)
 
 
-@each_family
+@each_layout
 def test_inverted_noise_makes_the_image_again(name: str) -> None:
     """To within the error that the inversion has measured; without a condition as well."""
     _, model, tiny = opened(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from copy import copy, deepcopy
 from functools import cache
 from typing import Any
@@ -20,18 +19,22 @@ from latentflow.flow import EDITING, INPAINTING, SOLVERS, integrate, time_grid
 
 from .tiny import TINY, Tiny, checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 PROMPTS = ["a red apple", "big green tree over a small house"]
 STEPS = 4
 #: families whose guidance scale 0 is no guidance; elsewhere it is 1
 FROM_ZERO = {"ZImagePipeline", "ZImageOmniPipeline", "Krea2Pipeline"}
 each_family = pytest.mark.parametrize("name", TINY)
-COSTLY = ("HunyuanImagePipeline", "DreamLite", "KolorsPipeline", "StableDiffusionXLPipeline")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+#: a network of each layout: convolutions, classes, plain latents, packed ones, packed ones of videos, linear attention
+LAYOUTS = (
+    "StableDiffusionPipeline", "DiTPipeline", "StableDiffusion3Pipeline", "FluxPipeline-dev", "QwenImagePipeline",
+    "SanaPipeline",
+)  # fmt: skip
+#: for what all families do with the same code, on their velocity: beyond one of each layout they are slow
+each_layout = pytest.mark.parametrize(
+    "name", [name if name in LAYOUTS else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -175,12 +178,7 @@ OF_ORDER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [  # the networks that take longest are slow
-        pytest.param(name, marks=pytest.mark.slow) if name.startswith(COSTLY) else name for name in TINY
-    ],
-)
+@each_layout
 def test_every_solver_follows_the_velocity(name: str) -> None:
     """All solvers end somewhere; on the velocity of one time, which is smooth, fixed steps are of their order."""
     _, model, tiny = opened(name)
@@ -203,7 +201,7 @@ def test_every_solver_follows_the_velocity(name: str) -> None:
     assert error("rk4", 4) < 0.2 * error("midpoint", 4)
 
 
-@each_family
+@each_layout
 def test_every_inpainting_keeps_what_is_known(name: str) -> None:
     _, model, tiny = opened(name)
     velocity, times = model.velocity(rows_of(name)), model.time_grid(STEPS, tiny.side, tiny.side)
@@ -219,7 +217,7 @@ def test_every_inpainting_keeps_what_is_known(name: str) -> None:
         assert not torch.equal(filled, known), method
 
 
-@each_family
+@each_layout
 def test_an_edit_to_the_same_prompt_changes_nothing(name: str) -> None:
     _, model, tiny = opened(name)
     velocity = model.velocity(rows_of(name))

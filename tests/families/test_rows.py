@@ -22,11 +22,18 @@ from latentflow.families.text_encoders import TEXT_ENCODERS, embeds_width
 from latentflow.utils.files import SHIPPED_CHECKPOINTS
 
 from .test_memory import OFFLOADING, own_model, pipe_of
-from .test_pretrained import PROMPTS, opened, seeded
+from .test_pretrained import LAYOUTS, PROMPTS, opened, seeded
 from .tiny import TINY, checkpoint
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name != "DiTPipeline"])
+@pytest.mark.parametrize(
+    "name",
+    [  # of the others, below, one pipeline encodes and another draws
+        name if name in LAYOUTS else pytest.param(name, marks=pytest.mark.slow)
+        for name in TINY
+        if name != "DiTPipeline"
+    ],
+)
 def test_rows_are_enough(name: str) -> None:
     """Prompts are encoded once; then the encoders go, and the images are the same, guided as well."""
     side = opened(name)[2].side

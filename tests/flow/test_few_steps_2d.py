@@ -160,9 +160,12 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
     "progressive": [{"finest": 8}],
     "consistency": [{}],
 }
-#: the second settings of an objective are slow
+#: the second settings of an objective are slow, and objectives between two others
+BETWEEN = ("alpha-flow", "progressive")
 CASES = [
-    pytest.param(OBJECTIVES[name].settings(**settings), marks=[pytest.mark.slow] * (number > 0))
+    pytest.param(
+        OBJECTIVES[name].settings(**settings), marks=[pytest.mark.slow] * (number > 0 or name in BETWEEN)
+    )
     for name, objective in OBJECTIVES.items()
     if objective.average
     for number, settings in enumerate(SETTINGS.get(name, [{"share": 0.75, "power": 0.0}]))

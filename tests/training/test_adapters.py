@@ -118,7 +118,9 @@ def test_a_run_does_not_go_on_beside_another_base(others, cache, base, tmp_path)
     assert "adapter.base" in call(cache, *line, "--max-train-steps", 2, expect=2)
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "sharded", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["replicated", "sharded"]
+)
 def test_two_processes_learn_what_one_learns(sharded, others, cache, base, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     line = [others, *TINY, *LORA, "--init-from", base, "--lora-text-encoder", "--mixed-precision", "no"]
@@ -157,7 +159,7 @@ def test_a_compiled_adapter_learns_the_same(others, cache, base, tmp_path) -> No
         ("--lora-rank 4 --lora-alpha nan", "--lora-alpha is nan"),
         ("BASE --lora-rank 17", "--lora-rank 17 is above what the layer blocks.0.attn.qkv (16 to 48) can"),
         ("BASE --lora-rank 4 --lora-layers atention", "--lora-layers atention: DiT has no such layers"),
-        ("BASE --lora-rank 4 --optimizer muon", "--optimizer muon with --lora-rank"),
+        ("BASE --lora-rank 4 --optimizer muon", "--optimizer muon with an adapter"),
         ("BASE --lora-rank 4 --inpainting", "lacks the inputs for --inpainting"),
         ("--init-from EMPTY --lora-rank 4", "is not a pipeline folder: it holds no model_index.json"),
     ],

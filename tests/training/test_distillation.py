@@ -229,7 +229,7 @@ def _stop_at(steps: int) -> Any:
     "method",
     [
         "shortcut --method-options share 0.7 finest 2",
-        "progressive --method-options finest 2",
+        pytest.param("progressive --method-options finest 2", marks=pytest.mark.slow),
         "distribution-matching",
     ],
 )

@@ -23,7 +23,7 @@ from latentflow.families import FlowModel, Rows
 from latentflow.families.from_configs import model_from_configs
 from latentflow.families.stored_weights import parameter_count, quantised_layers, stored_bytes
 from latentflow.training.fine_tune import memory_plan, step_memory
-from latentflow.training.fine_tune.memory_plan import GIB, FineTuning, MemoryPlanner, memory_lines
+from latentflow.training.fine_tune.memory_plan import GIB, FineTuning, MemoryPlanner
 from latentflow.training.fine_tune.step_memory import encoding_images, encoding_prompts, training_step
 
 from ..families.tiny import checkpoint
@@ -88,25 +88,23 @@ def by_hand(module: nn.Module, stored: str, kept: str = "lm_head") -> float:
 # ---------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8", "float8", "nf4"])
-@pytest.mark.parametrize("name", MODELS)
-def test_weights_of_published_models(name: str, stored: str, tmp_path: Path) -> None:
-    planner = MemoryPlanner(model_from_configs(unpacked(name, tmp_path)))
+def test_weights_of_published_models(published: Path) -> None:
+    planner, name = MemoryPlanner(model_from_configs(published)), published.name
     network, index = direct(name, "transformer"), configs(name)["model_index.json"]
     encoders = [direct(name, part) for part in index if part.startswith("text_encoder")]
     assert parameter_count(network) / 1e9 == pytest.approx(PARAMETERS[name][0], abs=0.06)
     assert sum(map(parameter_count, encoders)) / 1e9 == pytest.approx(PARAMETERS[name][1], abs=0.06)
-    found = planner.weights(FineTuning(base=stored, encoders=stored))
-    assert found.base == pytest.approx(by_hand(network, stored), rel=1e-3)
-    expected = 0.0
-    for encoder in encoders:
-        clip = type(encoder).__name__.startswith("CLIP") and stored != "float32"
-        t5 = isinstance(encoder, transformers.T5EncoderModel)
-        expected += by_hand(
-            encoder, "bfloat16" if clip else stored, "wo" if t5 and stored == "nf4" else "lm_head"
-        )
-    assert found.prompts == pytest.approx(expected, rel=1e-3)
-    assert found.images == pytest.approx(by_hand(direct(name, "vae"), "float32"), rel=1e-3)
+    images = by_hand(direct(name, "vae"), "float32")
+    for stored in ("float32", "bfloat16", "int8", "float8", "nf4"):
+        found = planner.weights(FineTuning(base=stored, encoders=stored))
+        assert found.base == pytest.approx(by_hand(network, stored), rel=1e-3), stored
+        expected = 0.0
+        for encoder in encoders:
+            clip = type(encoder).__name__.startswith("CLIP") and stored != "float32"
+            kept = "wo" if isinstance(encoder, transformers.T5EncoderModel) and stored == "nf4" else "lm_head"
+            expected += by_hand(encoder, "bfloat16" if clip else stored, kept)
+        assert found.prompts == pytest.approx(expected, rel=1e-3), stored
+        assert found.images == pytest.approx(images, rel=1e-3)
 
 
 def test_what_learns(published: Path) -> None:
@@ -271,8 +269,15 @@ def real_step(
     return sum(kept.values()), peak
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointing", "autocast"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "Flux2KleinPipeline", "QwenImagePipeline"])
 def test_a_step_holds_what_a_real_one_does(
     name: str, checkpointing: bool, autocast: bool, tiny: Callable[[str], tuple[FlowModel, Any]]
@@ -385,7 +390,7 @@ def test_lines_of_a_published_model(klein: MemoryPlanner) -> None:
         (80, FineTuning(), []),
         (12, FineTuning(), []),
         (8, FineTuning(), ["--quantize nf4"]),
-        (4.5, FineTuning(), ["--quantize nf4", "--resolution 768"]),
+        pytest.param(4.5, FineTuning(), ["--quantize nf4", "--resolution 768"], marks=pytest.mark.slow),
         (2, FineTuning(), None),
         (80, FineTuning(lora_rank=0), ["--optimizer adamw-8bit"]),
         (24, FineTuning(lora_rank=0), ["--lora-rank 16"]),
@@ -410,7 +415,8 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> MemoryPlanner:
 
 @pytest.mark.slow
 def test_lines_of_a_model_of_20b(tmp_path: Path) -> None:
-    lines = memory_lines(unpacked("qwen-image", tmp_path), FineTuning())
+    planner = MemoryPlanner(model_from_configs(unpacked("qwen-image", tmp_path)))
+    lines = planner.lines(FineTuning())
     cards = {line.partition(" GB: ")[0]: line.partition(" GB: ")[2] for line in lines if " GB: " in line}
     assert cards["12"] == "does not fit"
     assert cards["24"].startswith("fits with --quantize nf4 (1")

@@ -116,7 +116,8 @@ def assert_close(a: Path, b: Path, atol: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adamw", "schedule-free", pytest.param("muon", marks=pytest.mark.slow)]
+    "optimizer",
+    ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("schedule-free", "muon"))],
 )
 def test_sharded_runs_learn_what_one_process_learns_and_go_on_from_one_anothers_checkpoints(
     tmp_path: Path, optimizer: str

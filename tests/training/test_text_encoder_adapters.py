@@ -176,7 +176,13 @@ def test_captions_are_encoded_as_the_model_encodes_them_and_dropped_ones_are_its
             torch.testing.assert_close(value[place], expected.values[key][0], rtol=0, atol=1e-6)
 
 
-@each_family
+@pytest.mark.parametrize(
+    "name",
+    [  # of two encoders as SDXL's, and T5 beside them
+        pytest.param(name, marks=pytest.mark.slow) if name == "StableDiffusion3Pipeline" else name
+        for name in ENCODERS
+    ],
+)
 def test_the_stock_pipeline_opens_it_in_every_layout(name: str, tmp_path: Path) -> None:
     kohya = {"lora_layers": ("transformer_blocks.0.attn",)} if "Flux" in name else {}  # see NOT_READ
     learner = Learner(name, **kohya)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...config import AdapterConfig
 from ...errors import UserError
 from ...families import FlowModel
+from ...families.stored_weights import parameter_count
 from ...pipeline.adapter_bases import shared_name
 from ...pipeline.adapter_files import CLASSES, CONTROL, INTERVALS, WORDS, AdapterFacts, base_hashes
 from ...utils.files import save_tensors
@@ -95,7 +96,7 @@ class Adapter:
             control={} if self._control is None else dict(network.config["control"]),
         )
         self._base_name = shared_name(checkpoint)
-        self._whole = _count(network) + (_count(encoder) if trains_text else 0)
+        self._whole = parameter_count(network) + (parameter_count(encoder) if trains_text else 0)
         self._layers = inject(network, config)
         if encoder is not None:
             encoder.requires_grad_(False)
@@ -315,7 +316,3 @@ def _merged(module: nn.Module) -> nn.Module:
     if hasattr(result, "peft_config"):
         del result.peft_config
     return result.requires_grad_(True)
-
-
-def _count(module: Any) -> int:
-    return sum(weight.numel() for weight in module.parameters())

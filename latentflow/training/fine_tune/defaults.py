@@ -9,7 +9,7 @@ from typing import Any
 
 from ...config import LoopConfig
 from ...errors import UserError
-from ..loop.distributed import process_state
+from ..loop.distributed import samples_per_step
 
 FEW = 50  # images: from here down, each is used as often as it takes to learn it
 _USES = 250  # of each of so few; of more, by the square root of their number fewer
@@ -54,23 +54,19 @@ def fitted(
         UserError: a step has one sample, and should have some of two kinds; an adapter should be trained with Muon.
     """
     check_shared(loop, own_share)
-    if adapter and "optimizer" in given and loop.optimizer == "muon":
-        raise UserError(
-            "--optimizer muon with --lora-rank: it turns whole matrices, an adapter's are only their factors",
-            "Leave it out: an adapter is trained with AdamW.",
-        )
     changes: dict[str, Any] = {}
     rate = loop.learning_rate
-    if adapter and loop.optimizer == "muon":  # a preset's, whose rate is twice AdamW's
-        rate /= 2
-        changes |= {"optimizer": "adamw", "learning_rate": rate}
+    if adapter and loop.optimizer == "muon":
+        loop = without_muon(loop, given)
+        rate /= 2  # a preset's, which is twice AdamW's
+        changes["learning_rate"] = rate
     if not adapter:
         changes["learning_rate"] = rate / _SLOWER
     elif not student:
         changes["learning_rate"] = rate * _FASTER
     if not adapter and "learning_rate" not in given:
         changes["lr_embeddings"] = loop.lr_embeddings * _SLOWER
-    own = own_share * _samples(loop)
+    own = own_share * samples_per_step(loop)
     steps = math.ceil(_USES * math.sqrt(images * min(images, FEW)) / own)
     steps = min(max(steps, 100), loop.max_train_steps)
     changes["max_train_steps"] = steps
@@ -84,13 +80,27 @@ def fitted(
     return dataclasses.replace(loop, **kept)
 
 
+def without_muon(loop: LoopConfig, given: Collection[str]) -> LoopConfig:
+    """Return the settings for an adapter where a preset's optimiser is Muon, with AdamW.
+
+    Raises:
+        UserError: Muon is ``given``.
+    """
+    if "optimizer" in given:
+        raise UserError(
+            "--optimizer muon with an adapter: it orthogonalises whole matrices, of which an adapter has factors",
+            "Leave it out: adapters are trained with AdamW.",
+        )
+    return dataclasses.replace(loop, optimizer="adamw")
+
+
 def check_shared(loop: LoopConfig, own_share: float) -> None:
     """Refuse steps of one sample, where some are the user's and some the checkpoint's.
 
     Raises:
         UserError: a step has one sample.
     """
-    if own_share < 1 and _samples(loop) < 2:
+    if own_share < 1 and samples_per_step(loop) < 2:
         raise UserError(
             "a step of one sample cannot have --prior-share of it from the checkpoint",
             "Use --gradient-accumulation-steps 4 or so, or --prior-samples 0.",
@@ -121,7 +131,7 @@ def fine_tuning_lines(
         folded_guidance: guidance that is part of the checkpoint's weights, and will not be of the result's.
         random_flip: mirror images are trained on as well.
     """
-    own = own_share * loop.max_train_steps * _samples(loop)
+    own = own_share * loop.max_train_steps * samples_per_step(loop)
     chosen = [
         f"--{name.replace('_', '-')} {getattr(loop, name):g}"
         for name in ("learning_rate", "lr_embeddings", "max_train_steps", "lr_warmup_steps", "lr_decay_share")
@@ -142,8 +152,3 @@ def fine_tuning_lines(
             + ("" if random_flip else "; --random-flip doubles them, where left and right do not matter")
         )
     return lines
-
-
-def _samples(loop: LoopConfig) -> int:
-    """Count the samples of a step, over all processes."""
-    return loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)

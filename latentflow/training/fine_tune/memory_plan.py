@@ -7,7 +7,6 @@ counted from shapes; what a computation holds on its way is simulated (`step_mem
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from torch import nn
 
 from ...config import RunConfig
 from ...errors import UserError
-from ...families.from_configs import model_from_configs
 from ...families.pretrained import PretrainedModel
 from ...families.stored_weights import QUANTISED, parameter_count, stored_bytes
 from ...families.text_encoders import TEXT_ENCODERS
@@ -124,7 +122,7 @@ class MemoryPlanner:
     """Counts the memory of runs that fine-tune one model; the same computation is simulated once.
 
     Args:
-        model: on the meta device, see `model_from_configs`.
+        model: on the meta device, see `latentflow.families.from_configs`.
     """
 
     def __init__(self, model: PretrainedModel) -> None:
@@ -432,20 +430,6 @@ def refuse_too_large(
         "(--dry-run counts it, part by part)",
         f"It fits with {' '.join(found[0])}." if found else "No flag that saves memory makes it fit.",
     )
-
-
-def memory_lines(name_or_path: str | os.PathLike[str], settings: FineTuning, **options: Any) -> list[str]:
-    """Return the lines that say what fine-tuning a model takes, and on which cards it fits; see `MemoryPlanner.lines`.
-
-    Args:
-        name_or_path: pipeline folder or hub id, of which only configs are read.
-        settings: those of the run.
-        options: those of ``from_pretrained`` that say where the hub's files are found.
-
-    Raises:
-        UserError: the configs cannot be read; a quantised network is to learn; no layers have such names.
-    """
-    return MemoryPlanner(model_from_configs(name_or_path, **options)).lines(settings)
 
 
 def _gib(size: float | None) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from ...config import RunConfig
 from ...data import Source, find_source, readable, split
 from ...data.control import with_control_checked
-from ...errors import UserError, few, with_article
+from ...errors import UserError, check_resolution, few, with_article
 from ...families import FlowModel
 from ...families.from_configs import model_from_configs
 from ...families.index import pipeline_class, read_index
@@ -266,12 +266,7 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
     data = replace(data, validation=held_out_share(given, data.validation, len(source)))
     if "resolution" not in given:
         data = replace(data, resolution=usual_side(shape))
-    if data.resolution % (multiple := shape.size_multiple):
-        nearest = max(1, round(data.resolution / multiple)) * multiple
-        raise UserError(
-            f"--resolution {data.resolution} is not a multiple of {multiple}, as {base.name} needs",
-            f"Use --resolution {nearest}.",
-        )
+    check_resolution(data.resolution, shape.size_multiple, f"{base.name} needs")
     rows = split(source, data.validation, config.loop.seed, stratify=data.stratify)
     training, validation = map(source.subset, rows)
     return DataSplits(source, training, validation, data, base.folder)

@@ -15,9 +15,9 @@ from ...errors import UserError, with_article
 from ...flow import TimeDensity
 from ...pipeline.stock_adapters import adapted_encoders
 from ...utils.flags import flag_of
-from ..loop.distributed import compute_dtype, process_state
+from ..loop.distributed import compute_dtype, process_state, samples_per_step
 from ..losses.pretrained import TEXT_ENCODER_RATE
-from .defaults import check_shared
+from .defaults import check_shared, without_muon
 from .pretrained_adapter import check_adapter
 from .pretrained_base import PretrainedBase
 
@@ -157,12 +157,7 @@ def _fitted(
     second decay, which averages over a thousand steps of one image.
     """
     if adapter.lora_rank and loop.optimizer == "muon":
-        if "optimizer" in given:
-            raise UserError(
-                "--optimizer muon with an adapter: it orthogonalises whole matrices, of which an adapter has factors",
-                "Leave it out: adapters are trained with AdamW.",
-            )
-        loop = replace(loop, optimizer="adamw")
+        loop = without_muon(loop, given)
     changes: dict[str, Any] = {
         "train_batch_size": 1,
         "gradient_accumulation_steps": 1 if own_share == 1 else 2,
@@ -173,8 +168,7 @@ def _fitted(
     }
     loop = replace(loop, **{name: value for name, value in changes.items() if name not in given})
     check_shared(loop, own_share)
-    batch = loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)
-    steps = math.ceil(_USES * images ** (1 / 3) / (own_share * batch))
+    steps = math.ceil(_USES * images ** (1 / 3) / (own_share * samples_per_step(loop)))
     if "max_train_steps" in given:
         steps = loop.max_train_steps
     changes = {"max_train_steps": steps, "lr_warmup_steps": min(100, max(1, steps // 10))}
@@ -252,8 +246,7 @@ def setting_lines(base: PretrainedBase, config: RunConfig, images: int, own_shar
         own_share: share of the samples that are images of the data.
     """
     loop, defaults, adapter = config.loop, base.shape.training_defaults, config.adapter
-    batch = loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)
-    uses = own_share * loop.max_train_steps * batch / max(1, images)
+    uses = own_share * loop.max_train_steps * samples_per_step(loop) / max(1, images)
     flags = (
         f"--lora-rank {adapter.lora_rank} --learning-rate {loop.learning_rate:g} --lr-scheduler "
         f"{loop.lr_scheduler} --condition-dropout {config.flow.condition_dropout:g}"

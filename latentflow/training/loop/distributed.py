@@ -39,6 +39,11 @@ def process_state() -> PartialState:
     return PartialState(cpu=on_cpu, timeout=PATIENCE)
 
 
+def samples_per_step(loop: LoopConfig) -> int:
+    """Count the samples of an optimiser step, over all processes."""
+    return loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)
+
+
 def in_any_process(accelerator: Accelerator, here: bool) -> bool:
     """Return whether ``here`` is true in any process of the run; all of them must call this."""
     return most_of_any_process(accelerator, int(here)) > 0

@@ -52,9 +52,10 @@ class JointFlowLoss(AlignedFlowLoss):
     def learn_from(self, autoencoder: JointAutoencoderLoss) -> None:
         """Take the latents from this loss, which is called before this one in each step."""
         self._autoencoder = (autoencoder,)  # in a tuple: not a submodule
+        self._features: dict[str, Tensor] = {}  # of the vision model, for the images of the step
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        result = super().forward(batch | self._autoencoder[0].as_latents(batch))
+        result = super().forward(batch | self._autoencoder[0].as_latents(batch) | self._features)
         return result | {"flow": result["loss"].detach()}
 
     def rate(self, latents: Tensor, batch: dict[str, Any], random: SampleRandom, last: float) -> Tensor:
@@ -87,6 +88,7 @@ class JointFlowLoss(AlignedFlowLoss):
         side, block = self.alignment.patch_size, self.alignment.block
         grid = latents.shape[2] // side, latents.shape[3] // side
         target = self.alignment.target(batch, t, grid, random, _no_teacher)
+        self._features = {"features": target}
         found = self.network(
             self.path.scale_input(sample.xt, sample.t),
             sample.t,

@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from ...errors import few, one_line, plural, printable
 from ...families.few_steps import FewSteps
+from ...families.stored_weights import parameter_count
 from ...utils.files import replacing
 from ...utils.flags import parse_options
 from ...utils.html_page import render
@@ -231,10 +232,7 @@ def _values(facts: CardFacts, header: str) -> dict[str, Any]:
         "inpaints": facts.inpaints,
         "varies": facts.varies,
         "control": " and ".join(_CONTROLS[kind] for kind in facts.control),
-        "parts": [
-            (name, type(part).__name__, sum(weight.numel() for weight in part.parameters()))
-            for name, part in facts.parts.items()
-        ],
+        "parts": [(name, type(part).__name__, parameter_count(part)) for name, part in facts.parts.items()],
         **(_stock_values(facts, ()) if facts.stock else {}),
     }
 
