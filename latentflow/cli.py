@@ -107,7 +107,7 @@ def parse(
     read: Callable[..., Any] = partial(
         tyro.cli,
         program,
-        args=_choices_last(config_class, args),
+        args=_words_apart(config_class, args),
         prog=prog,
         description=description,
         default=default,
@@ -126,24 +126,45 @@ def parse(
     return settings
 
 
-def _choices_last(config_class: type, args: Sequence[str]) -> list[str]:
-    """Return the arguments with those flags at the end that take several of some words, such as ``--control image``:
-    tyro would read a positional that follows as one more of them."""
-    choices: dict[str, tuple[str, ...]] = {}
-    for leaf in flags_of(config_class):
+def _words_apart(config_class: type, args: Sequence[str]) -> list[str]:
+    """Return the arguments with no positional behind a flag that takes some of several words, such as ``--control image
+    labels``: tyro would read it as one more of them. DATA goes first, lest another flag take it; of several
+    positionals, whose order says which is which, none is moved, and the words go last.
+
+    Raises:
+        UserError: such a flag has none of its words, where tyro may read it as none; or it is given twice, of which the
+            last alone would count.
+    """
+    leaves, choices = flags_of(config_class), dict[str, tuple[str, ...]]()
+    for leaf in leaves:
         for hint in (leaf.hint, *get_args(leaf.hint)):
             if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is Literal:
                 choices |= dict.fromkeys(leaf.names(None), get_args(get_args(hint)[0]))
-    first: list[str] = []
-    last: list[str] = []
+    alone = sum(leaf.positional for leaf in leaves) == 1
+    front: list[str] = []
+    rest: list[str] = []
+    words: list[str] = []
+    given: dict[str, str] = {}
     taken: tuple[str, ...] = ()
     for arg, following in zip(args, [*args[1:], ""], strict=True):
-        if following in choices.get(arg, ()):
-            taken = choices[arg]
+        flag, joined, value = arg.partition("=")
+        if flag in choices:
+            taken, word = choices[flag], value if joined else following
+            if word not in taken:
+                said = f"{flag} {word}" if word and not word.startswith("-") else flag
+                raise UserError(
+                    f"{said}: none of its words follows", f"Give one or more of {', '.join(taken)}."
+                )
+            if flag in given:
+                raise UserError(f"{flag} is given twice", f"Give it once: {flag} {given[flag]} {word}")
+            given[flag] = word
         elif arg not in taken:
+            if taken and alone and not arg.startswith("-"):
+                front, taken = [arg], ()
+                continue
             taken = ()
-        (last if taken else first).append(arg)
-    return [*args] if "--" in args else [*first, *last]
+        (words if taken and not alone else rest).append(arg)
+    return [*args] if "--" in args else [*front, *rest, *words]
 
 
 def _name_ours(config_class: type, args: Sequence[str]) -> None:

@@ -244,6 +244,22 @@ def test_flags_by_their_names_in_diffusers_name_ours(arguments: list[str], ours:
         cli.parse(RunConfig, arguments, prog="latentflow example")
 
 
+def test_a_flag_of_several_words_has_some_and_is_given_once() -> None:
+    def control(*arguments: str) -> tuple[str, ...]:
+        settings = cli.parse(RunConfig, [*arguments, "-o", "run"], prog="latentflow example")
+        assert settings.data.data == "images"
+        return settings.control.control
+
+    assert control("--control", "image", "labels", "images") == control("images", "--control=image", "labels")
+    columns = ["--columns", "image", "photo"]  # which would take DATA, if the words went behind it
+    assert control(*columns, "--control", "image", "images") == ("image",)
+    for wrong in (["--control"], ["--control", "images"], ["--control="], ["--control", "--masks", "none"]):
+        with pytest.raises(UserError, match=r"\A--control( images)?: none of its words follows"):
+            control(*wrong, "images")
+    with pytest.raises(UserError, match="--control is given twice"):
+        control("--control", "image", "--control=labels", "images")
+
+
 def test_what_a_section_refuses_is_said_in_its_own_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
