@@ -249,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, part in unseen.items()
         },
         "validation_loss": {name: figures.validation_loss(sampler, part) for name, part in unseen.items()},
+        "training_loss": figures.training_loss(sampler, train),
     }
 
     new_images = unseen.get("test") or unseen["held_out"]

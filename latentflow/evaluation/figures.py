@@ -25,6 +25,7 @@ from .sampler import HELD_OUT_CAPTIONS, VALIDATION, Sampler
 RETRIEVAL_SPACE = "pixels-32"
 FRECHET_SPACE = "pixels-16"
 VALIDATION_TIMES = tuple((i + 0.5) / 8 for i in range(8))
+TRAINING_IMAGES = 64  # of which the loss is measured
 
 # ---------------------------------------------------------------- without sampling: what the networks know
 
@@ -56,30 +57,47 @@ def reconstruction(model: FlowModel, images: Tensor, batch_size: int) -> dict[st
 
 @torch.no_grad()
 def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
-    """Measure the flow-matching loss on images that were not trained on, averaged over fixed times.
+    """Measure the flow-matching loss on images that were not trained on, at fixed times (``by_time``) and on average.
 
     Each image has its own fixed noise, and the latent variable that its encoder gives it, if any. The loss is that of
     the velocity on the straight path, whatever path and prediction the network was trained with. Of a model of tokens
     it is `token_bound`.
     """
-    model, path, losses = sampler.model, CondOT(), []
+    model = sampler.model
     if isinstance(model, TokenModel):
         return token_bound(model, sampler, unseen)
     if not model.has_velocity:
         return missing("value", "a consistency model has no velocity")
-    for start in progress_bar(range(0, len(unseen), sampler.batch_size), desc="validating"):
-        rows = slice(start, start + sampler.batch_size)
-        x1 = model.encode(unseen.images[rows])
+    return _mean_loss(_losses(sampler, unseen)) | {"times": VALIDATION_TIMES}
+
+
+@torch.no_grad()
+def training_loss(sampler: Sampler, train: ImageSet) -> dict[str, Any]:
+    """Measure the same on 64 images that were trained on, and there without their conditions as well.
+
+    Far below the loss of other images it tells of memorising; the difference that the condition makes, by time, tells
+    when on the way from noise to image it decides what is drawn.
+    """
+    train = train.rows(metrics.in_proportion(train.captions, sampler.seed)[:TRAINING_IMAGES])
+    found = validation_loss(sampler, train)
+    if "by_time" in found and any(train.captions):
+        found["without_condition"] = _mean_loss(_losses(sampler, train, conditioned=False))
+    return found
+
+
+def _losses(sampler: Sampler, part: ImageSet, conditioned: bool = True) -> Tensor:
+    """Return the losses (times, N) of images, on the CPU."""
+    model, path, losses = sampler.model, CondOT(), []
+    for start in progress_bar(range(0, len(part), sampler.batch_size), desc="validating"):
+        batch = slice(start, start + sampler.batch_size)
+        x1 = model.encode(part.images[batch])
         noise = [seeded(sampler.seed, VALIDATION, start + i) for i in range(len(x1))]
         x0 = torch.stack([torch.randn(x1.shape[1:], generator=g) for g in noise]).to(x1)
-        condition = model.with_latent_variable(sampler.rows(unseen.captions[rows]), like=x1, mean=True)
-        velocity = model.velocity(condition, 1.0)
-        at_times = []
-        for t in VALIDATION_TIMES:
-            sample = path.sample(x0, x1, torch.full((len(x1),), t, device=x1.device))
-            at_times.append(flow_matching_loss(velocity(sample.xt, sample.t), sample).cpu())
-        losses.append(torch.stack(at_times).mean(0))
-    return _mean_loss(losses) | {"times": VALIDATION_TIMES}
+        rows = sampler.rows(part.captions[batch]) if conditioned else model.null(len(x1))
+        velocity = model.velocity(model.with_latent_variable(rows, like=x1, mean=True), 1.0)
+        samples = [path.sample(x0, x1, torch.full((len(x1),), t, device=x1.device)) for t in VALIDATION_TIMES]
+        losses.append(torch.stack([flow_matching_loss(velocity(s.xt, s.t), s).cpu() for s in samples]))
+    return torch.cat(losses, 1)
 
 
 def token_bound(model: TokenModel, sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
@@ -93,18 +111,20 @@ def token_bound(model: TokenModel, sampler: Sampler, unseen: ImageSet) -> dict[s
         samples = len(VALIDATION_TIMES)
         nats = likelihood_bound(logits, tokens, model.token_path, samples=samples, generator=noise)
         bounds.append(bits_per_dim(-nats, tokens.shape[1:]).cpu())
-    return _mean_loss(bounds) | {"unit": "bits per token"}
+    found = _mean_loss(torch.cat(bounds)[None]) | {"unit": "bits per token"}
+    return {name: value for name, value in found.items() if name != "by_time"}
 
 
-def _mean_loss(parts: list[Tensor]) -> dict[str, Any]:
-    """Return the mean of images' losses, with its standard error."""
-    per_image = torch.cat(parts).double()
+def _mean_loss(losses: Tensor) -> dict[str, Any]:
+    """Return the mean of losses (times, N) of images, with its standard error over images, and that at each time."""
+    per_image = losses.double().mean(0)
     metrics.refuse_not_finite(per_image[:, None], "images' validation losses")
     n = len(per_image)
     error = missing("standard_error", "one image")
     if n > 1:
         error = {"standard_error": float(per_image.std() / n**0.5)}
-    return {"value": float(per_image.mean()), **error, "images": n}
+    by_time = losses.double().mean(1).tolist()
+    return {"value": float(per_image.mean()), **error, "images": n, "by_time": by_time}
 
 
 # ---------------------------------------------------------------- by sampling

@@ -123,9 +123,18 @@ def _networks(report: dict[str, Any]) -> Iterator[str]:
         text = f"PSNR {psnr} dB, SSIM {ssim} (higher is better; no generated image can be sharper)"
         yield _figure("autoencoder", f"{name.replace('_', ' ')}: {text}")
     for name, part in report["validation_loss"].items():
-        error = "" if part.get("standard_error") is None else f" +- {part['standard_error']:.2g}"
-        text = f"{_number(part, 'value')}{error} (lower is better, for one autoencoder and data set)"
+        text = f"{_mean(part)} (lower is better, for one autoencoder and data set)"
         yield _figure(part.get("unit", "flow loss"), f"{name.replace('_', ' ')}: {text}")
+    if trained := report.get("training_loss"):  # reports of before have none
+        text = f"training images: {_mean(trained)} (far below: it memorises)"
+        if without := trained.get("without_condition"):
+            gain = [b - a for a, b in zip(trained["by_time"], without["by_time"], strict=True)]
+            most = max(range(len(gain)), key=gain.__getitem__)
+            text += (
+                f"; without their conditions {_mean(without)}, which lacks most at t = {trained['times'][most]:.2g} "
+                f"({trained['by_time'][most]:.2f} with them, {without['by_time'][most]:.2f} without)"
+            )
+        yield _figure(trained.get("unit", "flow loss"), text)
 
 
 def _known(report: dict[str, Any]) -> Iterator[str]:
@@ -207,6 +216,11 @@ def _share(found: dict[str, Any]) -> str:
 def _number(found: dict[str, Any], name: str) -> str:
     value = found[name]
     return f"unknown ({found[f'{name}_reason']})" if value is None else f"{value:.4g}"
+
+
+def _mean(found: dict[str, Any]) -> str:
+    error = "" if found.get("standard_error") is None else f" +- {found['standard_error']:.2g}"
+    return _number(found, "value") + error
 
 
 def _figure(name: str, text: str) -> str:

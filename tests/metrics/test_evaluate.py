@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from latentflow import DiT, LatentFlowPipeline
 from latentflow.autoencoder import build_autoencoder, downscale_factor
@@ -23,6 +24,7 @@ from latentflow.data.sources import shapes
 from latentflow.errors import UserError
 from latentflow.evaluation import data, feature_figures, figures, report
 from latentflow.evaluation.data import ImageSet
+from latentflow.evaluation.sampler import Sampler
 from latentflow.inference.control_images import EDGES, open_maker, write_control_images
 from latentflow.metrics import in_proportion, learned, real_split, usual_space
 from latentflow.models import small_text_encoder, train_tokenizer
@@ -138,6 +140,8 @@ def test_the_report_is_complete_and_repeatable(
     assert first["asked"]["with"] == "prompt" and first["asked"]["different"] == 4
     # A network that was never trained predicts zero: its loss is E|x1 - x0|^2, at least the noise's variance.
     assert first["validation_loss"]["held_out"]["value"] > 0.9
+    assert first["training_loss"]["images"] == 9
+    assert first["training_loss"]["without_condition"]["by_time"] == first["training_loss"]["by_time"]
     for each in reports:
         del each["seconds"], each["settings"]
     assert flat(first) == pytest.approx(flat(second), rel=1e-3)
@@ -637,3 +641,55 @@ def test_words_that_the_checkpoint_does_not_know_are_a_note(
     [note] = [note for note in notes if note.startswith("words that the checkpoint's vocabulary does not")]
     assert note.endswith(": 'teal'")
     assert not [warning for warning in recwarn if "vocabulary" in str(warning.message)]
+
+
+class _TwoPoints:
+    """The exact velocity of points at -1 and 1, whose captions tell which."""
+
+    has_velocity = True
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def encode_prompt(self, captions: list[str]) -> Tensor:
+        return torch.tensor([1.0 if caption == "right" else -1.0 for caption in captions])
+
+    def null(self, count: int) -> None:
+        return None
+
+    def with_latent_variable(self, rows: Any, **_: Any) -> Any:
+        return rows
+
+    def velocity(self, rows: Tensor | None, scale: float) -> Any:
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            t = t.view(-1, 1, 1, 1)
+            mean = (t * x / (1 - t) ** 2).tanh() if rows is None else rows.view(-1, 1, 1, 1)
+            return (mean - x) / (1 - t)
+
+        return velocity
+
+
+def test_losses_by_time_are_those_of_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caption leaves nothing to guess; without it the error is (1 - E[tanh^2]) / (1 - t)^2."""
+    monkeypatch.setattr(figures, "TRAINING_IMAGES", 20_000)
+    captions = ["left", "right"] * 10_000
+    images = torch.tensor([-1.0, 1.0]).repeat(10_000).view(-1, 1, 1, 1)
+    sampler = Sampler(
+        model=cast(Any, _TwoPoints()),
+        pipeline=None,
+        condition_kind="prompt",
+        settings={},
+        seed=0,
+        batch_size=5_000,
+    )
+    found = figures.training_loss(sampler, ImageSet(images=images, captions=captions))
+    torch.testing.assert_close(torch.tensor(found["by_time"]), torch.zeros(8), rtol=0.0, atol=1e-6)
+    noise = torch.linspace(-8.0, 8.0, 4001, dtype=torch.float64)
+    mass = torch.exp(-noise.square() / 2)
+    for t, without in zip(found["times"], found["without_condition"]["by_time"], strict=True):
+        seen = (t * (t + (1 - t) * noise) / (1 - t) ** 2).tanh().square()
+        exact = float((mass * (1 - seen)).sum() / mass.sum()) / (1 - t) ** 2
+        assert without == pytest.approx(exact, rel=0.05, abs=1e-3), t
+    assert found["without_condition"]["value"] == pytest.approx(
+        sum(found["without_condition"]["by_time"]) / 8
+    )

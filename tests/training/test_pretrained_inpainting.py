@@ -175,3 +175,43 @@ def test_a_base_that_draws_from_images_learns_from_them(
     stock = getattr(diffusers, name).from_pretrained(base)
     stock.load_lora_weights(run / "adapter")
     assert stock.get_active_adapters()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["FluxFillPipeline", "FluxControlPipeline", "StableDiffusionInpaintPipeline"]
+)
+def test_all_weights_of_a_base_that_draws_from_images_learn(
+    pretrained: Callable[[str], Path], cache: Path, tmp_path: Path, name: str
+) -> None:
+    """The result is a pipeline of the base's class with the same inputs, and draws from the same images."""
+    base, run, side = pretrained(name), tmp_path / "run", WITH_EXTRA_CHANNELS[name].side
+    data, controls = photos(tmp_path / "photos", side, 4), tmp_path / "controls"
+    controls.mkdir()
+    for number in range(4):
+        Image.new("L", (side, side), 60 * number).save(controls / f"{number}.png")
+    fills = "Control" not in name
+    own: list[Any] = ["--inpainting"] if fills else ["--control", "image", "--control-folder", controls]
+    line: list[Any] = [data, "-o", run, *base_flags(name, base), *QUICK, *own]
+    said = call(cache, *line, "--learning-rate", 0.01, "--max-train-steps", 2, "--preview-steps", 2)
+    assert ("latentflow inpaint photo.png mask.png" if fills else "--control control.png") in said
+    assert (run / "samples" / "step-000002.png").is_file()
+    before = getattr(diffusers, name).from_pretrained(base).components
+    after = getattr(diffusers, name).from_pretrained(run / "pipeline").components
+    part = "unet" if "unet" in after else "transformer"
+    own_weights, first = after[part].state_dict(), before[part].state_dict()
+    assert (
+        own_weights.keys() == first.keys()
+        and after[part].config.in_channels == before[part].config.in_channels
+    )
+    assert any(not torch.equal(own_weights[key], first[key]) for key in first)
+    assert all(
+        torch.equal(value, before["vae"].state_dict()[key])
+        for key, value in after["vae"].state_dict().items()
+    )
+    image = Image.open(data / "1.png")
+    given: dict[str, Any] = {"image": image, "mask_image": Image.new("L", (side, side), 255)}
+    kind: Any = LatentFlowInpaintPipeline if fills else LatentFlowPipeline
+    pipe: Any = open_pipeline(kind, str(run), "cpu")
+    drawn = pipe("a red apple", **(given if fills else {"control_image": image}), num_inference_steps=1)
+    assert len(drawn.images) == 1
