@@ -146,7 +146,7 @@ def _words_apart(config_class: type, args: Sequence[str]) -> list[str]:
     words: list[str] = []
     given: dict[str, str] = {}
     taken: tuple[str, ...] = ()
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in zip(args, [*args, ""][1:], strict=True):
         flag, joined, value = arg.partition("=")
         if flag in choices:
             taken, word = choices[flag], value if joined else following
