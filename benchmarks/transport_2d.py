@@ -34,6 +34,7 @@ from two_dimensional.report import report
 
 from latentflow.cli import parse, run
 from latentflow.errors import UserError
+from latentflow.utils.flags import flag_of
 
 FULL = Scale(seeds=5, steps=19_000, batches=300, points=10_000, w2_points=2500)
 QUICK = Scale(seeds=2, steps=500, batches=30, points=2000, w2_points=800)
@@ -90,9 +91,7 @@ class TransportConfig:
         )
         for name, value in dataclasses.asdict(scale).items():
             if value < (2 if name == "seeds" else 1):
-                raise UserError(
-                    f"--{name.replace('_', '-')} {value}", "Use at least 1, and 2 seeds for a spread."
-                )
+                raise UserError(f"{flag_of(name)} {value}", "Use at least 1, and 2 seeds for a spread.")
         return dataclasses.replace(scale, points=max(scale.points, scale.w2_points))
 
 

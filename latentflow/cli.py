@@ -27,7 +27,7 @@ from . import __version__
 from .errors import UserError, nearest, printable, shown, unknown
 from .utils import begin_program
 from .utils.files import PROGRAMS_ROOT, read_yaml, replacing
-from .utils.flags import Essential, Flag, flags_of, help_text, normal, without_annotation
+from .utils.flags import Essential, Flag, flag_of, flags_of, help_text, normal, without_annotation
 from .utils.names import near_path
 
 C = TypeVar("C")
@@ -173,7 +173,7 @@ def _name_ours(config_class: type, args: Sequence[str]) -> None:
     for arg in args:
         key = normal(arg.partition("=")[0])
         if arg.startswith("--") and key not in keys and (ours := _IN_DIFFUSERS.get(key)) in keys:
-            flag = f"--{str(ours).replace('_', '-')}"
+            flag = flag_of(str(ours))
             raise UserError(f"unknown flag {arg.partition('=')[0]}", f"Here it is {flag}.")
         if arg.startswith("--") and key == "lora" and key not in keys:
             raise UserError(

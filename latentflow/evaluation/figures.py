@@ -68,7 +68,7 @@ def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
         return token_bound(model, sampler, unseen)
     if not model.has_velocity:
         return missing("value", "a consistency model has no velocity")
-    return _mean_loss(_losses(sampler, unseen)) | {"times": VALIDATION_TIMES}
+    return _by_time(_losses(sampler, unseen))
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def training_loss(sampler: Sampler, train: ImageSet) -> dict[str, Any]:
     train = train.rows(metrics.in_proportion(train.captions, sampler.seed)[:TRAINING_IMAGES])
     found = validation_loss(sampler, train)
     if "by_time" in found and any(train.captions):
-        found["without_condition"] = _mean_loss(_losses(sampler, train, conditioned=False))
+        found["without_condition"] = _by_time(_losses(sampler, train, conditioned=False))
     return found
 
 
@@ -111,20 +111,24 @@ def token_bound(model: TokenModel, sampler: Sampler, unseen: ImageSet) -> dict[s
         samples = len(VALIDATION_TIMES)
         nats = likelihood_bound(logits, tokens, model.token_path, samples=samples, generator=noise)
         bounds.append(bits_per_dim(-nats, tokens.shape[1:]).cpu())
-    found = _mean_loss(torch.cat(bounds)[None]) | {"unit": "bits per token"}
-    return {name: value for name, value in found.items() if name != "by_time"}
+    return _mean_loss(torch.cat(bounds)) | {"unit": "bits per token"}
 
 
-def _mean_loss(losses: Tensor) -> dict[str, Any]:
-    """Return the mean of losses (times, N) of images, with its standard error over images, and that at each time."""
-    per_image = losses.double().mean(0)
+def _by_time(losses: Tensor) -> dict[str, Any]:
+    """Return the mean of losses (times, N) of images, and that at each time."""
+    by_time = losses.double().mean(1).tolist()
+    return _mean_loss(losses.mean(0)) | {"times": VALIDATION_TIMES, "by_time": by_time}
+
+
+def _mean_loss(per_image: Tensor) -> dict[str, Any]:
+    """Return the mean of images' losses (N,), with its standard error."""
+    per_image = per_image.double()
     metrics.refuse_not_finite(per_image[:, None], "images' validation losses")
     n = len(per_image)
     error = missing("standard_error", "one image")
     if n > 1:
         error = {"standard_error": float(per_image.std() / n**0.5)}
-    by_time = losses.double().mean(1).tolist()
-    return {"value": float(per_image.mean()), **error, "images": n, "by_time": by_time}
+    return {"value": float(per_image.mean()), **error, "images": n}
 
 
 # ---------------------------------------------------------------- by sampling

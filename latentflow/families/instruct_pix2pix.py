@@ -51,10 +51,8 @@ class TwoScalesModel(ControlModel, DiffusionModel):
         if scale == 1.0 or further == 0.0:
             return super().velocity(rows, scale, negative, times, interval)
         alone = self._bound(rows, times, scale)
-        seen, control = (
-            negative_of(rows, self.null(1) if negative is None else negative),
-            rows.kept["control"],
-        )
+        seen = negative_of(rows, self.null(1) if negative is None else negative)
+        control = rows.kept["control"]
         assert isinstance(control, Tensor)
         blind = replace(seen, kept={"control": torch.zeros_like(control)})
         of_three = self._bound(Rows.cat([rows, seen, blind]), times, scale)

@@ -130,8 +130,8 @@ class PretrainedResult:
             meter.write(self.output)
         training, validation = self.splits.training, self.splits.validation
         # what is filled shows its image however little was learnt
-        told = training.kind != "unconditional" and self.base.draws_from != "mask"
-        if len(training) <= FEW and told:
+        reported = training.kind != "unconditional" and self.base.draws_from != "mask"
+        if len(training) <= FEW and reported:
             report_memorisation(
                 self.output,
                 training,

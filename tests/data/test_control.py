@@ -45,6 +45,16 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+def list_in_metadata(folder: Path, rows: list[dict[str, str]]) -> None:
+    """Describe the four images by a metadata.csv in the place of their text files."""
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for number in range(4):
+        (folder / f"{number}.txt").unlink()
+
+
 def found(folder: Path, **request: Any) -> Source:
     return find_source(str(folder), **{"control": "labels", **request})
 
@@ -88,12 +98,7 @@ def test_a_folder_and_a_column_of_their_own(folder: Path, tmp_path: Path) -> Non
     assert len(within) == 4
     assert np.array_equal(read(within), expected)
     rows = [{"file_name": f"{n}.png", "text": "one", "layout": f"maps/{n}.png"} for n in range(4)]
-    with (folder / "metadata.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    for number in range(4):
-        (folder / f"{number}.txt").unlink()
+    list_in_metadata(folder, rows)
     by_column = found(folder, columns={"control": "layout"})
     assert len(by_column) == 4
     assert np.array_equal(read(by_column), expected)
@@ -199,21 +204,15 @@ def test_two_kinds_have_names_of_their_own(folder: Path, tmp_path: Path, load_pr
     for number in range(4):
         for kind, root in zip(("image", "labels"), (sketches, maps), strict=True):
             (folder / f"{number}-control-{kind}.png").rename(root / f"{number}.png")
-    assert [
-        image[0, 0, 0] for image in read(found(folder, control=both, control_folder=str(sketches.parent)))
-    ]
+    in_folders = found(folder, control=both, control_folder=str(sketches.parent))
+    assert [image[0, 0, 0] for image in read(in_folders)] == [0, 1, 2, 3]
     sketches.parent.rename(folder / "apart")
     rows = [
         {"file_name": f"{n}.png", "text": "one"}
         | {f"control_{kind}": f"apart/{kind}/{n}.png" for kind in ("image", "labels")}
         for n in range(4)
     ]
-    with (folder / "metadata.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    for number in range(4):
-        (folder / f"{number}.txt").unlink()
+    list_in_metadata(folder, rows)
     for data in (folder, folder / "metadata.csv"):
         assert [image[0, 0, 0] for image in read(found(data, control=both))] == [0, 1, 2, 3]
         assert [kinds for kinds, _ in found(data, control="image").examples[1].controls] == ["image"]

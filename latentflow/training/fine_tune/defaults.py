@@ -9,6 +9,7 @@ from typing import Any
 
 from ...config import LoopConfig
 from ...errors import UserError
+from ...utils.flags import flag_of
 from ..loop.distributed import samples_per_step
 
 FEW = 50  # images: from here down, each is used as often as it takes to learn it
@@ -133,7 +134,7 @@ def fine_tuning_lines(
     """
     own = own_share * loop.max_train_steps * samples_per_step(loop)
     chosen = [
-        f"--{name.replace('_', '-')} {getattr(loop, name):g}"
+        f"{flag_of(name)} {getattr(loop, name):g}"
         for name in ("learning_rate", "lr_embeddings", "max_train_steps", "lr_warmup_steps", "lr_decay_share")
         if name not in given and ("learning_rate" not in given or name != "lr_embeddings")
     ]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...errors import is_number
+from ...utils.flags import flag_of
 from .folder import Run
 
 LEARNING = "learning.json"  # what `LearningMeter` measured
@@ -172,7 +173,7 @@ def _by_trend(run: Run, found: Trend, name: str) -> Verdict | None:
             f"unstable. The training loss has risen by {found.change:.0%} since step {found.step}: the learning rate "
             "is too high. Halve it, in a new run:"
         )
-        flags = [f"--{_rate(run).replace('_', '-')}", f"{rate:g}"]
+        flags = [flag_of(_rate(run)), f"{rate:g}"]
         return Verdict("unstable", text, _anew(run, f"rate-{rate:g}", flags))
     if found.kind == "flat":
         return Verdict("done", f"done. By the end {what[name]} no longer fell.")
@@ -199,13 +200,13 @@ def _not_learnt(run: Run, found: Trend) -> Verdict | None:
         return Verdict("not learnt", text, run.resume(max(2 * run.step, steps)))
     if is_fine_tune and _has_risen(run):
         text = f"not learnt. {why} It has risen: the learning rate is too high. Halve it, in a new run:"
-        flags = [f"--{_rate(run).replace('_', '-')}", f"{rate / 2:g}"]
+        flags = [flag_of(_rate(run)), f"{rate / 2:g}"]
         return Verdict("not learnt", text, _anew(run, f"rate-{rate / 2:g}", flags))
     if is_fine_tune and not _draws_by_caption(run):
         why += " Either the rate is too low, or the checkpoint knew these images already."
     higher = 2 * rate
     text = f"not learnt. {why} Raise the learning rate, here from {rate:g} to {higher:g}:"
-    return Verdict("not learnt", text, f"{run.resume()} --{_rate(run).replace('_', '-')} {higher:g}")
+    return Verdict("not learnt", text, f"{run.resume()} {flag_of(_rate(run))} {higher:g}")
 
 
 def _rate(run: Run) -> str:
