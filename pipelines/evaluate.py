@@ -157,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         labelled,
         load_image_sets,
         load_images,
+        open_other,
         open_source,
         run_settings,
     )
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--probe: {source.name} has no classes to read", "Leave it out.")
     if config.likelihood:
         require_velocity(model)
-    other = None if config.other is None else open_source(config.other, settings | {"condition": "none"})
+    other = None if config.other is None else open_other(config.other, settings)
     if config.attributes and kind == "nothing":
         raise UserError("--attributes needs a checkpoint that takes captions or classes", "Leave it out.")
     if clip is not None and not any(captions):

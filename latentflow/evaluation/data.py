@@ -92,6 +92,16 @@ def open_source(data: str, settings: Mapping[str, Any]) -> Source:
     return readable(find_source(data, **wanted))
 
 
+def open_other(data: str, settings: Mapping[str, Any]) -> Source:
+    """Open images of another kind, whose conditions are not asked for.
+
+    Control images beside them are no images of the set, and are looked for in files alone.
+    """
+    has_files = Path(data).expanduser().is_dir() or data.lower().endswith(".zip")
+    control = settings["control"] if has_files else ()
+    return open_source(data, {**settings, "condition": "none", "control": control, "control_folder": None})
+
+
 def condition_kind(model: FlowModel, source: Source) -> ConditionKind:
     """Return how the checkpoint is conditioned on what the data show.
 

@@ -64,8 +64,11 @@ class PretrainedResult:
 
     # ---------------------------------------------------------------- images
 
-    def draw(self, source: Source, rows: list[int], device: torch.device) -> Tensor:
+    def draw(self, source: Source, rows: list[int], device: torch.device, *, led: bool = True) -> Tensor:
         """Draw what the images at ``rows`` of a source show, by the pipeline that users load; with fixed seeds.
+
+        Args:
+            led: by their control images too, where there are any.
 
         Returns:
             (B, 3, side, side) in [0, 1], on the CPU.
@@ -81,7 +84,7 @@ class PretrainedResult:
         with drawing_precision(model, device):
             for seed, row in enumerate(rows):  # one by one: memory is that of the smallest card
                 drawn = pipe(
-                    **self._condition(source, row),
+                    **self._condition(source, row, led=led),
                     height=side,
                     width=side,
                     generator=torch.Generator().manual_seed(seed),
@@ -103,10 +106,10 @@ class PretrainedResult:
         images = self.draw(source, rows, device)
         return to_pil(make_grid(images * 2 - 1, nrow=_SHOWN, padding=2, pad_value=1.0))
 
-    def _condition(self, source: Source, row: int) -> dict[str, Any]:
+    def _condition(self, source: Source, row: int, *, led: bool) -> dict[str, Any]:
         model, side = self.model, self.splits.data.resolution
         given: dict[str, Any] = {}
-        if source.control:
+        if source.control and led:
             given["control_image"] = cut_control(source.examples[row], (side, side), "image")
         if self.base.draws_from == "mask":  # the middle of the image is drawn anew
             given["image"] = read_image(source.examples[row], side, self.splits.data.background)
@@ -129,8 +132,9 @@ class PretrainedResult:
         if meter is not None:
             meter.write(self.output)
         training, validation = self.splits.training, self.splits.validation
-        # what is filled shows its image however little was learnt
-        reported = training.kind != "unconditional" and self.base.draws_from != "mask"
+        # what is filled, or follows the image's own edges, resembles it however little was learnt: copies are counted
+        # among images drawn from prompts alone, and not of a base that draws none
+        reported = training.kind != "unconditional" and self.base.draws_from == "none"
         if len(training) <= FEW and reported:
             report_memorisation(
                 self.output,
@@ -138,7 +142,7 @@ class PretrainedResult:
                 validation,
                 self.splits.data.background,
                 self.splits.data.resolution,
-                lambda rows: self.draw(training, rows, device),
+                lambda rows: self.draw(training, rows, device, led=False),
             )
         with writing(f"the result {self.folder}", self.folder):
             if self.adapter is not None:

@@ -114,7 +114,8 @@ def saved(path: Path, **columns: Any) -> Path:
     import datasets
 
     rows = datasets.Dataset.from_dict(columns)
-    for name in [name for name in ("image", "img", "mask") if name in columns]:
+    held = ("image", "img", "mask", "control", "conditioning_image", "segmentation_mask")
+    for name in [name for name in held if name in columns]:
         rows = rows.cast_column(name, datasets.Image())
     rows.save_to_disk(str(path))
     return path

@@ -341,6 +341,33 @@ def test_columns_of_a_saved_set_are_inferred_or_listed(tmp_path: Path) -> None:
     assert find_source(str(both)).captions() == ["a"]
 
 
+def test_control_images_of_the_hub_are_no_masks(tmp_path: Path) -> None:
+    """ControlNet's column is read as what was asked for; asked for nothing, a note says what it may be."""
+    columns = {
+        "image": HELD[:1],
+        "conditioning_image": HELD[1:2],
+        "segmentation_mask": HELD[2:3],
+        "text": ["a"],
+    }
+    data = str(saved(tmp_path / "led", **columns))
+    source = find_source(data)
+    assert not source.has_masks and not source.examples[0].control_kinds
+    told = (
+        "conditioning_image: --control image draws by it; if it is a mask: --columns mask conditioning_image"
+    )
+    assert told in source.notes
+    [example] = find_source(data, columns={"mask": "conditioning_image"}).examples
+    assert example.mask is not None and not example.control_kinds
+    for kinds in (("image",), ("labels",), ("image", "labels")):
+        source = find_source(data, control=kinds)
+        assert source.examples[0].control_kinds == kinds and not source.has_masks
+        assert ("image" in kinds) == (told not in source.notes)
+    own = find_source(str(saved(tmp_path / "own", control=HELD[2:3], **columns)), control="image")
+    assert own.examples[0].control_key("image") == source.examples[0].control_key(
+        "labels"
+    )  # our name comes first
+
+
 def test_the_hub_is_asked_only_when_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -192,6 +192,20 @@ def test_control_images_of_the_run_are_no_images_of_the_set(
         evaluate(made, folder, tmp_path / "none.json", "-n", 2, "--control", "none")
 
 
+def test_images_of_another_kind_have_nothing_of_the_runs_control_images(tmp_path: Path) -> None:
+    """Not its folder of them, which the data were read with; those beside the images are no images of the set."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("a", "a-control", "b"):
+        Image.new("RGB", (8, 8)).save(other / f"{name}.png")
+    settings = data.run_settings(str(tmp_path / "pipeline"), "d")
+    settings |= {"control": ["image"], "control_folder": str(tmp_path / "gone"), "condition": "class"}
+    assert [example.name for example in data.open_other(str(other), settings).examples] == ["a.png", "b.png"]
+    assert (
+        data.open_other("shapes", settings).kind == "unconditional"
+    )  # which has no control images of this kind
+
+
 # ---------------------------------------------------------------- the data's own proportions
 
 CLASSES = {"common": (380, 0.2), "rare": (20, -0.6)}  # number of images, mean level

@@ -15,6 +15,7 @@ from PIL import Image
 
 from latentflow import LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.inference.opening import open_pipeline
+from latentflow.training import pretrained_result
 
 from ..families.tiny import WITH_EXTRA_CHANNELS
 from .command import call, losses
@@ -69,8 +70,30 @@ def test_a_run_learns_to_inpaint_and_opens_at_any_time(
     assert np.array_equal(*drawn)
 
 
+@pytest.fixture
+def copies_counted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of each call that draws an image in which copies of training images are looked for."""
+    asked: list[dict[str, Any]] = []
+    calls = LatentFlowPipeline.__call__
+
+    def report(*given: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                LatentFlowPipeline,
+                "__call__",
+                lambda pipe, **options: (
+                    asked.append(options) or calls(pipe, num_inference_steps=1, **options)
+                ),
+            )
+            given[-1]([0])
+
+    monkeypatch.setattr(pretrained_result, "FEW", 100)
+    monkeypatch.setattr(pretrained_result, "report_memorisation", report)
+    return asked
+
+
 def test_a_run_learns_to_draw_under_control_images(
-    pretrained: Callable[[str], Path], cache: Path, tmp_path: Path
+    pretrained: Callable[[str], Path], cache: Path, tmp_path: Path, copies_counted: list[dict[str, Any]]
 ) -> None:
     data, run, base = photos(tmp_path / "photos", 16, 4), tmp_path / "run", pretrained(NAME)
     line: list[Any] = [data, "-o", run, *base_flags(NAME, base), *QUICK, "--max-train-steps", 2]
@@ -93,6 +116,8 @@ def test_a_run_learns_to_draw_under_control_images(
     call(cache, *line, *adapts, *flags)
     made = adapter(run)
     assert made["added.control.weight"].any() and made["added.masks"].any()
+    # what follows an image's own edges is like it, and no copy
+    assert len(copies_counted) == 1 and "control_image" not in copies_counted[0]
     open_run = tmp_path / "open"  # as between its last checkpoint and its result
     shutil.copytree(run, open_run, ignore=shutil.ignore_patterns("adapter"))
     drawn = []
@@ -129,7 +154,12 @@ def test_a_run_learns_to_draw_under_control_images(
     ],
 )
 def test_a_base_that_draws_from_images_learns_from_them(
-    pretrained: Callable[[str], Path], cache: Path, tmp_path: Path, name: str, files: str
+    pretrained: Callable[[str], Path],
+    cache: Path,
+    tmp_path: Path,
+    copies_counted: list[dict[str, Any]],
+    name: str,
+    files: str,
 ) -> None:
     """Its own input channels take the masks or control images, and the result is an ordinary adapter."""
     base, run, fills = pretrained(name), tmp_path / "run", "inpaint" in files
@@ -156,6 +186,7 @@ def test_a_base_that_draws_from_images_learns_from_them(
     said = call(cache, *line, *own, "--preview-steps", 2)
     assert files in said  # the line that draws with it
     assert len(losses(run)) == 2 and (run / "samples" / "step-000002.png").is_file()
+    assert not copies_counted  # it draws nothing without an image
     made = adapter(run)
     assert all("lora" in key for key in made)
     assert any(value.any() for key, value in made.items() if "lora_B" in key)

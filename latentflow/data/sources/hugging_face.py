@@ -9,6 +9,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from ...config import Control
 from ...errors import UserError, plural, reading
 from ..dataset import Source
 from .annotations import (
@@ -23,13 +24,15 @@ from .annotations import (
 )
 from .files import Member, import_optional, read_bytes
 
-# Names that columns have on the hub, the likeliest first, looked for where no column has our name.
-_LIKELY = {
+# Names that columns have on the hub, the likeliest first, looked for where no column has our name; those of control
+# images where these are asked for.
+_LIKELY: dict[str, tuple[str, ...]] = {
     "image": ("img", "picture", "images", "pixel_values"),
     "text": ("caption", "captions", "prompt", "texts", "description"),
     "label": ("labels", "class", "fine_label", "category"),
-    "mask": ("segmentation_mask", "conditioning_image"),
+    "mask": (),
 }
+_LIKELY_CONTROL: dict[Control, str] = {"image": "conditioning_image", "labels": "segmentation_mask"}
 _AGAIN = "Save it again with save_to_disk."
 _HUB = re.compile(r"hub:(?P<name>[^:]+/[^:]+)(:(?P<part>.+))?")
 
@@ -154,7 +157,9 @@ def _columns(
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     words = {lower_case(name): name for name in sorted(features)}  # of two spellings the one in lower case
     inferred = []
-    for meaning, likely in _LIKELY.items():
+    led = {f"control_{kind}": (_LIKELY_CONTROL[kind],) for kind in request.control}
+    led = {} if "control" in request.control_columns and "control" in ours.values() else led
+    for meaning, likely in (_LIKELY | led).items():
         if meaning in ours.values() or (meaning == "text" and any(map(holds_captions, ours.values()))):
             continue
         there = (words[word] for word in (meaning, *likely) if word in words)
@@ -178,7 +183,11 @@ def _columns(
     }
     unused = [name for name in features if name not in used]
     notes = ["inferred: " + ", ".join(inferred) + " (--columns decides)"] if inferred else []
-    return used, notes + (["columns not used: " + ", ".join(unused)] if unused else [])
+    notes += ["columns not used: " + ", ".join(unused)] if unused else []
+    for kind, likely_control in _LIKELY_CONTROL.items():
+        for name in (name for name in unused if lower_case(name) == likely_control and name in images):
+            notes.append(f"{name}: --control {kind} draws by it; if it is a mask: --columns mask {name}")
+    return used, notes
 
 
 def _failures() -> tuple[type[BaseException], ...]:
