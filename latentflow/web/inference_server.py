@@ -46,7 +46,8 @@ BOUNDS: dict[str, tuple[float, float, type]] = {
     "strength": (0, 1, float),
     "feather": (0, 32, int),
     "margin": (0, 64, int),
-    "control_scale": (0, 10, float),
+    "control_image_scale": (0, 10, float),
+    "control_labels_scale": (0, 10, float),
     "lora_weight": (-LARGEST_WEIGHT, LARGEST_WEIGHT, float),
 }
 
@@ -92,7 +93,7 @@ class GenerationRequest:
         fast: use the checkpoint's few-step adapter.
         lora: (name, weight) of each adapter that is used; the names are those that the server offers.
         control_image, control_labels: uploads that lead what is drawn: an image, a label map.
-        control_scale: guidance over them.
+        control_image_scale, control_labels_scale: guidance over each of them.
 
     Raises:
         UserError: a number is outside its bounds, which are those of the page's sliders; or a text is invalid.
@@ -110,7 +111,8 @@ class GenerationRequest:
     lora: tuple[tuple[str, float], ...] = ()
     control_image: str | None = None
     control_labels: str | None = None
-    control_scale: float = 1.0
+    control_image_scale: float = 1.0
+    control_labels_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.fast, bool):
@@ -442,7 +444,7 @@ class InferenceServer:
         controls = {kind: self.control(kind, upload) for kind, upload in uploads.items() if upload}
         if controls:
             settings["control_image"] = controls
-            settings["control_scale"] = request.control_scale
+            settings["control_scale"] = {kind: getattr(request, f"control_{kind}_scale") for kind in controls}
         decoder = self._preview_decoder(loaded)
 
         def after_step(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

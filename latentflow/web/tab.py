@@ -284,8 +284,8 @@ class Tab:
         self.inputs["image"] = self.file
 
     def add_control(self) -> None:
-        """Add an upload field, with a preview, for each kind of control images that the checkpoint takes, and their
-        scale."""
+        """Add an upload field, with a preview and a scale, for each kind of control images that the checkpoint
+        takes."""
         capabilities = self.server.capabilities
         for kind in capabilities.control:
             label = {"image": "Control image", "labels": "Label map"}[kind]
@@ -306,16 +306,16 @@ class Tab:
                 show_progress="hidden",
                 api_visibility="private",
             )
-        if capabilities.control and capabilities.image_input != "control":
-            self.inputs["control_scale"] = gr.Slider(
-                0,
-                5,
-                1,
-                step=0.25,
-                label="Control scale",
-                info="0 draws without, more than 1 follows it harder",
-                elem_id=f"{self.name}-control-scale",
-            )
+            if capabilities.image_input != "control":  # which draws nothing without
+                self.inputs[f"control_{kind}_scale"] = gr.Slider(
+                    0,
+                    5,
+                    1,
+                    step=0.25,
+                    label=f"{label} scale",
+                    info="0 draws without, more than 1 follows it harder",
+                    elem_id=f"{self.name}-control-{kind}-scale",
+                )
 
     def _show_control(self, kind: str, path: str | None) -> Any:
         if path is None:

@@ -245,18 +245,23 @@ def test_control_images_lead_as_those_of_generate(
     assert server.control("image", str(image)).size == (12, 8)
     request = GenerationRequest(steps=2, seed=3)
     led = replace(
-        request, control_image=str(image), control_labels=str(tmp_path / "ids.png"), control_scale=1.5
-    )
+        request, control_image=str(image), control_labels=str(tmp_path / "ids.png"),
+        control_image_scale=2.0, control_labels_scale=0.5,
+    )  # fmt: skip
     [drawn] = server.generate(led, silent)
     line = ["--checkpoint", control_checkpoint, "--device", "cpu", "--seed", 3, "--steps", 2, "-o", "out.png"]
-    words = ["--control", f"image={image}", "labels=ids.png", "--control-scale", 1.5]
+    words = ["--control", f"image={image}", "labels=ids.png", "--control-scale", "image=2,labels=0.5"]
     load_program("generate").main([*map(str, [*line, *words])])
     with Image.open("out.png") as expected:
         assert drawn.tobytes() == expected.tobytes()
     [plain] = server.generate(request, silent)
     assert plain.tobytes() != drawn.tobytes()
-    [without] = server.generate(replace(led, control_scale=0), silent)
+    [without] = server.generate(replace(led, control_image_scale=0, control_labels_scale=0), silent)
     assert without.tobytes() == plain.tobytes()
+    [alone] = server.generate(
+        replace(led, control_image=None), silent
+    )  # a scale of what is not there is none
+    assert alone.tobytes() not in (plain.tobytes(), drawn.tobytes())
 
 
 def test_control_images_that_cannot_be_used_are_named_without_the_servers_folder(
@@ -269,8 +274,9 @@ def test_control_images_that_cannot_be_used_are_named_without_the_servers_folder
         with pytest.raises(UserError, match=message) as error:
             server.control(kind, str(tmp_path / name))
         assert name in error.value.what and str(tmp_path) not in f"{error.value.what}{error.value.fix}"
-    with pytest.raises(UserError, match="control_scale"):
-        GenerationRequest(control_scale=11)
+    for kind in ("image", "labels"):
+        with pytest.raises(UserError, match=f"control_{kind}_scale"):
+            GenerationRequest(**{f"control_{kind}_scale": 11})
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -57,7 +57,10 @@ def checkpoint(
         ),
         (checkpoint(classes=("apple", "hat")), {"Class", "Source class", "Guidance scale"}),
         (checkpoint(), set()),
-        (checkpoint(control=("image", "labels")), {"Control image", "Label map", "Control scale"}),
+        (
+            checkpoint(control=("image", "labels")),
+            {f"{kind}{end}" for kind in ("Control image", "Label map") for end in ("", " scale")},
+        ),
     ],
     ids=["captions", "classes", "unconditional", "control"],
 )

@@ -474,7 +474,9 @@ def test_uploads_lead_what_a_program_asks_for(control_checkpoint, tmp_path) -> N
         layout = upload(client, "b.png", encoded(Image.new("L", (8, 8), 1)))
         plain, by_image, by_labels = pixels(), pixels(control_image=image), pixels(control_labels=layout)
         assert len({plain, by_image, by_labels}) == 3
-        assert pixels(control_image=image, control_labels=layout, control_scale=0) == plain
+        both: dict[str, Any] = {"control_image": image, "control_labels": layout}
+        assert pixels(**both, control_image_scale=0, control_labels_scale=0) == plain
+        assert pixels(**both, control_image_scale=0) == by_labels
         state, data = ask(client, steps=1, control_labels=image)
         assert state == "error" and "a.png" in data["error"] and str(tmp_path) not in data["error"], data
         elsewhere = {"path": str(Path(__file__)), "meta": {"_type": "gradio.FileData"}}
