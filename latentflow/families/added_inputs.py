@@ -17,15 +17,18 @@ from torch import Tensor, nn
 
 from ..errors import UserError, with_article
 from ..models import ControlInputs
+from ..models.control import LABEL_WIDTH, Labels, label_channels
 from .control import ControlledModel
 from .extra_channels import checked_holes
 from .pretrained import PretrainedModel
 from .rows import Rows, keep
 
-#: kind of input -> what rows keep of it, (B, C', h, w)
-KEPT = {"masks": "channels", "control": "control"}
+#: kind of control images -> kind of input
+CONTROL_INPUTS = {"image": "control", "labels": "labels"}
+#: kind of input -> what rows keep of it: (B, C', h, w), of label maps (B, H, W)
+KEPT = {"masks": "channels", "control": "control", "labels": "layout"}
 #: kind of input -> what it is for, in messages
-NAMES = {"masks": "masks", "control": "control images"}
+NAMES = {"masks": "masks", "control": "control images", "labels": "label maps"}
 
 
 class AddedInput(nn.Module):
@@ -37,6 +40,7 @@ class AddedInput(nn.Module):
     Args:
         first: the network's first layer, linear or a convolution.
         ratio: new channels for each of the latent.
+        labels: of label maps, each of which has an embedding in ``table``.
 
     Attributes:
         adapter: name of the adapter that it belongs to; None: it is the network's own.
@@ -44,7 +48,7 @@ class AddedInput(nn.Module):
         channels: of its input at the layer.
     """
 
-    def __init__(self, first: Any, ratio: float) -> None:
+    def __init__(self, first: Any, ratio: float, labels: Labels = ()) -> None:
         super().__init__()
         self.adapter: str | None = None
         self.coupling = "independent"
@@ -54,6 +58,8 @@ class AddedInput(nn.Module):
         width, kernel = (base.out_channels, base.kernel_size) if convolves else (base.out_features, ())
         self.channels = round(ratio * _inputs(base))
         self.weight = nn.Parameter(torch.zeros((width, self.channels, *kernel), device=base.weight.device))
+        self.labels = labels
+        self.table = nn.Embedding(len(labels), LABEL_WIDTH, device=base.weight.device) if labels else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C', h, w) or (B, N, C') -> features (B, width, h', w') or (B, N, width)."""
@@ -107,8 +113,9 @@ class ExtendableModel(ControlledModel, PretrainedModel):
     """Family whose network can be given inputs for masks and for control images.
 
     Its rows then may keep ``channels`` (B, f^2 + C, h, w), those of networks of our own (`masked_condition`): which
-    pixels of each cell are kept, and the latent of the image with its hole in grey; and ``control`` (B, C, h, w), the
-    latent of the control image.
+    pixels of each cell are kept, and the latent of the image with its hole in grey; ``control`` (B, C, h, w), the
+    latent of the control image; and ``layout`` (B, H, W), the label map, of whose pixels each has its label's embedding
+    (`label_channels`).
     """
 
     #: the network's layer that takes the noisy latent; None: it cannot
@@ -118,7 +125,7 @@ class ExtendableModel(ControlledModel, PretrainedModel):
 
     @property
     def added_inputs(self) -> Mapping[str, AddedInput]:
-        """Kind -> the input, "masks" or "control", in the order in which the network takes them."""
+        """Kind -> the input, "masks", "control" or "labels", in the order in which the network takes them."""
         return {} if self.first_layer is None else dict(getattr(self._first, "added", {}))
 
     @property
@@ -140,7 +147,11 @@ class ExtendableModel(ControlledModel, PretrainedModel):
     @property
     def control_inputs(self) -> ControlInputs:
         """The control images that the network takes, by an adapter that is in effect."""
-        return self._control if self._in_effect("control") else ControlInputs()
+        image = self._channels if self._in_effect("control") else 0
+        labels = self.added_inputs["labels"].labels if self._in_effect("labels") else ()
+        return (
+            ControlInputs(image=image, labels=labels, cell=self._cell) if image or labels else ControlInputs()
+        )
 
     def _in_effect(self, kind: str) -> bool:
         found = self.added_inputs.get(kind)
@@ -159,15 +170,16 @@ class ExtendableModel(ControlledModel, PretrainedModel):
         return float(layer.scaling[added.adapter] / full)
 
     def arrange(self, rows: Rows) -> dict[str, Any]:
-        """Return the values by their names; those of added inputs times the weight of the adapter that these belong
-        to, as all of its layers are."""
+        """Return the values by their names; those of added inputs as channels, times the weight of the adapter that
+        these belong to, as all of its layers are."""
         condition = super().arrange(rows)
         for kind, added in self.added_inputs.items():
-            strength = self._strength(added)
-            if strength is None:
-                condition.pop(KEPT[kind], None)
-            elif strength != 1.0 and KEPT[kind] in condition:
-                condition[KEPT[kind]] = condition[KEPT[kind]] * strength
+            strength, given = self._strength(added), condition.pop(KEPT[kind], None)
+            if strength is None or given is None:
+                continue
+            if added.table is not None:
+                given = label_channels(added.table, given, self._cell)
+            condition[KEPT[kind]] = given if strength == 1.0 else given * strength
         return condition
 
     def add_inputs(
@@ -175,20 +187,31 @@ class ExtendableModel(ControlledModel, PretrainedModel):
         weights: Mapping[str, Tensor | None],
         adapter: str | None = None,
         coupling: str = "independent",
+        labels: Labels = (),
     ) -> None:
         """Give the network inputs, which learn.
 
         Args:
-            weights: kind, "masks" or "control" -> its trained weight, which is frozen; None: zero.
+            weights: kind, "masks", "control" or "labels" -> its trained weight, which is frozen; None: zero. With
+                that of "labels" go the embeddings of labels, "table".
             adapter: name of the adapter that brings them, and without which they have no effect.
             coupling: that of masks.
+            labels: of label maps.
 
         Raises:
-            UserError: the network has one of this kind, or cannot have one; the weight is of another shape.
+            UserError: the network has one of this kind, or cannot have one; the weight is of another shape; nothing
+                says of which labels it is.
         """
         kind = with_article(type(self.pipeline).__name__)
         made = {}
         for name, weight in weights.items():
+            if name == "table":
+                continue
+            if name == "labels" and not labels:
+                raise UserError(
+                    "it does not say of which labels its label maps are",
+                    "The file that training wrote says it, its tensors do not: load that file.",
+                )
             if self.first_layer is None:
                 raise UserError(
                     f"{kind} cannot be given input channels for {NAMES[name]}",
@@ -201,15 +224,20 @@ class ExtendableModel(ControlledModel, PretrainedModel):
                     f"the network has input channels for {NAMES[name]} already",
                     "Load one such adapter at a time: pipe.unload_lora_weights() takes it away.",
                 )
-            made[name] = AddedInput(self._first, self._added_channels(name) / self._channels)
+            ratio = self._added_channels(name) / self._channels
+            made[name] = AddedInput(self._first, ratio, labels if name == "labels" else ())
             if weight is not None:
-                if weight.shape != made[name].weight.shape:
-                    raise UserError(
-                        f"its input channels for {NAMES[name]} have shape {tuple(weight.shape)}, and those of this "
-                        f"{kind[2:]} would have {tuple(made[name].weight.shape)}",
-                        "Load it onto the base that it was trained on.",
-                    )
-                made[name].weight = nn.Parameter(weight.to(made[name].weight), requires_grad=False)
+                given = {"weight": weight, "table.weight": weights.get("table")}
+                for key, own in [*made[name].named_parameters()]:
+                    shape = None if (value := given[key]) is None else tuple(value.shape)
+                    if value is None or value.shape != own.shape:
+                        raise UserError(
+                            f"its input channels for {NAMES[name]} have a {key} of shape {shape}, and those of "
+                            f"this {kind[2:]} would have {tuple(own.shape)}",
+                            "Load it onto the base that it was trained on.",
+                        )
+                    own.data = value.to(own)
+                made[name].requires_grad_(False)
             made[name].adapter = adapter
             made[name].coupling = coupling if name == "masks" else "independent"
         if not made:
@@ -251,12 +279,10 @@ class ExtendableModel(ControlledModel, PretrainedModel):
         """Pixels of a cell of the latent along a side."""
         return self.size_multiple // self.latent_shape(self.size_multiple, self.size_multiple)[1]
 
-    @property
-    def _control(self) -> ControlInputs:
-        return ControlInputs(image=self._channels, cell=self._cell)
-
     def _added_channels(self, kind: str) -> int:
         """Return the channels of an input on the grid of the latent."""
+        if kind == "labels":
+            return LABEL_WIDTH * self._cell**2
         return self._channels + self._cell**2 * (kind == "masks")
 
     def with_extra(self, x: Tensor, condition: dict[str, Any]) -> Tensor:

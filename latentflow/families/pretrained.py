@@ -345,7 +345,7 @@ class PretrainedModel(FlowModel):
                     f"latents of {tuple(x.shape[2:])} cells beside images of {tuple(part.shape[2:])}",
                     "Give images of the size that is drawn.",
                 )
-        return torch.cat([x, *parts], 1) if parts else x
+        return torch.cat([x, *(part.to(x) for part in parts)], 1) if parts else x
 
     # ---------------------------------------------------------------- from noise to data
 

@@ -124,6 +124,13 @@ def _is_label(label: Any) -> bool:
     return label[1] == "" or re.fullmatch("#[0-9a-f]{6}", label[1]) is not None
 
 
+def label_channels(table: nn.Embedding, layout: Tensor, cell: int) -> Tensor:
+    """Map label maps (B, h * cell, w * cell) to the embeddings of the pixels of each cell, (B, D * cell^2, h, w), zero
+    where there is no label."""
+    embedded = table(layout.clamp(min=0)) * (layout != NO_LABEL)[..., None]
+    return F.pixel_unshuffle(embedded.permute(0, 3, 1, 2), cell)
+
+
 class ControlEmbed(nn.Module):
     """Control images of a batch -> what is added to the features of the noisy latent; zero at first.
 
@@ -167,9 +174,7 @@ class ControlEmbed(nn.Module):
             if layout is None:
                 parts.append(like.new_zeros(batch, self.inputs.label_width * cell**2, *grid))
             else:
-                known = (layout != NO_LABEL)[..., None]
-                embedded = self.table(layout.clamp(min=0)) * known
-                parts.append(F.pixel_unshuffle(embedded.permute(0, 3, 1, 2), cell).to(like.dtype))
+                parts.append(label_channels(self.table, layout, cell).to(like.dtype))
         return torch.cat(parts, dim=1)
 
 

@@ -47,6 +47,8 @@ INPUTS = {
     ("masks", "independent"): "added.masks",
     ("masks", "data-dependent"): "added.masks.data-dependent",
     ("control", "independent"): f"{CONTROL}weight",
+    ("labels", "independent"): f"{CONTROL}labels.weight",
+    ("table", "independent"): f"{CONTROL}labels.table",  # the embeddings of labels
 }
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of a file's settings those that say what its tensors mean. peft has others, some of which import what they name.

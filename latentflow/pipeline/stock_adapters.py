@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, few, plural, with_article
 from ..families.text_encoders import text_encoders
+from ..models import ControlInputs
 from ..utils.components import about, is_finite, library_reads, without_reports
 from ..utils.libraries import missing
 from .adapter_bases import fingerprint, is_other_base, other_base
@@ -165,20 +166,22 @@ def _load(
         for adapter in new & {*factors}
         if not is_finite(factors[adapter].weight)
     ]
+    damaged += [f"its input channels ({of})" for (of, _), weight in inputs.items() if not is_finite(weight)]
     if damaged:
         raise UserError(f"{shown} is not finite in {few(damaged, 3)}", "Copy or download it again.")
     if len(loaded) < asked:
         log.warning("left out for lack of a place in this %s: %s of %s", kind, left_out, shown)
     if inputs:
         if add_inputs is None:
-            kinds = " and ".join(of for of, _ in inputs)
+            kinds = " and ".join(of for of, _ in inputs if of != "table")
             raise UserError(
                 f"{shown} brings input channels for {kinds}, which {with_article(kind)} cannot be given", fix
             )
+        facts = read_facts(source, shown, options)
         with about(shown):
             weights = {of: weight for (of, _), weight in inputs.items()}
             coupling = next((coupling for of, coupling in inputs if of == "masks"), "independent")
-            add_inputs(weights, next(iter(new)), coupling)
+            add_inputs(weights, next(iter(new)), coupling, ControlInputs.of(facts.control or None).labels)
 
 
 def _adapter_names(pipeline: Any) -> set[str]:

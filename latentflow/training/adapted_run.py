@@ -59,7 +59,9 @@ class AdaptedRun:
         weights = {**state["flow-weights"], **state["flow-average"]}
         if kinds := [kind for kind in KEPT if any(f".added.{kind}." in name for name in weights)]:
             assert isinstance(shape, ExtendableModel)
-            shape.add_inputs(dict.fromkeys(kinds), coupling=state["description"]["flow"]["coupling"])
+            described = state["description"]
+            labels = tuple((name, colour) for name, colour in described.get("labels", ()))
+            shape.add_inputs(dict.fromkeys(kinds), coupling=described["flow"]["coupling"], labels=labels)
         parts = {  # by their names in `PretrainedLoss`
             "network.network.": shape.network,
             **{f"text_encoders.{name}.": part for name, part in adapter.encoders.items()},

@@ -110,7 +110,10 @@ class PretrainedResult:
         model, side = self.model, self.splits.data.resolution
         given: dict[str, Any] = {}
         if source.control and led:
-            given["control_image"] = cut_control(source.examples[row], (side, side), "image")
+            given["control_image"] = {
+                kind: cut_control(source.examples[row], (side, side), kind, source.labels)
+                for kind in source.control
+            }
         if self.base.draws_from == "mask":  # the middle of the image is drawn anew
             given["image"] = read_image(source.examples[row], side, self.splits.data.background)
             given["mask_image"] = Image.new("L", (side, side))

@@ -17,7 +17,7 @@ from ..config import RunConfig
 from ..data import Source
 from ..data.dataset import NO_CLASS
 from ..errors import UserError
-from ..families.added_inputs import ExtendableModel
+from ..families.added_inputs import CONTROL_INPUTS, ExtendableModel
 from ..families.distilled import training_warning
 from ..families.extra_channels import MaskedModel
 from ..families.pretrained import PretrainedModel
@@ -156,13 +156,17 @@ def train_pretrained(
         shapes = config.flow.shapes(splits.source.has_masks)
         masking = Masking(vae, shapes, config.loop.seed, model.mask_condition)
     if splits.source.control:
-        dropout = 0.0  # a base that draws under control images draws nothing without
+        channels = model.latent_shape(model.size_multiple, model.size_multiple)[0]
+        inputs, dropout = (
+            ControlInputs(image=channels),
+            0.0,
+        )  # a base that draws under them draws nothing without
         if base.draws_from != "control":
             assert isinstance(model, ExtendableModel)
-            model.add_inputs({"control": None})
-            dropout = config.control.control_dropout
-        channels = model.latent_shape(model.size_multiple, model.size_multiple)[0]
-        control = ControlImages(ControlInputs(image=channels), dropout, config.loop.seed)
+            kinds = {CONTROL_INPUTS[kind]: None for kind in splits.source.control}
+            model.add_inputs(kinds, labels=splits.source.labels)
+            inputs, dropout = model.control_inputs, config.control.control_dropout
+        control = ControlImages(inputs, dropout, config.loop.seed)
     if adapter is None:
         model.network.requires_grad_(True)
     for line in adapter.lines() if adapter else [f"all {base.size / 1e6:.0f} M parameters are trained"]:
@@ -284,6 +288,7 @@ def _description(
         **described,
         "flow": config.flow.describe(),
         **config.control.describe(),
+        **({"labels": [*map(list, splits.source.labels)]} if "labels" in splits.source.control else {}),
         "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
         "quantize": config.fine_tuning.quantize,
         "family_options": {name: base.options[name] for name in sorted(base.options)},

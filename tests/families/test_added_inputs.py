@@ -50,6 +50,14 @@ def half_hidden(side: int, count: int = 2) -> tuple[Tensor, Tensor]:
     return images, masks
 
 
+LABELS = (("sky", "#80c0ff"), ("road", ""), ("tree", "#208020"))
+
+
+def labelled(side: int, count: int = 2) -> Tensor:
+    """Random label maps (count, side, side), a quarter of whose pixels have no label."""
+    return torch.randint(-1, 3, (count, side, side), generator=torch.Generator().manual_seed(4))
+
+
 def randomised(model: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     for added in model.added_inputs.values():
@@ -98,13 +106,16 @@ def test_equals_a_network_with_a_wider_first_layer(name: str) -> None:
     if name == "ZImagePipeline":
         pytest.skip("diffusers has no such network with other channels at its input than at its output")
     model, side = opened(name), TINY[name].side
-    model.add_inputs({"masks": None, "control": None})
+    model.add_inputs({"masks": None, "control": None, "labels": None}, labels=LABELS)
     randomised(model)
     images, masks = half_hidden(side)
     rows = model.encode_prompt(["a red apple", "a pear"]).with_known(images, masks).with_control(-images)
+    rows = model.with_layout(rows, labelled(side))
     x = model.noise(2, side, side, torch.Generator().manual_seed(2))
     ours = model.velocity(rows, 1.0)(x, torch.tensor(0.4))
 
+    condition = model.arrange(rows)
+    beside = torch.cat([x, *(condition[kept] for kept in KEPT.values())], 1)
     weights = [added.weight.clone() for added in model.added_inputs.values()]
     network, parts = model.network, model.patch**2 if model.cells_in_order else 1
     first = f"{model.first_layer}.weight"
@@ -119,9 +130,79 @@ def test_equals_a_network_with_a_wider_first_layer(name: str) -> None:
     wide = type(network)(**{**config, "in_channels": channels + more, "out_channels": out}).eval()
     wide.load_state_dict(state)
     model.pipeline.transformer = wide
-    beside = torch.cat([x, *(rows.kept[kept] for kept in KEPT.values())], 1)
     model.with_extra = lambda x, condition: beside
     torch.testing.assert_close(model.velocity(rows, 1.0)(x, torch.tensor(0.4)), ours)
+
+
+def test_label_maps_lead_pixel_by_pixel_and_their_table_is_in_the_file(name: str, tmp_path: Path) -> None:
+    model, side = opened(name), TINY[name].side
+    rows, layout = model.encode_prompt(["a red apple", "a pear"]), labelled(side)
+    x = model.noise(2, side, side, torch.Generator().manual_seed(2))
+
+    @torch.no_grad()
+    def velocity(model: Any, rows: Any) -> Tensor:
+        return model.velocity(rows, 1.0)(x, torch.tensor(0.4))  # type: ignore[no-any-return]
+
+    before = velocity(model, rows)
+    with pytest.raises(UserError, match="takes no label map"):
+        model.with_layout(rows, layout)
+    with pytest.raises(UserError, match="of which labels"):
+        model.add_inputs({"labels": None})
+    adapter = PretrainedAdapter(model, AdapterConfig(lora_rank=2))
+    model.add_inputs({"control": None, "labels": None}, labels=LABELS)
+    assert model.control_kinds == ("image", "labels") and model.control_labels == LABELS
+    with pytest.raises(UserError, match="from -1 to 3"):
+        model.with_layout(rows, layout + (layout == 2).long())
+    led = model.with_layout(rows, layout)
+    assert torch.equal(velocity(model, led), before)  # to the last bit, before training
+    added, cell = model.added_inputs["labels"], model._cell
+    channels = model.arrange(led)["layout"].unflatten(1, (-1, cell, cell))
+    for y, x_ in ((0, 0), (side - 1, side // 2)):
+        label = int(layout[1, y, x_])
+        expected = added.table.weight[label] if label >= 0 else torch.zeros(added.table.weight.shape[1])
+        assert torch.equal(channels[1, :, y % cell, x_ % cell, y // cell, x_ // cell], expected)
+
+    batch = {
+        **in_batch(rows),
+        "latents": x.clone(),
+        "layout": torch.where(layout < 0, 255, layout)[:, None].to(torch.uint8),
+        "sample_ids": [0, 1],
+    }
+    control = ControlImages(model.control_inputs, 0.0, 1)
+    loss = PretrainedLoss(model, FlowConfig(), seed=1, control=control)
+    learned = [weight for weight in model.network.parameters() if weight.requires_grad]
+    optimizer, start = torch.optim.AdamW(learned, lr=1e-2), added.table.weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(batch)["loss"].backward()
+        optimizer.step()
+    assert added.weight.any() and not torch.equal(added.table.weight, start)
+    loss.eval()
+    found = velocity(model, led)
+    assert not torch.allclose(found, velocity(model, rows), atol=1e-4)
+    nothing = model.with_layout(rows, torch.full_like(layout, -1))
+    assert torch.equal(velocity(model, nothing), velocity(model, rows))
+
+    adapter.save(tmp_path)
+    pipe: Any = LatentFlowInpaintPipeline(type(model)(deepcopy(checkpoint(name)), **TINY[name].call))
+    pipe.load_lora_weights(tmp_path, adapter_name="led")
+    stock = pipe.model
+    assert stock.control_labels == LABELS  # with their colours
+    led = stock.with_layout(stock.encode_prompt(["a red apple", "a pear"]), layout)
+    torch.testing.assert_close(velocity(stock, led), found, atol=1e-5, rtol=0)
+    pipe.set_adapters("led", 0.0)
+    torch.testing.assert_close(velocity(stock, led), before)
+    pipe.unload_lora_weights()
+    assert not stock.control_kinds
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UserError, match="load that file"):  # its names are in the file's metadata
+        pipe.load_lora_weights(tensors)
+    table = {"labels": tensors["added.control.labels.weight"], "table": tensors["added.control.labels.table"]}
+    with pytest.raises(UserError, match=r"have a table.weight of shape \(3, 8\).*would have \(2, 8\)"):
+        stock.add_inputs(table, labels=LABELS[:2])
+    with pytest.raises(UserError, match="is not finite in its input channels"):
+        pipe.load_lora_weights({**tensors, "added.control.weight": torch.tensor([torch.nan])})
+    assert not stock.added_inputs and not any(pipe.get_list_adapters().values())
 
 
 @torch.no_grad()
@@ -148,7 +229,7 @@ def test_refusals(name: str) -> None:
     with pytest.raises(UserError, match="takes no control image"):
         rows.with_control(images[:1])
     for kind, words in (("masks", "for masks"), ("control", "for control images")):
-        with pytest.raises(UserError, match=f"{words} have shape"):
+        with pytest.raises(UserError, match=f"{words} have a weight of shape"):
             model.add_inputs({"control": None, kind: torch.zeros(3, 5)})
     assert not model.added_inputs
     model.add_inputs({"masks": None})
@@ -285,7 +366,7 @@ def test_a_trained_adapter_opens_on_the_base(name: str, tmp_path: Path) -> None:
     file = tmp_path / "pytorch_lora_weights.safetensors"
     tensors = load_file(file)
     for key, inputs in (("added.masks", "masks"), ("added.control.weight", "control images")):
-        with pytest.raises(UserError, match=f"input channels for {inputs} have shape"):
+        with pytest.raises(UserError, match=f"input channels for {inputs} have a weight of shape"):
             pipe.load_lora_weights({**tensors, key: tensors[key][:, :-1]})
         assert not pipe.model.added_inputs and not any(pipe.get_list_adapters().values())
 

@@ -101,21 +101,24 @@ def test_a_run_learns_to_draw_under_control_images(
     assert "4 images of 4 without a control image" in call(
         cache, *line, *adapts, "--control", "image", expect=2
     )
+    files = {kind: data / f"1-control-{kind}.png" for kind in ("image", "labels")}
     for number in range(4):
         edges = np.zeros((16, 16), np.uint8)
         edges[4 * number :] = 255
-        Image.fromarray(edges).save(data / f"{number}-control.png")
-    refused = call(cache, *line, *adapts, "--control", "labels", expect=2)
-    assert "learns control images, not label maps" in refused and "use --control image" in refused
-    refused = call(cache, *line, "--lora-rank", 0, "--control", "image", expect=2)
+        Image.fromarray(edges).save(data / f"{number}-control-image.png")
+        Image.fromarray(edges // 255).save(data / f"{number}-control-labels.png")
+    (tmp_path / "labels.txt").write_text("sky #80c0ff\nroad\n")
+    both: list[Any] = ["--control", "image", "labels", "--control-labels", tmp_path / "labels.txt"]
+    refused = call(cache, *line, "--lora-rank", 0, *both, expect=2)
     assert "--control: " in refused and "Add --lora-rank 16" in refused
 
-    flags = ["--control", "image", "--inpainting", "--train-batch-size", 4, "--preview-steps", 2]
+    flags: list[Any] = [*both, "--inpainting", "--train-batch-size", 4, "--preview-steps", 2]
     (tmp_path / "prior.txt").write_text("a pear")  # its samples are masked as well, and have no control image
     flags += ["--prior-prompts", tmp_path / "prior.txt", "--prior-samples", 1]
     call(cache, *line, *adapts, *flags)
     made = adapter(run)
     assert made["added.control.weight"].any() and made["added.masks"].any()
+    assert made["added.control.labels.weight"].any() and made["added.control.labels.table"].shape == (2, 8)
     # what follows an image's own edges is like it, and no copy
     assert len(copies_counted) == 1 and "control_image" not in copies_counted[0]
     open_run = tmp_path / "open"  # as between its last checkpoint and its result
@@ -123,21 +126,24 @@ def test_a_run_learns_to_draw_under_control_images(
     drawn = []
     for folder in (run, open_run):
         pipe: Any = open_pipeline(LatentFlowPipeline, str(folder), "cpu")
-        assert pipe.takes_masks and pipe.model.control_kinds == ("image",)
-        for scale in (1.0, 0.0):
+        assert pipe.takes_masks and pipe.model.control_kinds == ("image", "labels")
+        assert pipe.model.control_labels == (("sky", "#80c0ff"), ("road", ""))
+        for scale in (1.0, 0.0, {"image": 0.0}):
             drawn.append(
                 pipe(
-                    "a red apple", control_image=Image.open(data / "1-control.png"), control_scale=scale,
-                    num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt",
+                    "a red apple", control_image={kind: Image.open(file) for kind, file in files.items()},
+                    control_scale=scale, num_inference_steps=2, generator=torch.Generator().manual_seed(0),
+                    output_type="pt",
                 ).images
             )  # fmt: skip
-    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
-    assert not torch.equal(drawn[0], drawn[1])
-    words: list[Any] = ["a red apple", "--checkpoint", run, "--control", data / "1-control.png"]
+    assert all(torch.equal(*pair) for pair in zip(drawn[:3], drawn[3:], strict=True))
+    assert not any(torch.equal(drawn[a], drawn[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    words: list[Any] = ["a red apple", "--checkpoint", run, "--control"]
+    words += [f"{kind}={file}" for kind, file in files.items()]
     call(cache, *words, "--steps", 1, "-o", tmp_path / "out.png", file="../pipelines/generate")
     assert Image.open(tmp_path / "out.png").size == (16, 16)
     card = (run / "adapter" / "README.md").read_text()
-    assert "also draws under a control image" in card and "--method trained" in card
+    assert "also draws under a control image and a label map" in card and "--method trained" in card
     assert "With diffusers" not in card and "how they were filled" not in card
     assert (run / "samples" / "step-000002.png").is_file()
 
@@ -172,7 +178,9 @@ def test_a_base_that_draws_from_images_learns_from_them(
     own, other = (masked, led) if fills else (led, masked)
     line: list[Any] = [data, "-o", run, *base_flags(name, base), *QUICK]
     line += ["--lora-rank", 2, "--learning-rate", 0.01, "--max-train-steps", 2]
+    labels: Any = ([*led[:1], "labels"], "draws under control images, not label maps")
     for wrong, words in (
+        *([] if fills else [labels]),
         ([], f"and does nothing else Add {' '.join(own[:2])}"),
         ([*own, *other], f"{other[0]}: {base}"),
         ([*own, "--prior-prompts", data / "0.txt"], "--prior-samples: "),

@@ -134,9 +134,10 @@ class PretrainedAdapter:
         model, control = self._model, None
         added = {}
         if isinstance(model, ExtendableModel):
-            added = {
-                INPUTS[kind, made.coupling]: made.weight.detach() for kind, made in model.added_inputs.items()
-            }
+            inputs = model.added_inputs
+            added = {INPUTS[kind, made.coupling]: made.weight.detach() for kind, made in inputs.items()}
+            if "labels" in inputs and (table := inputs["labels"].table) is not None:
+                added[INPUTS["table", "independent"]] = table.weight.detach()
             control = model.control_inputs.plain()
         facts = AdapterFacts(
             base=self.fingerprint,

@@ -18,6 +18,7 @@ from torch import nn
 from ...config import RunConfig
 from ...data import Source, find_source, readable, split
 from ...data.control import with_control_checked
+from ...data.labels import read_label_file
 from ...errors import UserError, check_resolution, few, with_article
 from ...families import FlowModel
 from ...families.from_configs import model_from_configs
@@ -239,10 +240,9 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
         UserError: there are none; or they lack what the model draws from.
     """
     data, shape = config.data, base.shape
-    if "labels" in config.control.control:
+    if "labels" in config.control.control and base.draws_from == "control":
         raise UserError(
-            f"--control {' '.join(config.control.control)}: {base.name} is a pretrained model, which learns control "
-            "images, not label maps",
+            f"--control {' '.join(config.control.control)}: {base.name} draws under control images, not label maps",
             "Save the label maps as images in their labels' colours, and use --control image.",
         )
     if data.masks == "alpha" and not config.flow.inpainting:
@@ -257,7 +257,10 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
             f"{data.data} holds latents, and a pretrained model encodes images itself",
             "Give the folder of images: their latents are cached.",
         )
-    source = with_control_checked(_conditioned(source, base, asked=data.condition))
+    labels = (
+        read_label_file(config.control.control_labels) if config.control.control_labels else source.labels
+    )
+    source = with_control_checked(_conditioned(source, base, asked=data.condition), labels)
     if config.adapter.lora_text_encoder and shape.takes_text and source.kind != "text":
         raise UserError(
             f"--lora-text-encoder: {source.name} is used without captions, from which a text encoder would learn",

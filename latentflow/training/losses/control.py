@@ -32,30 +32,33 @@ class ControlImages:
         self._inputs, self._dropout, self._seed = inputs, dropout, seed
 
     def __call__(self, condition: Condition, batch: Mapping[str, Any], *, training: bool) -> Condition:
-        """Return the condition with ``control`` (B, C, h, w) and ``layout`` (B, H, W), where the network takes them.
+        """Return the condition with what `values` returns."""
+        return replace(condition, **self.values(batch, training=training))
+
+    def values(self, batch: Mapping[str, Any], *, training: bool) -> dict[str, Tensor]:
+        """Return ``control`` (B, C, h, w) and ``layout`` (B, H, W), where the network takes them.
 
         The batch holds ``sample_ids``, and perhaps ``control`` (B, C, h, w) or ``layout`` (B, 1, H, W) uint8, 255 = no
         label; what it lacks counts as dropped.
         """
+        found, latents = {}, batch["latents"]
         if self._inputs.image:
-            condition = replace(condition, control=self.image(batch, training=training))
+            image = batch.get("control")
+            found["control"] = (
+                torch.zeros_like(latents)
+                if image is None
+                else image * self._kept(batch, "control", training)[:, None, None, None]
+            )
         if self._inputs.labels:
-            latents, layout = batch["latents"], batch.get("layout")
+            layout = batch.get("layout")
             if layout is None:
                 sides = (side * self._inputs.cell for side in latents.shape[2:])
                 layout = latents.new_full((len(latents), *sides), -1, dtype=torch.int64)
             else:
                 kept, ids = self._kept(batch, "layout", training), layout[:, 0].long()
                 layout = torch.where(kept[:, None, None] & (ids != NO_LABEL), ids, -1)
-            condition = replace(condition, layout=layout)
-        return condition
-
-    def image(self, batch: Mapping[str, Any], *, training: bool) -> Tensor:
-        """Return the latents (B, C, h, w) of the control images of a batch; zeros where they are dropped."""
-        image: Tensor | None = batch.get("control")
-        if image is None:
-            return torch.zeros_like(batch["latents"])
-        return image * self._kept(batch, "control", training)[:, None, None, None]
+            found["layout"] = layout
+        return found
 
     def _kept(self, batch: Mapping[str, Any], name: str, training: bool) -> Tensor:
         """Return (B,) bool: the rows that keep their control image of a kind, ``name`` in the batch."""

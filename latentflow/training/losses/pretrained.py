@@ -120,7 +120,7 @@ class PretrainedLoss(FlowLoss):
         learns from them."""
         rows = self.prompts(batch, drop)
         if self.control is not None:
-            rows = keep(rows, control=self.control.image(batch, training=self.training))
+            rows = keep(rows, **self.control.values(batch, training=self.training))
         return rows if self.masking is None else self._model[0].with_masked(rows, self.masking(batch))
 
     def dropped(self, random: SampleRandom) -> Tensor:
