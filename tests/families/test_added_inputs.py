@@ -171,7 +171,10 @@ def test_label_maps_lead_pixel_by_pixel_and_their_table_is_in_the_file(name: str
     control = ControlImages(model.control_inputs, 0.0, 1)
     loss = PretrainedLoss(model, FlowConfig(), seed=1, control=control)
     learned = [weight for weight in model.network.parameters() if weight.requires_grad]
-    optimizer, start = torch.optim.AdamW(learned, lr=1e-2), added.table.weight.detach().clone()
+    optimizer, start = (
+        torch.optim.AdamW(learned, lr=1e-2, weight_decay=0.0),
+        added.table.weight.detach().clone(),
+    )
     for _ in range(3):
         optimizer.zero_grad()
         loss(batch)["loss"].backward()

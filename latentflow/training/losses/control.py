@@ -41,7 +41,8 @@ class ControlImages:
         The batch holds ``sample_ids``, and perhaps ``control`` (B, C, h, w) or ``layout`` (B, 1, H, W) uint8, 255 = no
         label; what it lacks counts as dropped.
         """
-        found, latents = {}, batch["latents"]
+        found: dict[str, Tensor] = {}
+        latents = batch["latents"]
         if self._inputs.image:
             image = batch.get("control")
             found["control"] = (
