@@ -176,6 +176,7 @@ def train(
             config.loop,
             encoded=0 if source.precomputed else sum(cache.missing(part, scaled=scaled) for part in framings),
             step=step_of(saved[-1]) if saved else 0,
+            drawn=None if saved else recipe.teacher_samples,
             besides=[
                 *["validations"] * bool(len(framings) > 1 and config.loop.validation_steps),
                 *["previews"] * bool(config.loop.preview_steps),
