@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..config import FlowConfig, LoopConfig, RunConfig
@@ -151,6 +152,12 @@ def plan_lines(splits: DataSplits, loop: LoopConfig, own_share: float | None = N
     epochs = (own_share or 1.0) * loop.max_train_steps * batch / max(1, len(splits.training.uses()))
     precision = resolve(loop.mixed_precision, state.device)
     lines = [f"{source.name}: {note}" for note in source.notes]
+    if splits.training.balanced:
+        repeats, ids = splits.training.repeats(), np.asarray(splits.training.class_ids())
+        uses = np.bincount(ids[ids >= 0], weights=repeats[ids >= 0])
+        lines.append(
+            f"balanced classes: an epoch uses each {uses.max():,.0f} times, and an image up to {repeats.max():,} times"
+        )
     lines += [
         f"data: {images} images to train on, {len(splits.validation)} held out; condition: {source.kind}",
         f"plan: {loop.max_train_steps} steps of {plural(batch, 'sample')} = {epochs:.1f} epochs, {loop.optimizer}, "

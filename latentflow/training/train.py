@@ -270,6 +270,7 @@ def describe(config: RunConfig, splits: DataSplits, model: TrainedModel, recipe:
         "data_order": splits.training.order(),
         **{name: asdict(section) for name, section in optional.items() if section != type(section)()},
         **config.control.describe(),
+        **({"balance_classes": True} if splits.training.balanced else {}),
         **({"latents_as_is": True} if config.latents_as_is else {}),
         "batch": model.batch,
         "seed": config.loop.seed,

@@ -284,6 +284,7 @@ def _description(
         **described,
         "flow": config.flow.describe(),
         **config.control.describe(),
+        **({"balance_classes": True} if splits.training.balanced else {}),
         "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
         "quantize": config.fine_tuning.quantize,
         "family_options": {name: base.options[name] for name in sorted(base.options)},
