@@ -6,11 +6,12 @@ import importlib.util
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -18,7 +19,11 @@ import torch
 from latentflow import LatentFlowPipeline, cli, flow
 from latentflow.autoencoder import build_autoencoder
 from latentflow.config import AutoencoderConfig
+from latentflow.data.masks import MASK_SHAPES, OWN
 from latentflow.flow import discrete
+from latentflow.metrics.features import FEATURES
+from latentflow.training.distill import METHODS
+from latentflow.training.losses.alignment import ALIGNMENTS
 from latentflow.utils.flags import flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,8 +86,8 @@ FILE = re.compile(r"(?:train|pipelines)/(\w+)\.py")
 
 
 @cache
-def flags_of_command(command: str) -> frozenset[str]:
-    """The flags of a command, from the settings class with which its program calls the parser."""
+def settings_of_command(command: str) -> tuple[type, bool]:
+    """The settings class with which a command's program calls the parser, and whether it has presets."""
     file = cli.programs()[command]
     spec = importlib.util.spec_from_file_location(f"documented_{file.stem}", file)
     assert spec is not None and spec.loader is not None
@@ -100,8 +105,73 @@ def flags_of_command(command: str) -> frozenset[str]:
     with pytest.raises(CapturedError) as caught:
         module.main([])
     config_class, has_presets = caught.value.args
+    return config_class, has_presets
+
+
+@cache
+def flags_of_command(command: str) -> frozenset[str]:
+    """The flags of a command."""
+    config_class, has_presets = settings_of_command(command)
     names = {name for flag in flags_of(config_class) for value in (False, True) for name in flag.names(value)}
     return frozenset(names | COMMON | ({"--preset"} if has_presets else set()))
+
+
+#: flag, or command and flag -> the table that its values are of, and further ones
+TABLES_OF_FLAGS: dict[str, list[str]] = {
+    "path": [*flow.PATHS],
+    "prediction": [*flow.PREDICTIONS],
+    "coupling": [*flow.COUPLINGS],
+    "weighting": [*flow.WEIGHTINGS],
+    "time-density": [*flow.TIME_DENSITIES],
+    "mask-shapes": [*MASK_SHAPES, OWN],
+    "alignment": [*ALIGNMENTS],
+    "kappa": [*discrete.KAPPAS],
+    "token-objective": [*discrete.OBJECTIVES],
+    "token-weighting": [*discrete.WEIGHTINGS],
+    "solver": [*flow.SOLVERS, *discrete.SAMPLERS, "tuned", "scheduler"],
+    "features": [*FEATURES],
+    "distill method": [*METHODS],
+    "inpaint method": [*flow.INPAINTING, "trained"],
+}
+
+
+@cache
+def choices_of_command(command: str) -> dict[str, tuple[list[str], str]]:
+    """Flag -> its values, where they are of a table or of a Literal, and its help."""
+    found = {}
+    for flag in flags_of(settings_of_command(command)[0]):
+        name = flag.key.replace("_", "-")
+        table = TABLES_OF_FLAGS.get(f"{command} {name}", TABLES_OF_FLAGS.get(name, []))
+        if values := literals(flag.hint) or table:
+            found[f"--{name}"] = values, flag.help
+    return found
+
+
+def literals(hint: Any) -> list[str]:
+    """The values of the Literals in a type."""
+    if get_origin(hint) is Literal:
+        return [*get_args(hint)]
+    return [value for part in get_args(hint) for value in literals(part)]
+
+
+def test_the_help_of_a_flag_names_all_of_its_values() -> None:
+    """Or it names the command whose help does."""
+    for command in cli.programs():
+        for flag, (values, text) in choices_of_command(command).items():
+            of_a_table = flag[2:] in TABLES_OF_FLAGS or f"{command} {flag[2:]}" in TABLES_OF_FLAGS
+            if of_a_table and "`latentflow " not in text:
+                missing = [
+                    name for name in values if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)
+                ]
+                assert not missing, (command, flag)
+
+
+def test_the_page_of_flags_has_every_command_and_group() -> None:
+    text = (ROOT / "docs" / "reference" / "flags.md").read_text(encoding="utf-8")
+    assert {*re.findall(r"^\| `([a-z-]+) [A-Z`]", text, re.MULTILINE)} >= {*cli.programs()} - {"app"}
+    groups = {flag.section.name for flag in flags_of(settings_of_command("train")[0])} - {""}
+    listed = re.search(r"one group: ([^.]*)\.", text)
+    assert listed is not None and {*re.findall(r"[a-z-]+", listed[1])} - {"or"} == groups
 
 
 def commands(text: str) -> list[list[str]]:
@@ -140,7 +210,15 @@ def mistakes(words: list[str]) -> list[str]:
     if command not in cli.programs():
         return [command]
     flags = [word.partition("=")[0] for word in arguments if re.match(r"--?[a-zA-Z]", word)]
-    return [f"{command} {flag}" for flag in flags if flag not in flags_of_command(command)]
+    wrong = [f"{command} {flag}" for flag in flags if flag not in flags_of_command(command)]
+    choices = choices_of_command(command)
+    for word, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        flag, equals, value = word.partition("=")
+        value = value if equals else following
+        names_a_file = "/" in value or value.isupper()
+        if flag in choices and not names_a_file and value not in choices[flag][0]:
+            wrong.append(f"{command} {flag} {value}")
+    return wrong
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
@@ -170,6 +248,16 @@ def test_flags_within_sentences_are_those_of_some_command(page: Path) -> None:
     assert not {flag for flag in named - known - {"--no-FLAG"} if not FOREIGN.fullmatch(flag)}
 
 
+def test_extras_are_those_of_the_project_and_the_page_of_installation_has_all() -> None:
+    extras = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]}
+    for page in CURRENT:
+        text = page.read_text(encoding="utf-8")
+        lists = re.findall(r'(?:-e "?\.|latent-flow-matching)\[([\w,-]+)\]', text)
+        assert {*re.findall(r"extras? `([\w-]+)`", text), *",".join(lists).split(",")} <= {*extras, ""}, page
+    table = re.findall(r"^\| (`[^|]*)\|", (ROOT / "docs/guide/install.md").read_text(), re.MULTILINE)
+    assert {*re.findall(r"`([\w-]+)`", " ".join(table))} == extras
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
@@ -182,6 +270,14 @@ def test_the_readme_is_short() -> None:
         ("pip install x && latentflow generate 'a --cat' -x 3; latentflow drow", ["generate -x", "drow"]),
         ("torchrun --nproc-per-node 2 train/flow.py cats \\\n    --shards", ["train --shards"]),
         ("latentflow export runs/cats --preset tiny", ["export --preset"]),
+        (
+            "latentflow train cats --optimizer adam --path=linear --weighting edm",
+            ["train --optimizer adam", "train --path linear"],
+        ),
+        (
+            "latentflow distill A B --method reflow && latentflow edit a.png --method reflow",
+            ["edit --method reflow"],
+        ),
     ],
 )
 def test_a_command_or_flag_that_does_not_exist_is_found(line: str, wrong: list[str]) -> None:

@@ -85,6 +85,8 @@ def train(config: Config, resume_command: str, given_keys: Collection[str]) -> N
     from latentflow.training.report.verdict import judge
     from latentflow.training.train_autoencoder import train_autoencoder
 
+    if config.data.balance_classes:
+        raise UserError("--balance-classes: an autoencoder is trained without classes", "Leave it out.")
     output = Path(config.output)
     log = log_to(output)
 

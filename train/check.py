@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from latentflow.data import Source
     from latentflow.evaluation.classification import Doubt
+    from latentflow.utils.html_page import Page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class CheckConfig:
     """Rename table columns: pairs of our name and yours, such as `image photo text caption`."""
     audit: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
     """Also list the labels or captions that this checkpoint, which was trained on such images, doubts, and outliers.
-    --sheet shows the most doubtful then, each with its label and the one that fits better."""
+    --sheet shows the most doubtful then, each with its label and the one that fits better; --report both lists."""
     json: bool = False
     """Print the report as JSON."""
     sheet: str | None = None
@@ -122,7 +123,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.sheet is not None and source is not None and len(source):
         save_sheet(doubt_sheet(doubts, source) if doubts else contact_sheet(source), Path(config.sheet))
     if config.report is not None:
-        report_page(report, source, suggestions).write(config.report, config.overwrite)
+        page = report_page(report, source, suggestions)
+        if doubts and source is not None:
+            add_doubts(page, doubts, source)
+        page.write(config.report, config.overwrite)
     for file in (config.sheet, config.report):
         if file is not None and Path(file).exists():
             print(f"written: {one_line(file)}", file=sys.stderr)
@@ -142,7 +146,7 @@ def audited(checkpoint: str, source: Source) -> list[Doubt]:
 
 def doubt_lines(doubts: Sequence[Doubt], most: int = 10) -> list[str]:
     """Return lines on the most doubtful labels, and on the images that are least like the others."""
-    wrong = [doubt for doubt in doubts if doubt.log_ratio < 0]
+    wrong, far = likely_wrong(doubts), least_like(doubts)[:most]
     lines = [
         f"\n{len(wrong)} of {len(doubts):,} images are likelier with another label, the most doubtful first:"
     ]
@@ -150,10 +154,37 @@ def doubt_lines(doubts: Sequence[Doubt], most: int = 10) -> list[str]:
         f"  {doubt.image}: {doubt.label}; rather {doubt.rather} ({-doubt.log_ratio:.3g} nats)"
         for doubt in wrong[:most]
     ]
-    far = sorted(doubts, key=lambda doubt: -doubt.surprise)[:most]
     lines.append("least like the others (standard deviations of the loss above the mean):")
     lines += [f"  {doubt.image}: {doubt.label} ({doubt.surprise:.1f})" for doubt in far]
     return [printable(line) if line.startswith("  ") else line for line in lines]
+
+
+def likely_wrong(doubts: Sequence[Doubt]) -> list[Doubt]:
+    """Return the images that are likelier with another label than with their own."""
+    return [doubt for doubt in doubts if doubt.log_ratio < 0]
+
+
+def least_like(doubts: Sequence[Doubt]) -> list[Doubt]:
+    """Return the images, those first that are least like the others."""
+    return sorted(doubts, key=lambda doubt: -doubt.surprise)
+
+
+def add_doubts(page: Page, doubts: Sequence[Doubt], source: Source) -> None:
+    """Add what `doubt_lines` and `doubt_sheet` say to the report's page, in up to 80 images and rows."""
+    wrong = likely_wrong(doubts)
+    page.heading("Labels that the model doubts")
+    page.text(f"{len(wrong)} of {len(doubts):,} images are likelier with another label.")
+    page.image(
+        doubt_sheet(doubts, source), "The most doubtful first: label > the one that fits better", "webp"
+    )
+    page.details(f"Likelier with another label: {len(wrong)}").table(
+        ["image", "label", "rather", "nats"],
+        [[*map(one_line, doubt[:3]), f"{-doubt.log_ratio:.3g}"] for doubt in wrong[:80]],
+    )
+    page.details("Least like the others").table(
+        ["image", "label", "standard deviations of the loss above the mean"],
+        [[*map(one_line, doubt[:2]), f"{doubt.surprise:.1f}"] for doubt in least_like(doubts)[:80]],
+    )
 
 
 def doubt_sheet(doubts: Sequence[Doubt], source: Source, most: int = 80) -> Image.Image:

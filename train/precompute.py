@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, prog="latentflow precompute")
     if config.data.validation != DataConfig.validation:
         raise UserError("--validation is chosen when training", "Leave it out here.")
+    if config.data.balance_classes:
+        raise UserError("--balance-classes is chosen when training", "Leave it out here.")
 
     from latentflow.autoencoder import downscale_factor, load_autoencoder
     from latentflow.data import crop, find_source, fingerprint, readable

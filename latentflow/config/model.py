@@ -189,7 +189,7 @@ class FlowConfig:
 
     path: str = "condot"
     """Probability path from noise to data: condot (straight), variance-preserving, variance-exploding,
-    trigonometric, polynomial or sqrt."""
+    trigonometric, polynomial, sqrt or ddpm (the noise of Stable Diffusion)."""
     path_options: dict[str, float] = field(default_factory=dict)
     """Options of the path, such as `beta_max 12`."""
     prediction: str = "velocity"
@@ -206,8 +206,9 @@ class FlowConfig:
     objective_options: dict[str, float] = field(default_factory=dict)
     """Options of the objective, such as `guidance 3` of mean-flow."""
     weighting: str | None = None
-    """Weighting of the noise levels as a function of the log-SNR: flow-matching, edm, min-snr, sigmoid, ...
-    Default: the plain squared error of the prediction, weighted by the density of the times."""
+    """Weighting of the noise levels as a function of the log-SNR: flow-matching (or cosine-velocity, the same),
+    cosine-noise, edm, min-snr, sigmoid, likelihood or sd3. Default: the plain squared error of the prediction, weighted
+    by the density of the times."""
     weighting_options: dict[str, float] = field(default_factory=dict)
     """Options of the weighting, such as `bias 2`."""
     time_density: str | None = None

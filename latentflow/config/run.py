@@ -55,6 +55,9 @@ class DataConfig:
     keeps the order as it is."""
     keep_tags: int = 0
     """With --shuffle-tags: this many tags keep their place at the front."""
+    balance_classes: bool = False
+    """Use all classes equally often in training, the images of smaller ones more often than others. Images without a
+    class are used as they are."""
     validation: float = 0.02
     """Share of the images that is held out for validation."""
     stratify: bool = True

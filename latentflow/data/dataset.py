@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import UserError
+from ..errors import UserError, plural
 from ..utils.names import composed
 from ..utils.progress import progress_bar
 from .cache.store import Array, ShardSet, open_cache
@@ -207,6 +208,7 @@ class Source:
         root: the folder, None for a procedural set. Nothing is ever written below it.
         control: the kinds of the control images.
         labels: of label maps, in the order of their ids.
+        balanced: training uses all classes equally often; see `with_balanced_classes`.
     """
 
     precomputed: ClassVar[bool] = False  # True: images were checked, and latents stored, when it was made
@@ -219,6 +221,7 @@ class Source:
     root: Path | None = None
     control: tuple[Control, ...] = ()
     labels: Labels = ()
+    balanced: bool = False
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -256,8 +259,31 @@ class Source:
         return [example.captions or ("",) for example in self.examples]
 
     def uses(self) -> list[int]:
-        """Return the examples that one epoch uses, by index: each as often as its ``repeats`` say."""
-        return [index for index, example in enumerate(self.examples) for _ in range(example.repeats)]
+        """Return the examples that one epoch uses, by index: each as often as its ``repeats`` say, those of a class
+        that has fewer than another more often where classes are ``balanced``."""
+        return np.repeat(np.arange(len(self)), self.repeats()).tolist()
+
+    def repeats(self) -> Array:
+        """Return how often an epoch uses each example, (N,)."""
+        repeats = self.own_repeats()
+        return _balanced(repeats, np.asarray(self.class_ids())) if self.balanced else repeats
+
+    def with_balanced_classes(self) -> Source:
+        """Return the same set with an epoch that uses each class as often as the most frequent one, and each image of a
+        class as often as the others, to within one use. Those without a class are used as before.
+
+        Raises:
+            UserError: there are no classes, or one.
+        """
+        present = {*self.class_ids()} - {NO_CLASS} if self.kind == "class" else set()
+        if len(present) < 2:
+            found = plural(len(present), "class") if present else "no classes"
+            raise UserError(f"--balance-classes: the images to train on have {found}", "Leave it out.")
+        return dataclasses.replace(self, balanced=True)
+
+    def own_repeats(self) -> Array:
+        """Return the ``repeats`` of every example, (N,)."""
+        return np.array([example.repeats for example in self.examples], dtype=np.int32)
 
     def weights(self) -> list[float]:
         """Return the factor on every example's loss."""
@@ -270,11 +296,10 @@ class Source:
 
     def once(self) -> Source:
         """Return the same set without repeats, to measure on."""
-        if all(example.repeats == 1 for example in self.examples):
-            return self
-        return dataclasses.replace(
-            self, examples=tuple(dataclasses.replace(example, repeats=1) for example in self.examples)
-        )
+        examples = self.examples
+        if any(example.repeats != 1 for example in examples):
+            examples = tuple(dataclasses.replace(example, repeats=1) for example in examples)
+        return dataclasses.replace(self, examples=examples, balanced=False)
 
     def class_ids(self) -> list[int]:
         """Return the class id of every example, `NO_CLASS` of one that has none; only for ``kind`` "class"."""
@@ -362,6 +387,17 @@ class Source:
     def noted(self, *notes: str) -> Source:
         """Return the same set with more notes."""
         return dataclasses.replace(self, notes=(*self.notes, *notes))
+
+
+def _balanced(repeats: Array, classes: Array) -> Array:
+    """Return the repeats (N,) with those of each class raised to the sum of the largest."""
+    raised, numbers = repeats.copy(), np.unique(classes[classes != NO_CLASS])
+    sums = [int(repeats[classes == number].sum()) for number in numbers]
+    for number, own in zip(numbers, sums, strict=True):
+        rows = np.flatnonzero(classes == number)
+        ends = np.cumsum(repeats[rows], dtype=np.int64) * max(sums) // own
+        raised[rows] = np.diff(ends, prepend=0)
+    return raised
 
 
 def top_folder(name: str) -> str:

@@ -10,14 +10,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data import Source
+from ..data import LazyTable, Source, pixels_to_images
 from ..errors import UserError
 from ..families import FlowModel, Rows
 from ..families.few_steps import require_velocity
 from ..flow import WEIGHTINGS, compare_conditions, log_likelihood, make
 from ..inference.sample import generators
 from ..utils.progress import progress_bar
-from .data import load_images
+from .data import load_pixels
 
 Method = Literal["flow-matching", "likelihood"]
 # Random vectors of a likelihood.
@@ -59,16 +59,18 @@ class Classifier:
             )
         self.model.check_image_input()
 
-    def images(self, source: Source, background: str = "white") -> Tensor:
-        """Return the images (N, 3, H, W) in [-1, 1] at the model's size."""
-        return load_images(self.model, source, background).images
+    def images(self, source: Source, background: str = "white") -> LazyTable:
+        """Return the images at the model's size, uint8 (N, 3, H, W), read as they are compared."""
+        return load_pixels(self.model, source, background)
 
     @torch.no_grad()
-    def compare(self, images: Tensor, rows: Rows | Callable[[int], Rows]) -> tuple[Tensor, Tensor]:
+    def compare(
+        self, images: Tensor | LazyTable, rows: Rows | Callable[[int], Rows]
+    ) -> tuple[Tensor, Tensor]:
         """Compare K conditions of every image.
 
         Args:
-            images: (N, 3, H, W) in [-1, 1].
+            images: uint8 (N, 3, H, W).
             rows: K conditions; or (number of an image) -> K of its own.
 
         Returns:
@@ -86,7 +88,7 @@ class Classifier:
         with progress_bar(total=len(images), desc="images") as bar:
             for start in range(0, len(images), at_once):
                 part = images[start : start + at_once]
-                x1 = self.model.encode(part.to(self.model.device)).float()
+                x1 = self.model.encode(pixels_to_images(part).to(self.model.device)).float()
                 ratio, loss = compared(x1, rows if isinstance(rows, Rows) else rows(start), start)
                 ratios.append(ratio)
                 losses.append(loss)

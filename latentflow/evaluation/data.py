@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..config import ControlConfig, DataConfig, LoopConfig, control_kinds
-from ..data import Source, cached_pixels, find_source, pixels_to_images, readable, split
+from ..data import LazyTable, Source, cached_pixels, find_source, pixels_to_images, readable, split
 from ..data.sources.kinds import is_latent_folder
 from ..errors import UserError, few
 from ..families import FlowModel
@@ -185,7 +185,15 @@ def load_images(model: FlowModel, source: Source, background: str) -> ImageSet:
         captions = list(source.captions())
     else:  # an unconditional example may have a label all the same
         captions = [(example.label or "") if source.kind == "class" else "" for example in source.examples]
+    return ImageSet(images=pixels_to_images(load_pixels(model, source, background)[:]), captions=captions)
+
+
+def load_pixels(model: FlowModel, source: Source, background: str) -> LazyTable:
+    """Return the images at the checkpoint's size, uint8 (N, 3, H, W), read as they are indexed.
+
+    Raises:
+        UserError: the checkpoint does not say its size.
+    """
     if model.native_size is None:
         raise UserError("this checkpoint does not say its size", "Evaluate one that latentflow has trained.")
-    pixels = cached_pixels(source, model.native_size, background)[:]
-    return ImageSet(images=pixels_to_images(pixels), captions=captions)
+    return cached_pixels(source, model.native_size, background)

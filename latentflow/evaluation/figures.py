@@ -56,19 +56,21 @@ def reconstruction(model: FlowModel, images: Tensor, batch_size: int) -> dict[st
 
 
 @torch.no_grad()
-def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
+def validation_loss(sampler: Sampler, unseen: ImageSet, without_condition: bool = False) -> dict[str, Any]:
     """Measure the flow-matching loss on images that were not trained on, at fixed times (``by_time``) and on average.
 
     Each image has its own fixed noise, and the latent variable that its encoder gives it, if any. The loss is that of
     the velocity on the straight path, whatever path and prediction the network was trained with. Of a model of tokens
-    it is `token_bound`.
+    it is `token_bound`. ``without_condition`` adds the same of the network without its condition.
     """
     model = sampler.model
     if isinstance(model, TokenModel):
         return token_bound(model, sampler, unseen)
     if not model.has_velocity:
         return missing("value", "a consistency model has no velocity")
-    return _by_time(_losses(sampler, unseen))
+    losses = _losses(sampler, unseen, (True, False) if without_condition else (True,))
+    found = _by_time(losses[0])
+    return found | {"without_condition": _by_time(losses[1])} if without_condition else found
 
 
 @torch.no_grad()
@@ -79,25 +81,25 @@ def training_loss(sampler: Sampler, train: ImageSet) -> dict[str, Any]:
     when on the way from noise to image it decides what is drawn.
     """
     train = train.rows(metrics.in_proportion(train.captions, sampler.seed)[:TRAINING_IMAGES])
-    found = validation_loss(sampler, train)
-    if "by_time" in found and any(train.captions):
-        found["without_condition"] = _by_time(_losses(sampler, train, conditioned=False))
-    return found
+    return validation_loss(sampler, train, without_condition=any(train.captions))
 
 
-def _losses(sampler: Sampler, part: ImageSet, conditioned: bool = True) -> Tensor:
-    """Return the losses (times, N) of images, on the CPU."""
+def _losses(sampler: Sampler, part: ImageSet, conditioned: tuple[bool, ...]) -> Tensor:
+    """Return the losses (with or without the condition, times, N) of images, on the CPU."""
     model, path, losses = sampler.model, CondOT(), []
     for start in progress_bar(range(0, len(part), sampler.batch_size), desc="validating"):
         batch = slice(start, start + sampler.batch_size)
         x1 = model.encode(part.images[batch])
         noise = [seeded(sampler.seed, VALIDATION, start + i) for i in range(len(x1))]
         x0 = torch.stack([torch.randn(x1.shape[1:], generator=g) for g in noise]).to(x1)
-        rows = sampler.rows(part.captions[batch]) if conditioned else model.null(len(x1))
-        velocity = model.velocity(model.with_latent_variable(rows, like=x1, mean=True), 1.0)
         samples = [path.sample(x0, x1, torch.full((len(x1),), t, device=x1.device)) for t in VALIDATION_TIMES]
-        losses.append(torch.stack([flow_matching_loss(velocity(s.xt, s.t), s).cpu() for s in samples]))
-    return torch.cat(losses, 1)
+        found = []
+        for own in conditioned:
+            rows = sampler.rows(part.captions[batch]) if own else model.null(len(x1))
+            velocity = model.velocity(model.with_latent_variable(rows, like=x1, mean=True), 1.0)
+            found.append(torch.stack([flow_matching_loss(velocity(s.xt, s.t), s).cpu() for s in samples]))
+        losses.append(torch.stack(found))
+    return torch.cat(losses, 2)
 
 
 def token_bound(model: TokenModel, sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:

@@ -146,8 +146,12 @@ def _scales(name: str, value: Any) -> Any:
     return {kind: finite(f"{name}[{kind!r}]", each) for kind, each in value.items()}
 
 
-def _tensor(shape: str, *, floating: bool = True) -> Check:
-    """Return the check of a tensor of as many dimensions as ``shape`` names, such as "(B, L)", none of them 0."""
+def _tensor(shape: str, *, floating: bool = True, others: str = "") -> Check:
+    """Return the check of a tensor of as many dimensions as ``shape`` names, such as "(B, L)", none of them 0.
+
+    Args:
+        others: more words on what may be passed.
+    """
 
     def check(name: str, value: Any) -> Tensor:
         ndim = shape.count(",") + 1
@@ -155,7 +159,7 @@ def _tensor(shape: str, *, floating: bool = True) -> Check:
         if not fits or (floating and not value.is_floating_point()) or value.is_complex():
             what = f"{shown(value)}, {value.dtype}" if isinstance(value, Tensor) else shown(value)
             kind = "floating-point tensor" if floating else "tensor"
-            raise UserError(f"{name} is {what}", f"Pass a {kind} {shape}.")
+            raise UserError(f"{name} is {what}", f"Pass a {kind} {shape}{others}.")
         if floating:
             require_finite(value, name, "Check where it comes from.")
         tensor: Tensor = value
@@ -266,8 +270,8 @@ def _autoencoder(name: str, value: Any) -> Any:
 
 
 def _noise(name: str, value: Any) -> Tensor:
-    tokens = isinstance(value, Tensor) and value.dtype == torch.int64
-    tensor: Tensor = _tensor("(B, h, w)" if tokens else "(B, C, h, w)", floating=not tokens)(name, value)
+    whole = isinstance(value, Tensor) and value.ndim == 3 and value.dtype in _WHOLE_TYPES
+    tensor: Tensor = _TOKENS(name, value.long()) if whole else _LATENTS(name, value)
     return tensor
 
 
@@ -278,6 +282,9 @@ def _temperature(name: str, value: Any) -> float:
     return number
 
 
+_WHOLE_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_TOKENS = _tensor("(B, h, w)", floating=False)
+_LATENTS = _tensor("(B, C, h, w)", others=", or to a checkpoint of tokens whole numbers (B, h, w)")
 _SIZE, _MASK = _pair(1, "height and width"), _tensor("(B, L)", floating=False)
 _FLAG = _instance(bool, "Pass True or False.")
 
@@ -494,7 +501,11 @@ def check_noise(
         )
     shape = (count, *model.latent_shape(height, width))
     if latents is not None and tuple(latents.shape) != shape:
-        raise UserError(f"latents have shape {tuple(latents.shape)}", f"For these inputs it is {shape}.")
+        what = "latents" if latents.is_floating_point() else "latents that are tokens"
+        raise UserError(
+            f"{what} have shape {tuple(latents.shape)}",
+            f"For these inputs it is {shape}{', tokens (whole numbers)' if model.draws_tokens else ''}.",
+        )
     device = model.device.type
     for given in [generator] if isinstance(generator, torch.Generator) else generator or []:
         if given.device.type not in ("cpu", device):

@@ -122,9 +122,10 @@ class CallMixin(SamplingMixin):
         """
         tokens = self.model.draws_tokens
         channels = None if self.vae is None or tokens else latent_channels(self.vae)
-        if channels not in (None, latents.shape[1]):
+        if channels is not None and (latents.ndim != 4 or latents.shape[1] != channels):
+            what = "latents" if latents.is_floating_point() else "latents that are tokens"
             raise UserError(
-                f"latents have shape {tuple(latents.shape)}", f"The autoencoder takes (B, {channels}, h, w)."
+                f"{what} have shape {tuple(latents.shape)}", f"The autoencoder takes (B, {channels}, h, w)."
             )
         return self.model.decode(latents.to(self._execution_device))
 

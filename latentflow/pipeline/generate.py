@@ -72,7 +72,7 @@ class GenerateCall(CallMixin):
             num_images_per_prompt: images per prompt or class; of an unconditional checkpoint, all images.
             generator: one for all, or a list with one per image, each of which alone determines its image, up to
                 rounding: in a batch of another size it may differ by one level of 255.
-            latents: noise (B, C, h, w) to start from; of a checkpoint of tokens, tokens (B, h, w) int64.
+            latents: noise (B, C, h, w) to start from; of a checkpoint of tokens, whole numbers (B, h, w).
             prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask:
                 instead of text, rows of ``pipe.model.encode_prompt``, which no mask goes with; or, of our own
                 checkpoints, what ``pipe.encode_prompt`` returns (without a mask every token counts).

@@ -19,6 +19,8 @@ from ..utils.memory import require_memory
 
 log = logging.getLogger(__name__)
 
+_OF_LATENTS = 'Latents are decoded first: pipe.to_images(latents, "pt"); an edit takes them as latents=.'
+
 #: A PIL image, an array ((B,) H, W, C), a tensor ((B,) C, H, W), both in [0, 1], or a list of these.
 Images: TypeAlias = Any
 
@@ -135,7 +137,10 @@ def _rgb(image: Image.Image | np.ndarray[Any, Any] | Tensor) -> Tensor:
             tuple(image.shape),
             "(B, H, W, 3)" if isinstance(image, np.ndarray) else "(B, 3, H, W)",
         )
-        raise UserError(f"image has shape {shape}", f"Pass {layout}; grey (1) and RGBA (4 channels) will do.")
+        fix = f"Pass {layout}; grey (1) and RGBA (4 channels) will do."
+        raise UserError(
+            f"image has shape {shape}", fix if isinstance(image, np.ndarray) else f"{fix} {_OF_LATENTS}"
+        )
     _check_range(values, "image")
     if channels == 4:
         return values[:, :3] * values[:, 3:] + (1.0 - values[:, 3:])
@@ -190,6 +195,8 @@ def _check_range(values: Tensor, name: str) -> None:
             if low >= 0.0 and high <= 255.0
             else "Bring them to [0, 1]; from [-1, 1]: x / 2 + 0.5."
         )
+        if name == "image" and low < 0.0:  # RGBA and latents may have as many channels
+            fix += f" {_OF_LATENTS}"
         raise UserError(f"{name} has values from {low:g} to {high:g}, not within [0, 1]", fix)
 
 

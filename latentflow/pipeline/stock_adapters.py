@@ -58,9 +58,9 @@ def load_adapter(
         options: of the pipeline's own ``load_lora_weights``.
 
     Raises:
-        UserError: peft is missing; the pipeline has no loader; the name is taken; the adapter cannot be read, is not
-            finite, was made for another base, or half of its layers or more have no place in this model; the model that
-            it was made for is named where the file or its names tell it.
+        UserError: peft is missing; the pipeline has no loader; ``hotswap``; the name is taken; the adapter cannot be
+            read, is not finite, was made for another base, or half of its layers or more have no place in this model;
+            the model that it was made for is named where the file or its names tell it.
     """
     if not USE_PEFT_BACKEND:
         raise missing("adapters need", "peft")
@@ -68,6 +68,14 @@ def load_adapter(
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"diffusers' {kind} loads no adapters", "Leave the adapter out.")
     before = _adapter_names(pipeline)
+    if options.get("hotswap"):
+        place = f'"{name or next(iter(sorted(before)), "NAME")}"'
+        raise UserError(
+            "hotswap overwrites the weights of a loaded adapter, and one that does not fit could not be undone",
+            f"pipe.delete_adapters({place}), then pipe.load_lora_weights(..., adapter_name={place}). A compiled "
+            "network keeps its code only where the stock pipeline swaps, without these checks: "
+            "pipe.model.pipeline.load_lora_weights(..., hotswap=True).",
+        )
     if name in before:
         raise UserError(
             f"an adapter named '{name}' is loaded already",

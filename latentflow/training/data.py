@@ -108,6 +108,7 @@ def load_data(
             data = replace(data, resolution=base_resolution(checkpoint) or data.resolution)
     rows = split(source, data.validation, seed, stratify=data.stratify)
     training, validation = map(source.subset, rows)
+    training = training.with_balanced_classes() if data.balance_classes else training
     return DataSplits(source, training, validation, data, autoencoder)
 
 

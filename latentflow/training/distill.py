@@ -21,7 +21,7 @@ from .data import DataSplits
 from .fine_tune.base import open_base, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
 from .fine_tune.prior import in_turn
-from .fine_tune.teacher_samples import SampleSettings, teacher_data
+from .fine_tune.teacher_samples import SampleSettings, TeacherSamples, teacher_data
 from .loop.loader import first_batch, to_device
 from .loop.random_numbers import CounterRandom
 from .losses.average_velocity import OneStepLoss, VelocityTeacher
@@ -223,27 +223,28 @@ def distillation_recipe(
         return recipe
 
     # ---- pairs: the teacher's samples under the conditions of the data, with their noise ----
+    samples = SampleSettings(
+        what="pair",
+        phase="draw pairs",
+        seed=loop.seed,
+        noise=True,
+        guidance=teacher.guidance,
+        steps=settings.pairs_steps,
+        # A student's own steps are few, or add noise on their way: its pairs are those of its velocity.
+        solver=settings.pairs_solver or ("heun" if model.few_steps else None),
+    )
+
     def pairs(own: LatentData, student: FlowModel, loss: ConditionedLoss) -> LatentData:
         prompts = in_turn(_prompts(splits.training), settings.pairs)
         folder = Path(settings.pairs_folder or Path(config.output) / "pairs")
-        samples = SampleSettings(
-            what="pair",
-            phase="draw pairs",
-            seed=loop.seed,
-            noise=True,
-            pixels=loss.needs_pixels,
-            guidance=teacher.guidance,
-            steps=settings.pairs_steps,
-            # A student's own steps are few, or add noise on their way: its pairs are those of its velocity.
-            solver=settings.pairs_solver or ("heun" if model.few_steps else None),
-        )
-        return teacher_data(checkpoint, prompts, student, folder, samples, trains_text=loss.trains_text)
+        kept = replace(samples, pixels=loss.needs_pixels)
+        return teacher_data(checkpoint, prompts, student, folder, kept, trains_text=loss.trains_text)
 
     identity["pairs"] = settings.pairs
     return replace(
         recipe,
         training_data=pairs,
-        teacher_samples=settings.pairs,
+        teacher_samples=TeacherSamples(settings.pairs, model.native_side or splits.data.resolution, samples),
         summary=partial(_straightness_lines, teacher),
     )
 

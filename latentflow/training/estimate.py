@@ -27,6 +27,7 @@ from ..families.stored_weights import parameter_count
 from ..models import Condition, settings_of
 from ..utils.memory import peak_gib
 from ..utils.progress import duration_text
+from .fine_tune.teacher_samples import TeacherSamples
 from .loop.distributed import compute_dtype, matrix_product_rate, process_state
 from .loop.loader import TrainingData, first_batch, to_device
 from .loop.optimizers import Muon, adam_bytes, make_optimizers
@@ -235,6 +236,7 @@ def estimate_lines(
     *,
     encoded: int,
     step: int,
+    drawn: TeacherSamples | None,
     besides: Sequence[str],
 ) -> list[str]:
     """Estimate sizes, operations, memory and time of the rest of a run.
@@ -245,6 +247,7 @@ def estimate_lines(
     Args:
         encoded: number of images that are encoded first; each crop and each mirror image is one.
         step: the last one that the run has saved.
+        drawn: samples of a checkpoint that are drawn first.
         besides: what else takes time, in words.
     """
     state, loss, latent_size = process_state(), model.loss, model.latent_size
@@ -293,6 +296,20 @@ def estimate_lines(
             )
         return line
 
+    time_here, flops_here = _time_here(model, vae, source, loop, dtype, cost, steps)
+
+    def drawing(drawn: TeacherSamples) -> str:
+        side = drawn.side // downscale_factor(vae)
+        # of a forward and backward pass, the forward pass is a third
+        flops = drawn.count * drawn.evaluations * network_cost(network, side, length).flops / 3
+        latents = 4 * latent_channels(vae) * side**2 * (2 if drawn.settings.noise else 1)
+        size = drawn.count * (latents + (3 * drawn.side**2 if loss.needs_pixels else 0))
+        return (
+            f"{drawn.settings.what}s: {drawn.count} of {drawn.side} pixels are drawn before training, in "
+            f"{drawn.evaluations} evaluations each, {_flops(flops)}, {_about(flops / flops_here)} here; "
+            f"{size / 2**20:.2g} MiB on the disk"
+        )
+
     return [
         f"autoencoder: {_size(vae)}, latents {latent_channels(vae)} x {latent_size} x {latent_size}",
         f"network: {_size(network)}",
@@ -305,10 +322,11 @@ def estimate_lines(
         f"compute: {_flops(cost.flops)} a sample, {_flops(flops * processes)} a step, "
         f"{_flops(flops * processes * steps)} in all, forward and backward (a multiply-add is 2 FLOPs)",
         *([f"encoding: {encoded} images before training, {_flops(encoding * encoded)}"] if encoded else []),
+        *([drawing(drawn)] if drawn else []),
         f"memory: {held(dtype) / 2**30:.2f} GiB for weights, gradients, average and optimiser, and about "
         f"{activations(dtype) / 2**30:.2f} GiB for the activations of {loop.train_batch_size} "
         f"samples, in {str(dtype).removeprefix('torch.')}",
-        _time_here(model, vae, source, loop, dtype, cost, steps),
+        time_here,
         *map(time_on, GPUS),
         f"assumed of these GPUs: {UTILISATION:.0%} of their peak, at least {_milliseconds(starting)} a step to start "
         f"{operations:,} operations ({SECONDS_TO_START * 1e6:.0f} µs each), {loading_text}",
@@ -324,12 +342,15 @@ def _time_here(
     dtype: torch.dtype,
     cost: Cost,
     steps: int,
-) -> str:
+) -> tuple[str, float]:
     """Time steps on as many samples as take seconds and fit; go by the speed of matrix products where one is too many.
 
     Args:
         cost: of one sample in float32.
         steps: that are left.
+
+    Returns:
+        A line, and the FLOPs of a second.
     """
     device, batch = process_state().device, loop.train_batch_size
     forward_passes = loop.gradient_accumulation_steps * steps  # of one process
@@ -339,10 +360,11 @@ def _time_here(
     rows = int(min(batch, _TIMED_SECONDS * speed / cost.flops, room / kept))
     if rows < 1:
         seconds = forward_passes * batch * cost.flops / speed
-        return (
+        line = (
             f"time here: {_about(seconds)}, by the {speed / 1e12:.2g} TFLOP/s of a matrix product on this "
             f"{device.type}; one sample takes too long, or too much memory, to be timed"
         )
+        return line, speed
     network = model.flow_model.network
     if any(weight.is_meta for weight in network.parameters()):
         _fill(network, device)
@@ -359,11 +381,12 @@ def _time_here(
         times.append(time.perf_counter() - start)
     seconds = min(times[1:]) * batch / rows  # the first warms up
     some = "" if rows == batch else f", with {rows} of {batch} samples"
-    return (
+    line = (
         f"time here: {_about(seconds * forward_passes)}, "
         f"{_a_step(seconds * loop.gradient_accumulation_steps)} (forward and backward, measured on this "
         f"{device.type}{some}; at most {peak_gib():.1f} GiB)"
     )
+    return line, batch * cost.flops / seconds
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..config import FlowConfig, LoopConfig, RunConfig
@@ -15,10 +16,10 @@ from ..families import FlowModel
 from ..families.few_steps import FewSteps
 from ..flow import AverageObjective
 from .data import DataSplits
-from .fine_tune.base import lost_guidance, with_base_flow
+from .fine_tune.base import lost_guidance, open_base, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
 from .fine_tune.prior import MixedData, prior_prompts
-from .fine_tune.teacher_samples import SampleSettings, teacher_data
+from .fine_tune.teacher_samples import SampleSettings, TeacherSamples, teacher_data
 from .loop.distributed import process_state, resolve, samples_per_step
 from .losses.conditioned import ConditionedLoss
 from .losses.latent_data import LatentData
@@ -38,7 +39,7 @@ class Recipe:
         student: a teacher is learned from, so that its path and prediction do not bind the student.
         extra_modules: given the loss, the modules that learn beside it, by name.
         training_data: given the latents of the user's images, the model and the loss, what is trained on.
-        teacher_samples: number of samples that a checkpoint draws for the training.
+        teacher_samples: what a checkpoint draws for the training.
         validates: held-out images measure what is trained.
         identity: plain values that a resumed run must have as well.
         summary: given the exported pipeline, the loss and the latents of the user's images, lines about the result.
@@ -54,7 +55,7 @@ class Recipe:
     training_data: Callable[[LatentData, FlowModel, ConditionedLoss], LatentData | MixedData] = (
         lambda own, model, loss: own
     )
-    teacher_samples: int = 0
+    teacher_samples: TeacherSamples | None = None
     validates: bool = True
     identity: dict[str, Any] = field(default_factory=dict)
     summary: Callable[[Path, ConditionedLoss, LatentData], list[str]] = lambda result, loss, own: []
@@ -100,10 +101,12 @@ def fine_tune_recipe(
     lost = lost_guidance(config.flow, checkpoint, given)
     flow = with_base_flow(config.flow, checkpoint, given)
 
+    samples = SampleSettings(seed=loop.seed)
+
     def mixed(own: LatentData, model: FlowModel, loss: ConditionedLoss) -> MixedData:
         folder = Path(config.output) / "prior"
-        samples = SampleSettings(seed=loop.seed, pixels=loss.needs_pixels)
-        prior = teacher_data(checkpoint, prompts, model, folder, samples, trains_text=loss.trains_text)
+        kept = replace(samples, pixels=loss.needs_pixels)
+        prior = teacher_data(checkpoint, prompts, model, folder, kept, trains_text=loss.trains_text)
         return MixedData(own, prior, share)
 
     recipe = Recipe(
@@ -120,7 +123,9 @@ def fine_tune_recipe(
     if not prompts:
         return recipe
     identity = {"prior": [len(prompts), share]}
-    return replace(recipe, training_data=mixed, teacher_samples=len(prompts), identity=identity)
+    side = open_base(checkpoint).native_side or splits.data.resolution
+    drawn = TeacherSamples(len(prompts), side, samples)
+    return replace(recipe, training_data=mixed, teacher_samples=drawn, identity=identity)
 
 
 def average_sampling(flow: FlowConfig) -> FewSteps:
@@ -147,6 +152,12 @@ def plan_lines(splits: DataSplits, loop: LoopConfig, own_share: float | None = N
     epochs = (own_share or 1.0) * loop.max_train_steps * batch / max(1, len(splits.training.uses()))
     precision = resolve(loop.mixed_precision, state.device)
     lines = [f"{source.name}: {note}" for note in source.notes]
+    if splits.training.balanced:
+        repeats, ids = splits.training.repeats(), np.asarray(splits.training.class_ids())
+        uses = np.bincount(ids[ids >= 0], weights=repeats[ids >= 0])
+        lines.append(
+            f"balanced classes: an epoch uses each {uses.max():,.0f} times, and an image up to {repeats.max():,} times"
+        )
     lines += [
         f"data: {images} images to train on, {len(splits.validation)} held out; condition: {source.kind}",
         f"plan: {loop.max_train_steps} steps of {plural(batch, 'sample')} = {epochs:.1f} epochs, {loop.optimizer}, "

@@ -176,6 +176,7 @@ def train(
             config.loop,
             encoded=0 if source.precomputed else sum(cache.missing(part, scaled=scaled) for part in framings),
             step=step_of(saved[-1]) if saved else 0,
+            drawn=None if saved else recipe.teacher_samples,
             besides=[
                 *["validations"] * bool(len(framings) > 1 and config.loop.validation_steps),
                 *["previews"] * bool(config.loop.preview_steps),
@@ -269,6 +270,7 @@ def describe(config: RunConfig, splits: DataSplits, model: TrainedModel, recipe:
         "data_order": splits.training.order(),
         **{name: asdict(section) for name, section in optional.items() if section != type(section)()},
         **config.control.describe(),
+        **({"balance_classes": True} if splits.training.balanced else {}),
         **({"latents_as_is": True} if config.latents_as_is else {}),
         "batch": model.batch,
         "seed": config.loop.seed,

@@ -157,10 +157,8 @@ def train_pretrained(
         masking = Masking(vae, shapes, config.loop.seed, model.mask_condition)
     if splits.source.control:
         channels = model.latent_shape(model.size_multiple, model.size_multiple)[0]
-        inputs, dropout = (
-            ControlInputs(image=channels),
-            0.0,
-        )  # a base that draws under them draws nothing without
+        # A base that draws under them draws nothing without.
+        inputs, dropout = ControlInputs(image=channels), 0.0
         if base.draws_from != "control":
             assert isinstance(model, ExtendableModel)
             kinds = {CONTROL_INPUTS[kind]: None for kind in splits.source.control}
@@ -289,6 +287,7 @@ def _description(
         "flow": config.flow.describe(),
         **config.control.describe(),
         **({"labels": [*map(list, splits.source.labels)]} if "labels" in splits.source.control else {}),
+        **({"balance_classes": True} if splits.training.balanced else {}),
         "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
         "quantize": config.fine_tuning.quantize,
         "family_options": {name: base.options[name] for name in sorted(base.options)},

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import LoopConfig, RunConfig
 from .loop.checkpoint import has_begun
-from .loop.distributed import process_state
+from .loop.distributed import is_sharded, process_state
 from .loop.fit import Callbacks, fit
 from .loop.loader import TrainingData
 from .loop.logging import log_to
@@ -32,12 +32,14 @@ class TrainingRun:
         state: of this process. stop: receives the signal that stops the run.
 
     Raises:
-        UserError: the result cannot be pushed to where it should be.
+        UserError: the run cannot be sharded as it should be, or the result not pushed to where it should be.
     """
 
     def __init__(self, config: RunConfig, resume_command: str, write_config: WriteConfig) -> None:
         self.output, self.state, self.stop = Path(config.output), process_state(), Stop()
         self._settings, self._resume_command, self._write = config, resume_command, write_config
+        # before anything is read
+        is_sharded(config.loop, self.state.num_processes, config.alignment.alignment == "self")
         if not config.dry_run:
             if config.push_to_hub:
                 check_push(config.push_to_hub)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,26 @@ def test_regularisation_is_balanced_with_what_is_learnt(tmp_path: Path) -> None:
     assert source.weights() == [1, 1, 0.3, 0.3, 0.3]
     own = find_source(mix(tmp_path, entries[0], {**entries[1], "repeats": 1}))
     assert len(own.uses()) == 15
+
+
+def test_balanced_classes_are_used_equally_often(tmp_path: Path) -> None:
+    names = [*(f"hat/{number}.png" for number in range(5)), "bag/0.png", "bag/1.png", "shoe/0.png"]
+    save_all(tmp_path, [*names, "0.png", "1.png"])
+    plain = find_source(str(tmp_path), condition="class", missing_caption="empty")
+    source = plain.with_balanced_classes()
+    counts, used = Counter(source.uses()), defaultdict(list)
+    for index, example in enumerate(source.examples):
+        used[example.label].append(counts[index])
+    assert used == {"bag": [2, 3], "hat": [1] * 5, "shoe": [5], None: [1, 1]}
+    assert source.once().uses() == plain.uses() == [*range(10)]
+
+    def part(*labels: str | None) -> Source:
+        return source.subset([row for row, example in enumerate(source.examples) if example.label in labels])
+
+    assert len(part("bag", "shoe", None).uses()) == 2 + 2 + 2
+    for labels, said in (((None,), "no classes"), ((None, "bag"), "1 class")):
+        with pytest.raises(UserError, match=f"--balance-classes: .* have {said}"):
+            part(*labels).with_balanced_classes()
 
 
 def test_classes_of_a_mix_are_one_list(tmp_path: Path) -> None:

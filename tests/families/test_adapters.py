@@ -280,6 +280,11 @@ def test_a_name_that_is_taken_is_refused(adapters: Callable[..., Path]) -> None:
     pipe.load_lora_weights(adapters("FluxPipeline"), adapter_name="one")
     with pytest.raises(UserError, match=r"named 'one' is loaded already\nChoose another name"):
         pipe.load_lora_weights(adapters("FluxPipeline", 1), adapter_name="one")
+    with pytest.raises(UserError, match=r'hotswap overwrites.*\npipe.delete_adapters\("one"\), then'):
+        pipe.load_lora_weights(adapters("FluxPipeline", 1), adapter_name="one", hotswap=True)
+    assert pipe.get_list_adapters() == {"transformer": ["one"]}
+    pipe.delete_adapters("one")
+    pipe.load_lora_weights(adapters("FluxPipeline", 1), adapter_name="one", hotswap=False)
     assert pipe.get_list_adapters() == {"transformer": ["one"]}
 
 

@@ -661,8 +661,10 @@ class _TwoPoints:
     """The exact velocity of points at -1 and 1, whose captions tell which."""
 
     has_velocity = True
+    encoded = 0
 
     def encode(self, images: Tensor) -> Tensor:
+        self.encoded += len(images)
         return images
 
     def encode_prompt(self, captions: list[str]) -> Tensor:
@@ -697,6 +699,7 @@ def test_losses_by_time_are_those_of_the_closed_form(monkeypatch: pytest.MonkeyP
         batch_size=5_000,
     )
     found = figures.training_loss(sampler, ImageSet(images=images, captions=captions))
+    assert sampler.model.encoded == 20_000  # once for both
     torch.testing.assert_close(torch.tensor(found["by_time"]), torch.zeros(8), rtol=0.0, atol=1e-6)
     noise = torch.linspace(-8.0, 8.0, 4001, dtype=torch.float64)
     mass = torch.exp(-noise.square() / 2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentflow.data import find_source
+from latentflow.data import find_source, pixels_to_images
+from latentflow.data.cache import tensors
 from latentflow.data.checking import report
 from latentflow.errors import UserError
 from latentflow.evaluation.classification import Classifier, audit, calibrate, calibration_error
@@ -44,11 +47,11 @@ def exact(model: Any, x1: Tensor) -> Tensor:
 def test_ratios_are_those_of_the_densities(
     method: Any, class_pipe: Any, images: Callable[..., Tensor]
 ) -> None:
-    model, real = class_pipe.model, images(5) * 2 - 1
+    model, real = class_pipe.model, (images(5) * 255).round().to(torch.uint8)
     rows = model.encode_class(KINDS)
     classifier = Classifier(model=model, evaluations=256, method=method, halving=False, seed=3)
     ratios, losses = classifier.compare(real, rows)
-    truth = exact(model, model.encode(real))
+    truth = exact(model, model.encode(pixels_to_images(real)))
     torch.testing.assert_close(ratios, truth, rtol=0.02, atol=0.1)
     torch.testing.assert_close(losses.amin(1, keepdim=True) - losses, truth, rtol=0.02, atol=0.1)
     each, _ = classifier.compare(real, lambda number: rows)
@@ -67,8 +70,9 @@ def test_planted_labels_are_the_first_to_be_doubted(
     wrong = {source.examples[place].name for place in (5, 30, 50)}
     for place in (5, 30, 50):
         latents[place] += model.network.means[(numbers[place] + 1) % 3][:, None, None] - means[place]
-    monkeypatch.setattr(Classifier, "images", lambda *_: torch.arange(60.0)[:, None, None, None])
-    monkeypatch.setattr(type(model), "encode", lambda _, places: latents[places.long().flatten()])
+    monkeypatch.setattr(Classifier, "images", lambda *_: torch.arange(60)[:, None, None, None])
+    places = lambda images: ((images + 1) * 127.5).round().long().flatten()  # noqa: E731
+    monkeypatch.setattr(type(model), "encode", lambda _, images: latents[places(images)])
     found = audit(Classifier(model=model), source)
     assert {doubt.image for doubt in found[:3]} == wrong
     assert all(doubt.log_ratio < 0 and doubt.rather != doubt.label for doubt in found[:3])
@@ -205,13 +209,30 @@ def test_images_without_a_class_are_classified_too(
 def test_densities_are_of_as_many_images_at_once_as_is_said(
     class_pipe: Any, images: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, real, seen = class_pipe.model, images(3) * 2 - 1, []
+    model, real, seen = class_pipe.model, (images(3) * 255).round().to(torch.uint8), []
     encode = type(model).encode
     monkeypatch.setattr(type(model), "encode", lambda own, rows: seen.append(len(rows)) or encode(own, rows))
     Classifier(model=model, evaluations=2, method="likelihood", batch_size=2).compare(
         real, model.encode_class(KINDS)
     )
     assert seen == [2, 1]
+
+
+@torch.no_grad()
+def test_images_are_read_as_they_are_compared(
+    class_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of any size is classified in the memory of one batch."""
+    read: list[int] = []
+    pick = tensors.LazyTable._pick
+    monkeypatch.setattr(
+        tensors.LazyTable, "_pick", lambda own, rows, *rest: read.append(len(rows)) or pick(own, rows, *rest)
+    )
+    classifier = Classifier(model=class_pipe.model, evaluations=2)
+    images = classifier.images(find_source(str(photos(tmp_path / "photos", 35))))
+    assert not read
+    classifier.compare(images, class_pipe.model.encode_class(KINDS))
+    assert read == [16, 16, 3]
 
 
 def test_latents_cannot_be_audited(
@@ -227,8 +248,14 @@ def test_check_audits_labels(
 ) -> None:
     data, sheet = photos(tmp_path / "photos", 6), tmp_path / "doubts.png"
     check = load_program("check").main
-    check([str(data), "--audit", str(class_folder), "--sheet", str(sheet)])
+    page = tmp_path / "page.html"
+    check([str(data), "--audit", str(class_folder), "--sheet", str(sheet), "--report", str(page)])
     said = capsys.readouterr().out
+    shown = html.unescape(page.read_text())
+    count = re.search(r"\d+ of 6 images are likelier with another label", said)
+    assert count and count[0] in shown and "Least like the others" in shown
+    [first, *_] = re.findall(r"  (\S+): .* \([\d.-]+\)", said.split("least like the others")[1])
+    assert first in shown.split("Least like the others")[1]
     assert "images are likelier with another label" in said and "least like the others" in said
     assert Image.open(sheet).height > 100
     photos(data, 1, labelled=False)  # it has no class, and nothing to doubt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,26 @@ def test_images_are_the_tokens_decoded_and_a_start_may_be_given() -> None:
     half[:, :4] = 3
     kept = pipe(class_labels=0, num_inference_steps=4, latents=half, output_type="latent").images
     assert (kept[:, :4] == 3).all() and not (kept[:, 4:] == 3).all()
+    asked: dict[str, Any] = {"class_labels": 0, "num_inference_steps": 4, "output_type": "latent"}
+    same = [
+        pipe(**asked, latents=half.to(kind), generator=generators(1)).images
+        for kind in (torch.int16, torch.int64)
+    ]
+    assert torch.equal(*same)
+    with pytest.raises(UserError, match=r"float32\n.*or to a checkpoint of tokens whole numbers \(B, h, w\)"):
+        pipe(**asked, latents=half.float())
+    with pytest.raises(UserError, match=r"latents have shape \(1, 1, 8, 8\)\n.*\(1, 8, 8\), tokens \(whole"):
+        pipe(**asked, latents=half[:, None].float())
+
+
+def test_tokens_are_no_latents_of_other_checkpoints(class_pipe: Any) -> None:
+    tokens = torch.zeros(1, 4, 4, dtype=torch.int32)
+    for call in (
+        partial(class_pipe, class_labels=0, latents=tokens),
+        partial(class_pipe.decode_latents, tokens),
+    ):
+        with pytest.raises(UserError, match=r"latents that are tokens have shape \(1, 4, 4\)"):
+            call()
 
 
 def image(count: int = 1, height: int = 2 * SIDE, width: int = 2 * SIDE) -> Tensor:

@@ -276,17 +276,16 @@ def test_choices_that_cannot_work_are_refused_at_once(choices: dict[str, Any], m
         AlignmentConfig(**choices)
 
 
-def test_what_cannot_be_aligned_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_aligned_is_refused_in_words() -> None:
     with pytest.raises(UserError, match=r"(?s)a DiT.*--network dit"):
         make_alignment(AlignmentConfig(alignment="self"), UNet(channels=(16, 32), head_dim=16))
     for block in (0, 5):
         with pytest.raises(UserError, match="of 4 blocks"):
             stage(AlignmentConfig(alignment="self", alignment_block=block))
-    monkeypatch.setattr(trained_module, "is_sharded", lambda *_: True)
-    accelerator: Any = type("Accelerator", (), {"device": torch.device("cpu"), "is_main_process": True})()
+    pair: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(UserError, match="--shard"):
         trained_module.TrainedModule(
-            "flow", stage(AlignmentConfig(alignment="self")), LoopConfig(), accelerator
+            "flow", stage(AlignmentConfig(alignment="self")), LoopConfig(shard=True), pair
         )
 
 

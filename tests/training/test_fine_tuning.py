@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -388,8 +390,14 @@ def test_the_plan_says_what_was_chosen(base, animals, cache, tmp_path) -> None:
     assert "--learning-rate 0.0008" in said  # a fifth of the preset's
     assert "9 images to train on, 0 held out" in said and "few images (9)" in said
     assert "200 in all" in said
+    drawn = re.search(
+        r"prior samples: 200 of 16 pixels .* in 20 evaluations each, .*FLOPs, .* here; (.*) MiB on", said
+    )
+    values = math.prod(LatentFlowPipeline.from_pretrained(base).model.latent_shape(16, 16))
+    assert float(drawn[1]) == pytest.approx(200 * 4 * values / 2**20, rel=0.06)
     said = call(cache, *line, "--learning_rate", "0.003", "--max-train-steps=7", "--prior-samples", 0)
     assert "learning rate 0.003" in said and "plan: 7 steps" in said and "prior samples: none" in said
+    assert "of 16 pixels are drawn" not in said
     assert not (tmp_path / "run").exists()
 
 

@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from latentflow.config import LoopConfig
+from latentflow.config import AlignmentConfig, DataConfig, LoopConfig, RunConfig
 from latentflow.errors import RunError, UserError
-from latentflow.training import Callbacks, fit
+from latentflow.training import Callbacks, fit, training_run
 from latentflow.training.loop import trained_module
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.data_order import DataOrder, SampleUse
 from latentflow.training.loop.distributed import is_sharded, process_state, together
 from latentflow.training.loop.loader import by_group
+from latentflow.training.train import train as train_flow
 
 from .forking import run_ranks
 from .test_loop import CONFIG, Line
@@ -223,17 +224,39 @@ def test_what_goes_wrong_in_a_sharded_run_leaves_its_last_checkpoint(tmp_path: P
 
 
 def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair: Any = SimpleNamespace(num_processes=2, scaler=None)
-    assert is_sharded(PAIR, pair) and not is_sharded(ALONE, pair)
-    assert not is_sharded(PAIR, SimpleNamespace(num_processes=1, scaler=None))  # type: ignore[arg-type]
+    assert is_sharded(PAIR, 2) and not is_sharded(ALONE, 2) and not is_sharded(PAIR, 1)
     with pytest.raises(UserError, match="--auto-micro-batch cannot be used with --shard"):
-        is_sharded(dataclasses.replace(PAIR, auto_micro_batch=True), pair)
+        is_sharded(dataclasses.replace(PAIR, auto_micro_batch=True), 2)
     with pytest.raises(UserError, match="adamw-8bit cannot be used with --shard"):
-        is_sharded(dataclasses.replace(PAIR, optimizer="adamw-8bit"), pair)
+        is_sharded(dataclasses.replace(PAIR, optimizer="adamw-8bit"), 2)
     with pytest.raises(UserError, match="fp16 cannot be used with --shard"):
-        is_sharded(PAIR, SimpleNamespace(num_processes=2, scaler=object()))  # type: ignore[arg-type]
+        is_sharded(dataclasses.replace(PAIR, mixed_precision="fp16"), 2)
+    with pytest.raises(UserError, match="--alignment self cannot be used with --shard"):
+        is_sharded(PAIR, 2, needs_average=True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what accelerate launch --use_fsdp sets
     assert LoopConfig().shard
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     with pytest.raises(UserError, match="offload"):
-        is_sharded(PAIR, pair)
+        is_sharded(PAIR, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"loop": dataclasses.replace(PAIR, optimizer="adamw-8bit")},
+            "--optimizer adamw-8bit cannot be used",
+        ),
+        ({"loop": PAIR, "alignment": AlignmentConfig(alignment="self")}, "--alignment self cannot be used"),
+    ],
+)
+def test_it_is_refused_before_anything_is_read(
+    settings: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are no such data, and no such run folder afterwards."""
+    pair = SimpleNamespace(num_processes=2, device=torch.device("cpu"), is_main_process=True)
+    monkeypatch.setattr(training_run, "process_state", lambda: pair)
+    config = RunConfig(data=DataConfig(data=str(tmp_path / "none")), output=str(tmp_path / "run"), **settings)
+    with pytest.raises(UserError, match=said):
+        train_flow(config, "", (), Mock())
+    assert not (tmp_path / "run").exists()

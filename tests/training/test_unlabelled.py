@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from latentflow.models import Condition, DiT
 from latentflow.training.data import conditions_of
 from latentflow.training.losses import FlowLoss
 
-from .command import TINY, call, losses
+from .command import TINY, call, losses, same_state
 
 pytestmark = pytest.mark.usefixtures("no_memorisation")
 
@@ -78,6 +79,18 @@ def test_a_run_on_them(precomputed: bool, half_labelled: Path, tmp_path: Path) -
     pipe = LatentFlowPipeline.from_pretrained(run / "pipeline")
     assert pipe.model.classes == ("a", "b")
     if precomputed:
+        refused = call(
+            cache,
+            half_labelled,
+            "-o",
+            tmp_path / "none",
+            "--vae",
+            run,
+            "--balance-classes",
+            file="precompute",
+            expect=2,
+        )
+        assert "--balance-classes is chosen when training" in refused
         stored, again = tmp_path / "stored", tmp_path / "again"
         vae = ("--vae", run / "pipeline" / "vae", "--resolution", 16)
         call(
@@ -96,3 +109,18 @@ def test_a_run_on_them(precomputed: bool, half_labelled: Path, tmp_path: Path) -
         direct = tmp_path / "direct"
         call(cache, half_labelled, "-o", direct, *first, *flags[:2], "--missing-caption", "empty")
         assert losses(again) == losses(direct)
+
+
+def test_a_run_of_balanced_classes_resumes_exactly(half_labelled: Path, tmp_path: Path) -> None:
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(half_labelled, data)
+    for file in sorted((data / "b").iterdir())[1:]:
+        file.unlink()
+    line = [data, *TINY, "--condition", "class", "--missing-caption", "empty", "--validation", 0]
+    line += ["--lr-scheduler", "constant", "--max-train-steps"]
+    said = call(cache, *line, 4, "-o", tmp_path / "whole", "--balance-classes")
+    assert "balanced classes: an epoch uses each 3 times, and an image up to 3 times" in said
+    for steps in (2, 4):
+        call(cache, *line, steps, "-o", tmp_path / "parts", "--balance-classes")
+    assert same_state(tmp_path / "whole", tmp_path / "parts")
+    assert "balance_classes: True -> None" in call(cache, *line, 6, "-o", tmp_path / "parts", expect=2)

@@ -356,7 +356,7 @@ def _warnings(report: Report, examples: Sequence[Example], infos: Mapping[str, I
         if classes[large] >= _UNBALANCED * classes[small]:
             yield (
                 f"unbalanced classes: {large} has {plural(classes[large], 'image')}, {small} has {classes[small]}; add "
-                "images, or list the classes' folders in a .yaml file with `repeats`"
+                "images, or train with --balance-classes"
             )
     sized = {f"{name} ({info.width}x{info.height})": info.size for name, info in infos.items()}
     if extreme := [name for name, size in sized.items() if max(size) > _EXTREME * min(size)]:

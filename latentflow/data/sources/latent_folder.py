@@ -253,7 +253,8 @@ class LatentFolder(Source):
         return dataclasses.replace(self, examples=self.index.take(indices))  # type: ignore[arg-type]
 
     def once(self) -> LatentFolder:
-        return dataclasses.replace(self, examples=self.index.without_repeats())  # type: ignore[arg-type]
+        examples: Any = self.index.without_repeats()
+        return dataclasses.replace(self, examples=examples, balanced=False)
 
     def all_captions(self) -> list[tuple[str, ...]]:
         return [tuple(texts) or ("",) for texts in self.index.values("texts")]
@@ -262,8 +263,10 @@ class LatentFolder(Source):
         return self.index.numbers("weight")  # type: ignore[return-value]  # an array
 
     def uses(self) -> list[int]:
-        repeats = self.index.numbers("repeats")
-        return np.repeat(np.arange(len(self), dtype=np.int32), repeats)  # type: ignore[return-value]
+        return np.repeat(np.arange(len(self), dtype=np.int32), self.repeats())  # type: ignore[return-value]
+
+    def own_repeats(self) -> Array:
+        return self.index.numbers("repeats")
 
     def class_ids(self) -> list[int]:
         stored_classes = self.store.description["classes"]

@@ -272,6 +272,7 @@ def load_pretrained_data(config: RunConfig, base: PretrainedBase, given: Collect
     check_resolution(data.resolution, shape.size_multiple, f"{base.name} needs")
     rows = split(source, data.validation, config.loop.seed, stratify=data.stratify)
     training, validation = map(source.subset, rows)
+    training = training.with_balanced_classes() if data.balance_classes else training
     return DataSplits(source, training, validation, data, base.folder)
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ...data import Cropping, Example, LatentTable, Source, to_pil
 from ...data.dataset import Kind
 from ...errors import UserError, reading
 from ...families import FlowModel
+from ...flow import SOLVERS
 from ...pipeline.adapter_files import weights_hash
 from ...utils.files import replacing, save_tensors
 from ...utils.memory import memory_phase
@@ -54,6 +55,21 @@ class SampleSettings:
     guidance: float = 1.0
     steps: int = 20
     solver: str | None = None
+
+
+class TeacherSamples(NamedTuple):
+    """Samples that a checkpoint draws before training: ``count`` images of ``side`` pixels."""
+
+    count: int
+    side: int
+    settings: SampleSettings
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network for one sample; of a solver that decides by itself one a step."""
+        solver = SOLVERS.get(self.settings.solver or "")
+        each = 1 if solver is None else solver.evaluations or 1
+        return self.settings.steps * each * (1 if self.settings.guidance == 1.0 else 2)
 
 
 @dataclass(frozen=True)

@@ -204,13 +204,16 @@ def uncached_autocast(device: torch.device) -> torch.autocast:
     )
 
 
-def is_sharded(config: LoopConfig, accelerator: Accelerator) -> bool:
+def is_sharded(config: LoopConfig, processes: int, needs_average: bool = False) -> bool:
     """Return whether a run is sharded; with one process there is nothing to share.
+
+    Args:
+        needs_average: the loss evaluates the averaged network.
 
     Raises:
         UserError: settings that exclude one another.
     """
-    if not config.shard or accelerator.num_processes == 1:
+    if not config.shard or processes == 1:
         return False
     if config.auto_micro_batch:
         raise UserError(
@@ -225,8 +228,13 @@ def is_sharded(config: LoopConfig, accelerator: Accelerator) -> bool:
         )
     if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
         raise UserError("accelerate's --fsdp_offload_params is not supported", "Leave it out.")
-    if accelerator.scaler is not None:
+    if config.mixed_precision == "fp16":
         raise UserError("--mixed-precision fp16 cannot be used with --shard", "Use bf16.")
+    if needs_average:
+        raise UserError(
+            "--alignment self cannot be used with --shard: no process holds the averaged network",
+            "Leave out one of the two; --alignment encoder can be sharded.",
+        )
     return True
 
 

@@ -130,12 +130,8 @@ class TrainedModule:
 
     def __init__(self, name: str, module: nn.Module, config: LoopConfig, accelerator: Accelerator) -> None:
         self.name, self.module = name, module
-        self.sharded = is_sharded(config, accelerator)
-        if self.sharded and getattr(module, "learns_from_average", False):
-            raise UserError(
-                "--alignment self cannot be used with --shard: no process holds the averaged network",
-                "Leave out one of the two; --alignment encoder can be sharded.",
-            )
+        needs_average = getattr(module, "learns_from_average", False)
+        self.sharded = is_sharded(config, accelerator.num_processes, needs_average)
         self._device, self._main = accelerator.device, accelerator.is_main_process
         if self.sharded:
             self.trained = sharded(module, accelerator, compiled=compiles(config, accelerator.device))
