@@ -212,11 +212,11 @@ def mistakes(words: list[str]) -> list[str]:
     flags = [word.partition("=")[0] for word in arguments if re.match(r"--?[a-zA-Z]", word)]
     wrong = [f"{command} {flag}" for flag in flags if flag not in flags_of_command(command)]
     choices = choices_of_command(command)
-    for word, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+    for place, word in enumerate(arguments, start=1):
         flag, equals, value = word.partition("=")
-        value = value if equals else following
-        names_a_file = "/" in value or value.isupper()
-        if flag in choices and not names_a_file and value not in choices[flag][0]:
+        value = value if equals else "".join(arguments[place : place + 1])
+        is_a_name = value and not value.startswith("-") and "/" not in value and not value.isupper()
+        if flag in choices and is_a_name and value not in choices[flag][0]:
             wrong.append(f"{command} {flag} {value}")
     return wrong
 

@@ -261,7 +261,8 @@ class Source:
     def uses(self) -> list[int]:
         """Return the examples that one epoch uses, by index: each as often as its ``repeats`` say, those of a class
         that has fewer than another more often where classes are ``balanced``."""
-        return np.repeat(np.arange(len(self)), self.repeats()).tolist()
+        uses: list[int] = np.repeat(np.arange(len(self)), self.repeats()).tolist()
+        return uses
 
     def repeats(self) -> Array:
         """Return how often an epoch uses each example, (N,)."""

@@ -303,10 +303,15 @@ def estimate_lines(
         # of a forward and backward pass, the forward pass is a third
         flops = drawn.count * drawn.evaluations * network_cost(network, side, length).flops / 3
         latents = 4 * latent_channels(vae) * side**2 * (2 if drawn.settings.noise else 1)
+        rate = flops_here  # of a step, but samples are drawn in float32
+        if dtype != torch.float32:
+            rate *= matrix_product_rate(state.device, torch.float32) / matrix_product_rate(
+                state.device, dtype
+            )
         size = drawn.count * (latents + (3 * drawn.side**2 if loss.needs_pixels else 0))
         return (
             f"{drawn.settings.what}s: {drawn.count} of {drawn.side} pixels are drawn before training, in "
-            f"{drawn.evaluations} evaluations each, {_flops(flops)}, {_about(flops / flops_here)} here; "
+            f"{drawn.evaluations} evaluations each, {_flops(flops)}, {_about(flops / rate)} here; "
             f"{size / 2**20:.2g} MiB on the disk"
         )
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +57,8 @@ class SampleSettings:
     solver: str | None = None
 
 
-class TeacherSamples(NamedTuple):
+@dataclass(frozen=True)
+class TeacherSamples:
     """Samples that a checkpoint draws before training: ``count`` images of ``side`` pixels."""
 
     count: int
