@@ -137,7 +137,7 @@ class PretrainedResult:
         training, validation = self.splits.training, self.splits.validation
         # what is filled, or follows the image's own edges, resembles it however little was learnt: copies are counted
         # among images drawn from prompts alone, and not of a base that draws none
-        reported = training.kind != "unconditional" and self.base.draws_from == "none"
+        reported = training.kind != "unconditional" and self.base.draws_from not in ("mask", "control")
         if len(training) <= FEW and reported:
             report_memorisation(
                 self.output,

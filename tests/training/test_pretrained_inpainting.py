@@ -15,6 +15,7 @@ from PIL import Image
 
 from latentflow import LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.inference.opening import open_pipeline
+from latentflow.pipeline.generate import GenerateCall
 from latentflow.training import pretrained_result
 
 from ..families.tiny import WITH_EXTRA_CHANNELS
@@ -74,17 +75,15 @@ def test_a_run_learns_to_inpaint_and_opens_at_any_time(
 def copies_counted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The arguments of each call that draws an image in which copies of training images are looked for."""
     asked: list[dict[str, Any]] = []
-    calls = LatentFlowPipeline.__call__
+    calls = GenerateCall.__call__
+
+    def drawn(pipe: Any, **options: Any) -> Any:
+        asked.append(options)
+        return calls(pipe, num_inference_steps=1, **options)
 
     def report(*given: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                LatentFlowPipeline,
-                "__call__",
-                lambda pipe, **options: (
-                    asked.append(options) or calls(pipe, num_inference_steps=1, **options)
-                ),
-            )
+            patch.setattr(GenerateCall, "__call__", drawn)
             given[-1]([0])
 
     monkeypatch.setattr(pretrained_result, "FEW", 100)
