@@ -52,8 +52,7 @@ class EvaluateConfig(AdapterChoice):
     steps: int | None = None
     """Steps from noise to data; default: 16, or those of a few-step checkpoint; with --solver 20."""
     guidance: float | None = None
-    """Guidance scale; 1 is off. Default: 4, of tokens 2, unless guidance was distilled into the
-    checkpoint."""
+    """Guidance scale; 1 is off. Default: as of `latentflow generate`."""
     solver: str | None = None
     """Solver of the flow, as of `latentflow generate`; default: as that draws."""
     temperature: float = 1.0

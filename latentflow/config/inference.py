@@ -71,8 +71,8 @@ class SamplingConfig(AdapterChoice):
     """Number of steps from noise to image. Default: 16, of one evaluation each (two of the network with guidance); for
     a few-step checkpoint the number it was made for; with --solver, and in methods that fill or edit, 20."""
     guidance: float | None = None
-    """Guidance scale: how strongly the prompt or class is followed. 1 is off, and twice as fast. Default: 4, of
-    tokens 2; 1 for checkpoints that have learned their guidance."""
+    """Guidance scale: how strongly the prompt or class is followed. 1 is off, and twice as fast. Default: the
+    checkpoint's own, else 4, of tokens 2; 1 for checkpoints that have learned their guidance."""
     solver: str | None = None
     """tuned (what `latentflow tune-sampler` has fitted), euler, midpoint, heun, ralston, rk4, adams-bashforth-2,
     adams-bashforth-3, dpm-solver++2m, exponential-adams, dopri5; or, adding fresh noise, euler-maruyama,

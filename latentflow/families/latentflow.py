@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -64,6 +65,10 @@ class LatentFlowModel(ControlledModel):
                 f"average velocities with prediction {self.prediction} on path {config.path}",
                 "They are of velocities on the straight path: prediction velocity, path condot.",
             )
+        usual = config.get("usual_guidance")
+        if usual is not None and not (isinstance(usual, int | float) and math.isfinite(usual)):
+            raise UserError(f"usual_guidance {usual!r}", "Give a number, such as 2.0, or None.")
+        self._usual_guidance: float | None = usual
 
     @staticmethod
     def open_pipeline(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
@@ -391,6 +396,8 @@ class LatentFlowModel(ControlledModel):
         """Return the guidance scale that is used; a checkpoint into which its guidance is distilled does without."""
         if self.few_steps.folded_guidance != 1.0:
             return 1.0
+        if scale is None:
+            scale = self._usual_guidance
         return USUAL_GUIDANCE if scale is None else scale
 
     def adjust_guided(self, guided: Tensor, alone: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class TokenModel(LatentFlowModel):
 
     def guidance(self, scale: float | None) -> float:
         """Return the guidance scale that is used where ``scale`` is asked for."""
-        return TOKEN_GUIDANCE if scale is None else scale
+        return super().guidance(TOKEN_GUIDANCE if scale is None and self._usual_guidance is None else scale)
 
     def logits(
         self,

@@ -88,6 +88,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         consistency: those average velocities lead to the data only: between steps noise is added again.
         folded_guidance: scale of the guidance that is distilled into the weights; where it is not 1, none is added.
         guidance_channels: guide only so many channels of the latents, the first; None: all.
+        usual_guidance: guidance scale of calls that give none; None: 4, of tokens 2.
         step_counts: the numbers of steps, of one evaluation each, that the network was made for, in increasing order;
             by default the last is taken, and another is warned of. Empty: 4 steps of average velocities, and no
             few-step sampling of other networks.
@@ -126,6 +127,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         folded_guidance: float = 1.0,
         step_counts: list[int] | None = None,
         guidance_channels: int | None = None,
+        usual_guidance: float | None = None,
         token_path: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -153,6 +155,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
             prediction=prediction,
             coupling=coupling,
             guidance_channels=guidance_channels,
+            usual_guidance=usual_guidance,
             **({} if token_path is None else {"token_path": dict(token_path)}),
             **few.plain(),
         )

@@ -66,8 +66,9 @@ class GenerateCall(CallMixin):
                 network twice a step.
             sigmas: a grid of one's own, decreasing in (0, 1] (1 = noise), in float32 too; overrides the number of
                 steps.
-            guidance_scale: 1 is off (and half the cost); more follows the condition harder. Default: 4, of tokens 2; a
-                checkpoint that has learned its guidance along takes no other.
+            guidance_scale: 1 is off (and half the cost); more follows the condition harder. Default: the
+                checkpoint's own (``usual_guidance`` in its config), else 4, of tokens 2; a checkpoint that has learned
+                its guidance along takes no other.
             negative_prompt: what guidance leads away from; default: the learned null.
             num_images_per_prompt: images per prompt or class; of an unconditional checkpoint, all images.
             generator: one for all, or a list with one per image, each of which alone determines its image, up to

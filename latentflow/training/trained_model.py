@@ -34,7 +34,7 @@ from ..models import (
 from ..pipeline.generate import LatentFlowPipeline
 from ..utils.words import known_words, missing_words
 from .fine_tune.adapters import Adapter
-from .fine_tune.base import open_base, refuse_other_flow
+from .fine_tune.base import kept_guidance, open_base, refuse_other_flow
 from .loop.distributed import samples_per_step
 from .losses import ControlImages, TokenLoss, flow_loss
 from .losses.alignment import Routing, make_alignment
@@ -136,6 +136,7 @@ def build(
         coupling=flow.coupling,
         token_path=None if tokens is None else config.tokens.plain(),
         **recipe.sampling.plain(),
+        **(kept_guidance(config.init_from) if config.init_from else {}),
     ).model
     network, encoder = model.network, model.pipeline.text_encoder
     trains_text = model.trains_text and not recipe.student  # which shares its teacher's

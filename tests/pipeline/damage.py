@@ -304,6 +304,7 @@ PIPELINE: dict[str, tuple[Any, ...]] = {
     "average": ("yes", 1),
     "consistency": (True, "no"),
     "folded_guidance": ("4", float("nan"), [4.0]),
+    "usual_guidance": ("4", float("nan"), [4.0]),
     "step_counts": ("4", [0], ["4"], [10**9], 4, {"a": 1}),
     "unheard_of": (1,),
     "transformer": (

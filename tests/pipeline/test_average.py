@@ -142,6 +142,18 @@ def test_learned_guidance_is_not_added_to(caplog: pytest.LogCaptureFixture) -> N
     assert not caplog.records  # nobody asked for a scale
 
 
+def test_a_checkpoint_has_a_guidance_scale_of_its_own(tmp_path: Path) -> None:
+    pipe, asked = (
+        pipeline(usual_guidance=2.0),
+        {"class_labels": "hat", "latents": noise(1), "output_type": "latent"},
+    )
+    usual, two, four = (pipe(**asked, guidance_scale=scale).images for scale in (None, 2.0, 4.0))
+    assert torch.equal(usual, two) and not torch.equal(usual, four)
+    LatentFlowPipeline(tiny_vae(), tiny_dit(), usual_guidance=2.0).save_pretrained(tmp_path)
+    read = LatentFlowPipeline.from_pretrained(tmp_path)
+    assert read.usual_guidance == LatentFlowEditPipeline.from_pipe(read).usual_guidance == 2.0
+
+
 def test_other_checkpoints_take_their_guidance_and_stay_as_they_are(class_pipe: LatentFlowPipeline) -> None:
     assert class_pipe.usual_guidance == 4.0 and class_pipe.usual_steps == 16
     assert not {"average", "folded_guidance"} & set(class_pipe.config)

@@ -402,11 +402,12 @@ def test_the_plan_says_what_was_chosen(base, animals, cache, tmp_path) -> None:
 
 
 def test_a_fine_tune_goes_on_with_what_the_checkpoint_was_trained_for(animals, cache, tmp_path) -> None:
-    """Path, prediction and coupling are the checkpoint's without being named; what is named wins, or is refused."""
+    """Path, prediction, coupling and guidance are the checkpoint's without being named; what is named wins, or is
+    refused."""
     base = checkpoint(tmp_path / "base", condition_channels=8)
     pipe = LatentFlowPipeline.from_pretrained(base)
-    asked = {"path": "polynomial", "path_options": {"degree": 3.0}, "prediction": "data"}
-    asked["coupling"] = "data-dependent"
+    asked: dict[str, Any] = {"path": "polynomial", "path_options": {"degree": 3.0}, "prediction": "data"}
+    asked |= {"coupling": "data-dependent", "guidance_channels": 2, "usual_guidance": 1.5}
     LatentFlowPipeline(**pipe.components, id2label=pipe.config.id2label, **asked).save_pretrained(base)
     line = [animals, *QUICK, "--init-from", base, "--max-train-steps", 1, "--prior-samples", 0]
     call(cache, *line, "-o", tmp_path / "run")

@@ -151,6 +151,12 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
     return dataclasses.replace(flow, **adopted)
 
 
+def kept_guidance(checkpoint: str) -> dict[str, Any]:
+    """Return the settings of a checkpoint's guidance, which a fine-tune of it keeps."""
+    config = _pipeline_config(checkpoint)
+    return {name: config[name] for name in ("guidance_channels", "usual_guidance") if name in config}
+
+
 def lost_guidance(flow: FlowConfig, checkpoint: str, given: Collection[str]) -> float:
     """Return the guidance that is distilled into a checkpoint, if ``flow`` trains it to something without; else 1."""
     learned = float(_pipeline_config(checkpoint).get("folded_guidance", 1.0))
