@@ -35,7 +35,6 @@ class CogView4Model(PretrainedModel):
 
     @property
     def native_size(self) -> Size | None:
-        """(height, width) in pixels of the images that it was trained on."""
         cells = self.network.config.get("sample_size")
         return super().native_size if cells is None else (cells * self.pipeline.vae_scale_factor,) * 2
 
@@ -77,7 +76,6 @@ class CogView4Model(PretrainedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         timestep, size = self.timestep(x, t), self.size(x)
         states = self.with_extra(x, condition)
 

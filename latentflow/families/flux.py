@@ -44,7 +44,6 @@ class FluxModel(ExtendableModel, PackedModel):
         return float(self.option("true_cfg_scale"))
 
     def describe_guidance(self) -> str:
-        """Return how a negative prompt takes effect, as the second half of an error."""
         return "FLUX.1 leads away from it by an option of its own: true_cfg_scale above 1."
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
@@ -54,7 +53,6 @@ class FluxModel(ExtendableModel, PackedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         named = {"pooled_projections": condition["pooled"]}
         if self.embeds_guidance:
             named["guidance"] = torch.full_like(t, guidance_scale)
@@ -126,7 +124,6 @@ class FluxExtraModel(FluxModel):
         return 1.0
 
     def describe_guidance(self) -> str:
-        """Return how a negative prompt takes effect, as the second half of an error."""
         return super(FluxModel, self).describe_guidance()
 
 
@@ -184,7 +181,6 @@ class ChromaModel(FluxModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         tokens = x.shape[2] // 2 * (x.shape[3] // 2)
         mask = self.pipeline._prepare_attention_mask(len(x), tokens, x.dtype, condition["mask"])
         return self._predicted(x, t, condition, attention_mask=mask)

@@ -68,7 +68,6 @@ class Flux2Model(ReferenceModel, ExtendableModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         pipeline, embeds = self.pipeline, condition["embeds"]
         tokens = pipeline._pack_latents(self.with_extra(x, condition))
         further = tokens.shape[2] - x.shape[1]  # of known images, which references have not

@@ -43,7 +43,6 @@ class LongCatImageModel(PackedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         return self._predicted(x, t, condition["embeds"], self.pipeline.tokenizer_max_length)
 
     def _predicted(
@@ -118,6 +117,5 @@ class LongCatImageEditModel(ReferenceModel, LongCatImageModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         embeds = condition["embeds"]
         return self._predicted(x, t, embeds, embeds.shape[1], condition["references"], condition["places"])

@@ -45,7 +45,6 @@ class QwenImageModel(ExtendableModel, PackedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         return -self.output(x, t, condition, [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x))
 
     def output(self, x: Tensor, t: Tensor, condition: dict[str, Any], shapes: list[Any]) -> Tensor:
@@ -106,7 +105,6 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         own = (1, x.shape[2] // 2, x.shape[3] // 2)
         return -self.output(x, t, condition, [[own, *shapes] for shapes in condition["shapes"]])
 
@@ -150,13 +148,11 @@ class QwenImage21Model(PretrainedModel):
             return super().posterior(F.pad(images, (0, 0, 0, 0, 0, opacity), value=1.0))
 
     def decode(self, x1: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""
         return super().decode(x1)[:, :3]
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         (rows, columns), count = x.shape[2:], x.shape[2] * x.shape[3]
         tokens = self.pipeline._pack_latents(x, len(x), x.shape[1], rows, columns)
 

@@ -115,7 +115,6 @@ class StableDiffusion3Model(ExtendableModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         output: Tensor = self.evaluate(
             hidden_states=self.with_extra(x, condition),
             timestep=1000.0 * (1.0 - t),
