@@ -51,7 +51,6 @@ class BriaModel(PackedModel):
         return levels
 
     def mu(self, steps: int, tokens: int) -> float | None:
-        """Return the shift of a scheduler that asks for it."""
         return super().mu(steps, tokens) if self.pipeline.scheduler.config.use_dynamic_shifting else None
 
     def unpack(self, tokens: Tensor, like: Tensor) -> Tensor:

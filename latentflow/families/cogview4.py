@@ -28,7 +28,6 @@ class CogView4Model(PretrainedModel):
 
     @property
     def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
         defaults = super().training_defaults
         source = f"{defaults.source}; full: diffusers' train_control_cogview4.py"
         return replace(defaults, full_learning_rate=5e-6, source=source)
@@ -56,7 +55,6 @@ class CogView4Model(PretrainedModel):
         return float(calculate_shift(tokens, *(config.get(name, usual) for name, usual in names.items())))
 
     def training_mu(self, tokens: int) -> float:
-        """Return the shift for so many tokens; see `PretrainedModel.training_mu`."""
         return self.mu(0, tokens)
 
     def timestep(self, x: Tensor, t: Tensor) -> Tensor:

@@ -401,12 +401,10 @@ class ClassDiTModel(DiffusionModel):
 
     @property
     def takes_text(self) -> bool:
-        """False: it takes classes."""
         return False
 
     @property
     def takes_classes(self) -> bool:
-        """True."""
         return True
 
     @property

@@ -40,7 +40,6 @@ class FluxModel(ExtendableModel, PackedModel):
         return super().guidance(scale) if self.embeds_guidance else self.unguided
 
     def true_guidance(self, scale: float) -> float:
-        """Return the option ``true_cfg_scale``."""
         return float(self.option("true_cfg_scale"))
 
     def describe_guidance(self) -> str:
@@ -120,7 +119,6 @@ class FluxExtraModel(FluxModel):
     sampling_options = ()
 
     def true_guidance(self, scale: float) -> float:
-        """Return 1."""
         return 1.0
 
     def describe_guidance(self) -> str:
@@ -165,11 +163,9 @@ class ChromaModel(FluxModel):
     documented_training = documented("ai-toolkit's train_lora_chroma_24gb.yaml", lora_rank=16)
 
     def guidance(self, scale: float | None) -> float:
-        """Return the guidance scale."""
         return PretrainedModel.guidance(self, scale)
 
     def true_guidance(self, scale: float) -> float:
-        """Return the scale."""
         return scale
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:

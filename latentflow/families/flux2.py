@@ -32,7 +32,6 @@ class Flux2Model(ReferenceModel, ExtendableModel):
 
     @property
     def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
         dev = "Klein" not in type(self.pipeline).__name__
         script = "train_dreambooth_lora_flux2.py" if dev else "train_dreambooth_lora_flux2_klein.py"
         return super().training_defaults.as_in(f"diffusers' {script}", posterior="mode")

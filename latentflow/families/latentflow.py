@@ -79,7 +79,6 @@ class LatentFlowModel(ControlledModel):
 
     @property
     def takes_text(self) -> bool:
-        """True for a network that is conditioned on captions."""
         return self.text_width is not None
 
     @property
@@ -338,7 +337,6 @@ class LatentFlowModel(ControlledModel):
 
     @property
     def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
         return TrainingDefaults(
             learning_rate=1.2e-2,
             full_learning_rate=4e-4,

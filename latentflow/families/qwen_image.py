@@ -73,7 +73,6 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
 
     @property
     def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
         usual = TrainingDefaults.usual(self)
         return usual.as_in("ai-toolkit's train_lora_qwen_image_edit_32gb.yaml", lora_rank=16)
 
@@ -93,7 +92,6 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
         return {**values, "mask": values["mask"].bool()}, kept
 
     def size_for(self, image: Image) -> Size:
-        """Return a megapixel in the shape of an image."""
         return self.megapixel(image)
 
     def arrange(self, rows: Rows) -> dict[str, Any]:

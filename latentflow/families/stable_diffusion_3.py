@@ -62,7 +62,6 @@ class StableDiffusion3Model(ExtendableModel):
         """Leave the noise levels to the scheduler."""
 
     def mu(self, steps: int, tokens: int) -> float | None:
-        """Return the shift of a scheduler that asks for it."""
         return super().mu(steps, tokens) if self.pipeline.scheduler.config.use_dynamic_shifting else None
 
     def velocity(
