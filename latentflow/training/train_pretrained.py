@@ -57,8 +57,7 @@ def train_pretrained(
 
     Args:
         config: with ``init_from``.
-        given_keys: keys of the settings that no default may change.
-        write_config: writes the settings into a file.
+        given_keys, write_config: see `train`.
 
     Raises:
         UserError: the settings contradict each other, the data or the model.

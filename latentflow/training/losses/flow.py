@@ -37,13 +37,9 @@ class FlowLoss(ConditionedLoss):
     Args:
         network: called ``network(xt, t, condition)``.
         config: what it learns.
-        seed: of the run.
-        text_encoder: encodes ``input_ids``; trained along.
-        masking: hides a part of every image, for a network that learns to inpaint.
-        control: adds the control images, for a network that takes them.
+        seed, text_encoder, masking, control, random_numbers: see `ConditionedLoss`.
         samples: samples that the whole run uses, of which ``config.time_uniform_from`` is a share.
         samples_per_step: samples of one step, over all processes.
-        random_numbers: the generator of noise and times, a key of `RANDOM_NUMBERS`.
         latent_variable: settings of the latent variable of a network that takes one.
 
     Attributes:
