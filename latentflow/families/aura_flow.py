@@ -23,6 +23,5 @@ class AuraFlowModel(FixedShiftModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         output: Tensor = self.evaluate(x, encoder_hidden_states=condition["embeds"], timestep=1.0 - t)
         return -output

@@ -51,11 +51,9 @@ class BriaModel(PackedModel):
         return levels
 
     def mu(self, steps: int, tokens: int) -> float | None:
-        """Return the shift of a scheduler that asks for it."""
         return super().mu(steps, tokens) if self.pipeline.scheduler.config.use_dynamic_shifting else None
 
     def unpack(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """(B, N, 4 C) -> the shape of ``like`` (B, C, h, w)."""
         factor = self.pipeline.vae_scale_factor  # which counts tokens, not cells
         size = like.shape[2] // 2 * factor, like.shape[3] // 2 * factor
         unpacked: Tensor = self.pipeline._unpack_latents(tokens, *size, factor)
@@ -64,7 +62,6 @@ class BriaModel(PackedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         embeds = condition["embeds"]
         size = x.shape[2] // 2, x.shape[3] // 2
         output = self.evaluate(
@@ -85,11 +82,9 @@ class BriaFiboModel(PretrainedModel):
 
     @property
     def size_multiple(self) -> int:
-        """Heights and widths in pixels are multiples of this."""
         return int(self.pipeline.vae_scale_factor)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Return (C, h, w) of the latents of an image of this size in pixels."""
         factor = self.size_multiple
         return int(self.network.config.in_channels), height // factor, width // factor
 
@@ -102,7 +97,6 @@ class BriaFiboModel(PretrainedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         embeds, mask, (rows, columns) = condition["embeds"], condition["mask"], x.shape[2:]
         own_places = self.pipeline._prepare_latent_image_ids(len(x), rows, columns, x.device, x.dtype)
         own = self.pipeline._pack_latents_no_patch(x, *x.shape)
@@ -219,7 +213,6 @@ class BriaFibo2Model(PretrainedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         mask = condition["mask"]
         output: Tensor = self.evaluate(
             hidden_states=self.pipeline._unpatchify_latents(x),

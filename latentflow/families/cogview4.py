@@ -28,14 +28,12 @@ class CogView4Model(PretrainedModel):
 
     @property
     def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
         defaults = super().training_defaults
         source = f"{defaults.source}; full: diffusers' train_control_cogview4.py"
         return replace(defaults, full_learning_rate=5e-6, source=source)
 
     @property
     def native_size(self) -> Size | None:
-        """(height, width) in pixels of the images that it was trained on."""
         cells = self.network.config.get("sample_size")
         return super().native_size if cells is None else (cells * self.pipeline.vae_scale_factor,) * 2
 
@@ -57,7 +55,6 @@ class CogView4Model(PretrainedModel):
         return float(calculate_shift(tokens, *(config.get(name, usual) for name, usual in names.items())))
 
     def training_mu(self, tokens: int) -> float:
-        """Return the shift for so many tokens; see `PretrainedModel.training_mu`."""
         return self.mu(0, tokens)
 
     def timestep(self, x: Tensor, t: Tensor) -> Tensor:
@@ -77,7 +74,6 @@ class CogView4Model(PretrainedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         timestep, size = self.timestep(x, t), self.size(x)
         states = self.with_extra(x, condition)
 

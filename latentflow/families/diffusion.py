@@ -81,7 +81,6 @@ class DiffusionModel(PretrainedModel):
 
     @property
     def native_size(self) -> Size | None:
-        """(height, width) in pixels of the images that it was trained on."""
         size = self.network.config.sample_size
         rows, columns = size if isinstance(size, list | tuple) else (size, size)
         factor = downscale_factor(self.vae)
@@ -115,13 +114,11 @@ class DiffusionModel(PretrainedModel):
         return torch.cat([self.time_of(timesteps), torch.ones(1, dtype=torch.float64)])
 
     def set_timesteps(self, scheduler: Any, steps: int, height: int, width: int) -> Any:
-        """Return a copy of a scheduler, whose timesteps are set as the pipeline's call sets them."""
         copy = type(scheduler).from_config(scheduler.config)
         copy.set_timesteps(steps)
         return copy
 
     def on_path(self, scheduler: Any, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the time and the state on the straight path of a scheduler's x before a step."""
         timesteps = torch.as_tensor(scheduler.timesteps)[step : step + 1]
         t = self.time_of(timesteps)[0]
         return t, scheduler.scale_model_input(x, timesteps[0]) * self._norm(t).to(x)
@@ -130,7 +127,6 @@ class DiffusionModel(PretrainedModel):
         """Return None: no diffusion network sees the end of a step."""
 
     def model_output(self, scheduler: Any, t: Tensor, state: Tensor, velocity: Tensor) -> Tensor:
-        """Return what the scheduler's ``step`` takes for a velocity, which belongs to a state on the straight path."""
         x0, x1 = state - t.to(state) * velocity, state + (1.0 - t).to(state) * velocity
         kind = scheduler.config.prediction_type
         if kind == "epsilon":
@@ -168,7 +164,6 @@ class DiffusionModel(PretrainedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         wide, time = x.float(), expand_t(t, x)
         norm = self._norm(time)
         data, noise = time / norm, (1.0 - time) / norm
@@ -406,12 +401,10 @@ class ClassDiTModel(DiffusionModel):
 
     @property
     def takes_text(self) -> bool:
-        """False: it takes classes."""
         return False
 
     @property
     def takes_classes(self) -> bool:
-        """True."""
         return True
 
     @property
@@ -444,7 +437,6 @@ class ClassDiTModel(DiffusionModel):
         return ids
 
     def encode_class(self, labels: Sequence[int | str]) -> Rows:
-        """Return one row for each class, a name or a number."""
         return Rows(self, {"labels": torch.tensor(self.class_ids(labels))})
 
     def null(self, n: int) -> Rows:

@@ -22,7 +22,6 @@ class DreamLiteModel(PretrainedModel):
 
     @property
     def network(self) -> Any:
-        """The velocity network."""
         return self.pipeline.unet
 
     def guidance(self, scale: float | None) -> float:
@@ -31,7 +30,6 @@ class DreamLiteModel(PretrainedModel):
 
     @property
     def usual_guidance(self) -> float:
-        """Guidance scale where nobody asks for one."""
         return float(self.option(self.guidance_argument) or 1.0)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
@@ -45,7 +43,6 @@ class DreamLiteModel(PretrainedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         factor, width = self.pipeline.vae_scale_factor, x.shape[3]
         size = torch.tensor([[width * factor, x.shape[2] * factor]], device=x.device, dtype=x.dtype)
         output: Tensor = self.evaluate(

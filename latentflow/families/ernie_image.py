@@ -27,7 +27,6 @@ class ErnieImageModel(PretrainedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         texts, lengths = self.pipeline._pad_text(
             condition["embeds"], x.device, x.dtype, self.network.config.text_in_dim
         )

@@ -40,11 +40,9 @@ class FluxModel(ExtendableModel, PackedModel):
         return super().guidance(scale) if self.embeds_guidance else self.unguided
 
     def true_guidance(self, scale: float) -> float:
-        """Return the option ``true_cfg_scale``."""
         return float(self.option("true_cfg_scale"))
 
     def describe_guidance(self) -> str:
-        """Return how a negative prompt takes effect, as the second half of an error."""
         return "FLUX.1 leads away from it by an option of its own: true_cfg_scale above 1."
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
@@ -54,7 +52,6 @@ class FluxModel(ExtendableModel, PackedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         named = {"pooled_projections": condition["pooled"]}
         if self.embeds_guidance:
             named["guidance"] = torch.full_like(t, guidance_scale)
@@ -122,11 +119,9 @@ class FluxExtraModel(FluxModel):
     sampling_options = ()
 
     def true_guidance(self, scale: float) -> float:
-        """Return 1."""
         return 1.0
 
     def describe_guidance(self) -> str:
-        """Return how a negative prompt takes effect, as the second half of an error."""
         return super(FluxModel, self).describe_guidance()
 
 
@@ -168,11 +163,9 @@ class ChromaModel(FluxModel):
     documented_training = documented("ai-toolkit's train_lora_chroma_24gb.yaml", lora_rank=16)
 
     def guidance(self, scale: float | None) -> float:
-        """Return the guidance scale."""
         return PretrainedModel.guidance(self, scale)
 
     def true_guidance(self, scale: float) -> float:
-        """Return the scale."""
         return scale
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
@@ -184,7 +177,6 @@ class ChromaModel(FluxModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         tokens = x.shape[2] // 2 * (x.shape[3] // 2)
         mask = self.pipeline._prepare_attention_mask(len(x), tokens, x.dtype, condition["mask"])
         return self._predicted(x, t, condition, attention_mask=mask)

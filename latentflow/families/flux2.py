@@ -32,7 +32,6 @@ class Flux2Model(ReferenceModel, ExtendableModel):
 
     @property
     def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
         dev = "Klein" not in type(self.pipeline).__name__
         script = "train_dreambooth_lora_flux2.py" if dev else "train_dreambooth_lora_flux2_klein.py"
         return super().training_defaults.as_in(f"diffusers' {script}", posterior="mode")
@@ -68,7 +67,6 @@ class Flux2Model(ReferenceModel, ExtendableModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         pipeline, embeds = self.pipeline, condition["embeds"]
         tokens = pipeline._pack_latents(self.with_extra(x, condition))
         further = tokens.shape[2] - x.shape[1]  # of known images, which references have not

@@ -73,7 +73,6 @@ class GlmImageModel(CogView4Model):
             return mean / factor, None if std is None else std / factor
 
     def decode(self, x1: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""
         with self.steady_vae() as vae:
             return super().decode(x1 * vae.config.scaling_factor)
 

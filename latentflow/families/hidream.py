@@ -34,7 +34,6 @@ class HiDreamModel(PretrainedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         output: Tensor = self.evaluate(
             hidden_states=x,
             timesteps=1000.0 * (1.0 - t),

@@ -135,7 +135,6 @@ class HunyuanImageModel(PretrainedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         averaged, guidance = self.network.config.use_meanflow, torch.full_like(t, guidance_scale)
         until = t if end is None else end
         output: Tensor = self.evaluate(

@@ -46,7 +46,6 @@ class Ideogram4Model(PretrainedModel):
 
     @property
     def usual_guidance(self) -> float:
-        """Guidance scale where nobody asks for one."""
         return self.guidance(None)
 
     def velocity(
@@ -107,7 +106,6 @@ class Ideogram4Model(PretrainedModel):
         return self._reordered(super().posterior(images)[0], cells_first=True), None
 
     def decode(self, x1: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""
         return super().decode(self._reordered(x1.float(), cells_first=False))
 
     def _reordered(self, latents: Tensor, cells_first: bool) -> Tensor:

@@ -33,7 +33,6 @@ class Kandinsky5Model(FixedShiftModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         places = [torch.arange(size, device=x.device) for size in (1, x.shape[2] // 2, x.shape[3] // 2)]
         video = x.movedim(1, -1).unsqueeze(1)
 

@@ -37,7 +37,6 @@ class Krea2Model(PackedModel):
         return {"embeds": embeds, "mask": mask}
 
     def unpack(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """(B, N, 4 C) -> the shape of ``like`` (B, C, h, w)."""
         factor = self.pipeline.vae_scale_factor
         size = like.shape[2] * factor, like.shape[3] * factor
         unpacked: Tensor = self.pipeline._unpack_latents(tokens, *size)
@@ -46,7 +45,6 @@ class Krea2Model(PackedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         embeds = condition["embeds"]
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         output = self.evaluate(

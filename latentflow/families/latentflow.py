@@ -84,32 +84,26 @@ class LatentFlowModel(ControlledModel):
 
     @property
     def takes_text(self) -> bool:
-        """True for a network that is conditioned on captions."""
         return self.text_width is not None
 
     @property
     def takes_classes(self) -> bool:
-        """True for a network that is conditioned on a class."""
         return self.setting("num_classes") is not None
 
     @property
     def takes_masks(self) -> bool:
-        """True for a network that was trained to inpaint."""
         return self.vae is not None and self.setting("condition_channels") == mask_channels(self.vae)
 
     @property
     def control_inputs(self) -> ControlInputs:
-        """The control images that the network takes."""
         return ControlInputs.of(self.setting("control"))
 
     @property
     def takes_sizes(self) -> bool:
-        """True for a network that is conditioned on sizes and crops."""
         return bool(self.setting("size_conditioning"))
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes in the order of their ids, which stand for names that there are not."""
         names = self.pipeline.config.get("id2label") or {}
         return tuple(
             names.get(str(number), str(number)) for number in range(self.setting("num_classes") or 0)
@@ -129,12 +123,10 @@ class LatentFlowModel(ControlledModel):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class name -> id."""
         return {name: int(key) for key, name in (self.pipeline.config.get("id2label") or {}).items()}
 
     @property
     def native_size(self) -> Size | None:
-        """(height, width) in pixels of the images that it was trained on; None if it does not say."""
         size = self.setting("sample_size")
         rows, columns = size if isinstance(size, list | tuple) else (size, size)
         factor = self.pipeline.vae_scale_factor
@@ -142,11 +134,9 @@ class LatentFlowModel(ControlledModel):
 
     @property
     def size_multiple(self) -> int:
-        """Heights and widths in pixels are multiples of this."""
         return int(self.pipeline.vae_scale_factor * self.setting("patch_size", 1))
 
     def describe_condition(self) -> str:
-        """Return what the checkpoint takes, as the second half of an error."""
         count, names = self.setting("num_classes"), list(self.labels)
         if self.takes_text and self.takes_classes:
             return "It takes a prompt, class_labels, or both."
@@ -292,11 +282,6 @@ class LatentFlowModel(ControlledModel):
         return ids
 
     def with_known(self, rows: Rows, images: Tensor, masks: Tensor, known: Tensor | None = None) -> Rows:
-        """See `Rows.with_known`.
-
-        Args:
-            known: latents (P, C, h, w) of the images with their holes hidden; default: made from them.
-        """
         if not self.takes_masks:
             super().with_known(rows, images, masks)
         if len(rows) % len(images) or len(images) != len(masks):
@@ -313,17 +298,14 @@ class LatentFlowModel(ControlledModel):
         )
 
     def unlabelled(self, n: int) -> Rows:
-        """Return ``n`` rows to which no condition is given."""
         return self.null(n) if self.takes_text and not self.takes_classes else self.rows(None, count=n)
 
     @property
     def longest_text(self) -> int | None:
-        """Number of tokens that the text encoder takes at most; None if it does not say."""
         config = getattr(self.pipeline.text_encoder, "config", None)
         return getattr(config, "max_position_embeddings", None)
 
     def known_latents(self, rows: Rows) -> Tensor:
-        """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""
         channels = rows.kept["channels"]
         assert isinstance(channels, Tensor)
         return channels[:, -latent_channels(self.vae) :]
@@ -360,7 +342,6 @@ class LatentFlowModel(ControlledModel):
 
     @property
     def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
         return TrainingDefaults(
             learning_rate=1.2e-2,
             full_learning_rate=4e-4,
@@ -370,7 +351,6 @@ class LatentFlowModel(ControlledModel):
 
     @property
     def usual_steps(self) -> int:
-        """Steps where nobody asks for a number."""
         few = self.few_steps
         return few.step_counts[-1] if few.step_counts else FEW_STEPS if few else USUAL_STEPS
 
@@ -406,7 +386,6 @@ class LatentFlowModel(ControlledModel):
         return guided if count is None else torch.cat([guided[:, :count], alone[:, count:]], dim=1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Return (C, h, w) of the latents of an image of this size in pixels."""
         factor = self.pipeline.vae_scale_factor
         return int(self.network.config.in_channels), height // factor, width // factor
 
@@ -421,7 +400,6 @@ class LatentFlowModel(ControlledModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         if condition.sizes is None and self.takes_sizes:
             factor = self.pipeline.vae_scale_factor
             drawn = [x.shape[-2] * factor, x.shape[-1] * factor]

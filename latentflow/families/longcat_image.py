@@ -30,7 +30,6 @@ class LongCatImageModel(PackedModel):
         return {"embeds": self.pipeline.encode_prompt(prompts, **options)[0]}
 
     def kept_tokens(self, options: dict[str, Any]) -> dict[str, int]:
-        """Return the tokens of a prompt that are kept."""
         return {"tokenizer": self.pipeline.tokenizer_max_length}
 
     def adjust_guided(self, guided: Tensor, alone: Tensor) -> Tensor:
@@ -43,7 +42,6 @@ class LongCatImageModel(PackedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         return self._predicted(x, t, condition["embeds"], self.pipeline.tokenizer_max_length)
 
     def _predicted(
@@ -78,7 +76,6 @@ class LongCatImageEditModel(ReferenceModel, LongCatImageModel):
     sampling_options = ()
 
     def adjust_guided(self, guided: Tensor, alone: Tensor) -> Tensor:
-        """Return the guided velocity as it is."""
         return guided
 
     def kept_tokens(self, options: dict[str, Any]) -> dict[str, int]:
@@ -112,12 +109,10 @@ class LongCatImageEditModel(ReferenceModel, LongCatImageModel):
         return {"embeds": inputs["encoder_hidden_states"]}, kept
 
     def size_for(self, image: Image) -> Size:
-        """Return a megapixel in the shape of an image."""
         return self.megapixel(image)
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         embeds = condition["embeds"]
         return self._predicted(x, t, embeds, embeds.shape[1], condition["references"], condition["places"])

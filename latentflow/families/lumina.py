@@ -34,7 +34,6 @@ class LuminaModel(FixedShiftModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         factor, native = self.pipeline.vae_scale_factor, self.pipeline.default_image_size
         stretch = math.sqrt(x.shape[2] * x.shape[3]) * factor / native
         early = float(t.max()) < self.option("scaling_watershed")

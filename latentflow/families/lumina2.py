@@ -49,7 +49,6 @@ class Lumina2Model(ExtendableModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         output: Tensor = self.evaluate(
             hidden_states=self.with_extra(x, condition),
             timestep=t,

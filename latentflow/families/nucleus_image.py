@@ -35,12 +35,10 @@ class NucleusImageModel(QwenImageModel):
         return {}
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, N, 4 C)."""
         packed: Tensor = self.pipeline._pack_latents(x, *x.shape, self.patch)
         return packed
 
     def unpack(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """(B, N, 4 C) -> the shape of ``like`` (B, C, h, w)."""
         factor = self.pipeline.vae_scale_factor
         size = like.shape[2] * factor, like.shape[3] * factor
         unpacked: Tensor = self.pipeline._unpack_latents(tokens, *size, self.patch, factor)
@@ -49,5 +47,4 @@ class NucleusImageModel(QwenImageModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         return self.output(x, t, condition, [(1, x.shape[2] // 2, x.shape[3] // 2)] * len(x))

@@ -47,7 +47,6 @@ class OmniGenModel(PretrainedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         collator = self.pipeline.multimodal_processor.collator
         size = x.shape[2] // self.patch * 16, x.shape[3] // self.patch * 16  # the collator divides them by 16
         output = torch.empty_like(x)

@@ -19,7 +19,6 @@ class OvisImageModel(PackedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         pipeline, embeds = self.pipeline, condition["embeds"]
         _, txt_ids = pipeline._prepare_prompt_embeds(None, embeds, 1, embeds.shape[1], x.device)
         output = self.evaluate(

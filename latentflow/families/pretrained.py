@@ -93,7 +93,6 @@ class PretrainedModel(FlowModel):
 
     @property
     def usual_guidance(self) -> float:
-        """Guidance scale where nobody asks for one."""
         found = self.distilled
         unguided = found and found.certain and not found.guided
         return self.unguided if unguided else self.guidance(self.option(self.guidance_argument))
@@ -119,7 +118,6 @@ class PretrainedModel(FlowModel):
         return EditDefaults(28, 0.95, 1.5, 5.5) if self.embeds_guidance else super().edit_defaults
 
     def describe_guidance(self) -> str:
-        """Return how a negative prompt takes effect, as the second half of an error."""
         if self.guidance(2.0) == self.unguided:
             return "Leave it out: this checkpoint is step-distilled, and draws without guidance."
         if self.embeds_guidance:
@@ -129,7 +127,6 @@ class PretrainedModel(FlowModel):
         return super().describe_guidance()
 
     def guidance(self, scale: float | None) -> float:
-        """Return the guidance scale that is used where ``scale`` is asked for; None is `usual_guidance`."""
         return self.usual_guidance if scale is None else scale
 
     @property
@@ -143,11 +140,9 @@ class PretrainedModel(FlowModel):
 
     @property
     def size_multiple(self) -> int:
-        """Heights and widths in pixels are multiples of this."""
         return downscale_factor(self.vae) * self.patch
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Return (C, h, w) of the latents of an image of this size in pixels."""
         factor = downscale_factor(self.vae)
         return latent_channels(self.vae), height // factor, width // factor
 

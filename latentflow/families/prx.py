@@ -28,7 +28,6 @@ class PRXModel(FixedShiftModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         output: Tensor = self.evaluate(
             hidden_states=x,
             timestep=1.0 - t,

@@ -45,7 +45,6 @@ class QwenImageModel(ExtendableModel, PackedModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         return -self.output(x, t, condition, [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x))
 
     def output(self, x: Tensor, t: Tensor, condition: dict[str, Any], shapes: list[Any]) -> Tensor:
@@ -74,7 +73,6 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
 
     @property
     def training_defaults(self) -> TrainingDefaults:
-        """Settings of a fine-tune where nobody gives any."""
         usual = TrainingDefaults.usual(self)
         return usual.as_in("ai-toolkit's train_lora_qwen_image_edit_32gb.yaml", lora_rank=16)
 
@@ -94,7 +92,6 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
         return {**values, "mask": values["mask"].bool()}, kept
 
     def size_for(self, image: Image) -> Size:
-        """Return a megapixel in the shape of an image."""
         return self.megapixel(image)
 
     def arrange(self, rows: Rows) -> dict[str, Any]:
@@ -106,7 +103,6 @@ class QwenImageEditModel(ReferenceModel, QwenImageModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         own = (1, x.shape[2] // 2, x.shape[3] // 2)
         return -self.output(x, t, condition, [[own, *shapes] for shapes in condition["shapes"]])
 
@@ -150,13 +146,11 @@ class QwenImage21Model(PretrainedModel):
             return super().posterior(F.pad(images, (0, 0, 0, 0, 0, opacity), value=1.0))
 
     def decode(self, x1: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""
         return super().decode(x1)[:, :3]
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         (rows, columns), count = x.shape[2:], x.shape[2] * x.shape[3]
         tokens = self.pipeline._pack_latents(x, len(x), x.shape[1], rows, columns)
 

@@ -33,7 +33,6 @@ class ReferenceModel(PretrainedModel):
     text_sees_images: bool = False
 
     def describe_condition(self) -> str:
-        """Return what the checkpoint takes, as the second half of an error."""
         if self.needs_images:
             return (
                 "It takes an image and an instruction: latentflow edit IMAGE PROMPT, for a part of the image with "

@@ -35,7 +35,6 @@ class SanaModel(ExtendableModel, FixedShiftModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         output: Tensor = self.evaluate(
             self.with_extra(x, condition),
             encoder_hidden_states=condition["embeds"],
@@ -78,7 +77,6 @@ class SanaSprintModel(ConsistencyModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         scale = guidance_scale * self.network.config.guidance_embeds_scale
         output: Tensor = self.evaluate(
             x,

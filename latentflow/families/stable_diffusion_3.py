@@ -62,7 +62,6 @@ class StableDiffusion3Model(ExtendableModel):
         """Leave the noise levels to the scheduler."""
 
     def mu(self, steps: int, tokens: int) -> float | None:
-        """Return the shift of a scheduler that asks for it."""
         return super().mu(steps, tokens) if self.pipeline.scheduler.config.use_dynamic_shifting else None
 
     def velocity(
@@ -115,7 +114,6 @@ class StableDiffusion3Model(ExtendableModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         output: Tensor = self.evaluate(
             hidden_states=self.with_extra(x, condition),
             timestep=1000.0 * (1.0 - t),

@@ -105,7 +105,6 @@ class TokenModel(LatentFlowModel):
         return self.time_grid(steps, height, width)
 
     def guidance(self, scale: float | None) -> float:
-        """Return the guidance scale that is used where ``scale`` is asked for."""
         return super().guidance(TOKEN_GUIDANCE if scale is None and self._usual_guidance is None else scale)
 
     def logits(

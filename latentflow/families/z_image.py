@@ -35,7 +35,6 @@ class ZImageModel(ExtendableModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         output: list[Tensor] = self.evaluate(
             [*self.with_extra(x, condition).unsqueeze(2).unbind()], t, condition["embeds"]
         )
@@ -56,7 +55,6 @@ class ZImageOmniModel(ZImageModel):
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network; see `FlowModel.predict`."""
         output: list[Tensor] = self.evaluate(
             x=[[image] for image in x.unsqueeze(2)],
             t=t,

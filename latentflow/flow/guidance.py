@@ -91,13 +91,14 @@ def guide_batched(
     Raises:
         UserError, ValueError: as in ``guide``.
     """
-    both = with_time_rows(batched)
-
-    def pair(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        return both(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t).chunk(2)
-
     rules = rescale, optimized_scale, zero_init, adjust
-    return _guided(with_time_rows(conditional), pair, scale, interval, *rules)
+    return _guided(with_time_rows(conditional), halves(batched), scale, interval, *rules)
+
+
+def halves(batched: Velocity) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """Return (x, t) -> the two halves of what ``batched`` makes of x twice over; see ``guide_batched``."""
+    both = with_time_rows(batched)
+    return lambda x, t: both(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t).chunk(2)
 
 
 def _guided(
@@ -117,10 +118,7 @@ def _guided(
         raise UserError(f"guidance zero_init {zero_init}", "Use a time in [0, 1); 0 is off, 0.04 is usual.")
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        if scales.ndim and scales.shape != x.shape[:1]:
-            raise ValueError(
-                f"scale has shape {tuple(scales.shape)} for {len(x)} rows: pass one number, or one per row"
-            )
+        check_rows(scales, x)
         time, w = expand_t(t, x), per_row(scales, x)
         active = (low <= time) & (time <= high) & (w != 1.0).to(time.device)  # () or (B, 1, ..., 1)
         if not bool(active.any()):
@@ -160,6 +158,14 @@ def checked_scales(scale: float | Tensor, interval: tuple[float, float]) -> Tens
             f"guidance scale {scales.tolist()}", "Use finite numbers; 1 is off, 2 to 7 are usual."
         )
     return scales
+
+
+def check_rows(scales: Tensor, x: Tensor) -> None:
+    """Raise ValueError where ``scales`` are neither one number nor one for each row of x."""
+    if scales.ndim and scales.shape != x.shape[:1]:
+        raise ValueError(
+            f"scale has shape {tuple(scales.shape)} for {len(x)} rows: pass one number, or one per row"
+        )
 
 
 def _zero_until(velocity: Velocity, start: float) -> Velocity:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -232,15 +231,14 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
         UserError: an adapter cannot be loaded, see ``load_lora_weights``; its weight is not a finite number; or the
             checkpoint has no adapter for ``fast``.
     """
-    if not hasattr(pipe, "merge_lora_weights"):  # a pretrained model of another family
-        if choice.fast:
-            raise UserError(
-                f"--fast: {checkpoint} has no few-step adapter of latentflow",
-                "Leave --fast out, or give a LoRA that was made for this model: --lora FILE.",
-            )
-        if choice.lora:
-            _load_adapters(pipe, choice.lora, choice.lora_any_base)
-        return
+    ours = hasattr(
+        pipe, "merge_lora_weights"
+    )  # else a pretrained model, whose adapters stay beside its weights
+    if choice.fast and not ours:
+        raise UserError(
+            f"--fast: {checkpoint} has no few-step adapter of latentflow",
+            "Leave --fast out, or give a LoRA that was made for this model: --lora FILE.",
+        )
     if choice.fast:
         if Path(checkpoint).is_dir() and not (Path(checkpoint) / "fast").is_dir():
             raise UserError(
@@ -255,22 +253,9 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
     for name, (source, _) in adapters.items():
         pipe.load_lora_weights(source, adapter_name=name, any_base=choice.lora_any_base)
     pipe.set_adapters(list(adapters), [weight for _, weight in adapters.values()])
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-
-
-def _load_adapters(pipe: Any, texts: Sequence[str], any_base: bool) -> None:
-    """Load the adapters by the loader of a pretrained model's family.
-
-    Raises:
-        UserError: it has none, or an adapter cannot be loaded, see `load_adapter`.
-    """
-    weights = {}
-    for number, text in enumerate(texts):
-        source, weight = split_adapter(text)
-        pipe.load_lora_weights(source, adapter_name=f"adapter-{number}", any_base=any_base)
-        weights[f"adapter-{number}"] = weight
-    pipe.set_adapters(list(weights), list(weights.values()))
+    if ours:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
 
 
 def split_adapter(text: str) -> tuple[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -174,18 +173,14 @@ def required(model: FlowModel, steps: int | None, guidance: float, height: int, 
         asked = (
             "" if steps is None else f"{steps} steps, "
         ) + f"guidance {guidance:g}, {width} x {height} pixels"
+        named = [
+            f"{had.steps} steps at guidance {had.guidance:g}, {had.width} x {had.height}" for had in there
+        ]
         raise UserError(
             f"solver 'tuned': none was tuned for {asked}",
-            f"There are: {few(_named(there), 10)}. Or tune one: {command}",
+            f"There are: {few(named, 10)}. Or tune one: {command}",
         )
     raise UserError(
         f"solver 'tuned': the network has other weights than the one that {FILE} was tuned for",
         f"Tune it again: {command} --overwrite",
     )
-
-
-def _named(solvers: Sequence[TunedSolver]) -> list[str]:
-    return [
-        f"{solver.steps} steps at guidance {solver.guidance:g}, {solver.width} x {solver.height}"
-        for solver in solvers
-    ]

@@ -49,7 +49,7 @@ class AdaptedRun:
             return made, ""
         state = load_latest(run.folder / "checkpoints")
         if state is None:
-            raise _nothing_yet(run)
+            raise nothing_saved(run)
         shape = model_from_configs(self.base, parse_options(self.options))
         settings = dict(state["description"]["adapter"])
         base = settings.pop("base", {})
@@ -117,11 +117,12 @@ def adapted_run(source: str) -> AdaptedRun | None:
     if not pretrained:
         return None
     if not any((folder / "checkpoints").glob("step-*")) and not (folder / "adapter").is_dir():
-        raise _nothing_yet(run)
+        raise nothing_saved(run)
     return AdaptedRun(run, result_of(str(base)), tuple(map(str, run.config.get("family_options") or ())))
 
 
-def _nothing_yet(run: Run) -> UserError:
+def nothing_saved(run: Run) -> UserError:
+    """Build the error for a run without a result and without checkpoints."""
     return UserError(
         f"{run.folder} is not finished and has saved no checkpoint yet", f"Go on with it:\n  {run.resume()}"
     )

@@ -24,10 +24,10 @@ from ..pipeline.over_model import over_model
 from .data import DataSplits, shown_by
 from .fine_tune.defaults import FEW
 from .fine_tune.learning import LearningMeter
-from .fine_tune.live_prompts import Prompts
 from .fine_tune.memorisation import report_memorisation
 from .fine_tune.pretrained_adapter import PretrainedAdapter
 from .fine_tune.pretrained_base import PretrainedBase, drawing_precision
+from .fine_tune.prompts import Prompts
 from .loop.run_folder import writing
 from .report.card import CardFacts, generate_command, write_adapter_card, write_card
 from .report.export import carry_over

@@ -58,8 +58,7 @@ def train_joint(
 
     Args:
         config: with ``joint``.
-        given_keys: keys of the settings that no default may change.
-        write_config: writes the settings into a file.
+        given_keys, write_config: see `train`.
 
     Raises:
         UserError: the settings contradict each other, or the data; or the encoder has collapsed at the end.

@@ -28,13 +28,13 @@ from ..utils.memory import memory_phase
 from .data import Captions, DataSplits, LatentCache, generator_as_begun
 from .fine_tune.base import refuse_own_result
 from .fine_tune.learning import LearningMeter
-from .fine_tune.live_prompts import LivePrompts, Prompts
 from .fine_tune.memory_plan import MemoryPlanner, plan_of, refuse_too_large
 from .fine_tune.pretrained_adapter import PretrainedAdapter
 from .fine_tune.pretrained_base import PretrainedBase, drop, load_pretrained_data
 from .fine_tune.pretrained_prior import pretrained_prior, prior_data
 from .fine_tune.pretrained_settings import KEPT, base_dtype, setting_lines, with_base_settings
 from .fine_tune.prior import MixedData
+from .fine_tune.prompts import LivePrompts, Prompts
 from .loop.compiling import compile_network
 from .loop.distributed import check_precision, process_state, samples_per_step
 from .loop.fit import Callbacks
@@ -57,8 +57,7 @@ def train_pretrained(
 
     Args:
         config: with ``init_from``.
-        given_keys: keys of the settings that no default may change.
-        write_config: writes the settings into a file.
+        given_keys, write_config: see `train`.
 
     Raises:
         UserError: the settings contradict each other, the data or the model.

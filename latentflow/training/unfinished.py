@@ -22,7 +22,7 @@ from ..errors import UserError, reason
 from ..families import FlowModel
 from ..models import load_text_encoder
 from ..utils.files import result_of, unfinished_run
-from .adapted_run import adapted_run
+from .adapted_run import adapted_run, nothing_saved
 from .fine_tune.adapters import Adapter
 from .fine_tune.pretrained_base import is_pretrained
 from .loop.checkpoint import State, load_latest
@@ -74,10 +74,7 @@ def initial_folder(run: Path) -> Path:
     if (base := read.config.get("init_from")) and not (run / _INITIAL).is_dir():
         _refuse_pretrained(read, str(base))
     if not any((run / "checkpoints").glob("step-*")):
-        raise UserError(
-            f"{run} is not finished and has saved no checkpoint yet",
-            f"Go on with it:\n  {read.resume()}",
-        )
+        raise nothing_saved(read)
     if not (run / _INITIAL / "model_index.json").is_file():
         raise UserError(
             f"{run} is not finished, and was begun by a version of latentflow whose unfinished runs do not open",

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from latentflow.data import check_source, find_source, readable
-from latentflow.data.checking.page import choose_evenly, contact_sheet, report_page
+from latentflow.data.checking.page import contact_sheet, report_page
 from latentflow.data.checking.report import (
     aspect_histogram,
     caption_facts,
@@ -155,7 +155,7 @@ def test_the_sheet_shows_every_class(tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         Image.new("RGB", (40, 20), (250, 0, 0) if index < 2 else (0, 0, 250)).save(folder / f"{index:02}.png")
     source = find_source(str(tmp_path))
-    chosen = choose_evenly(source, 8)
+    chosen = [source.examples[index] for index in source.spread(8)]
     assert len(chosen) == 8 and [e.label for e in chosen].count("rare") == 2
     sheet = contact_sheet(source, most=8, columns=4, cell=40)
     colours = {

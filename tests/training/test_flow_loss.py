@@ -17,7 +17,7 @@ from latentflow.flow import COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGH
 from latentflow.flow.tensors import expand_t
 from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.losses.average_velocity import OneStepLoss
-from latentflow.training.losses.flow import FlowLoss, _compared_by, validation_loss
+from latentflow.training.losses.flow import FlowLoss, validation_loss
 
 from .command import TINY, call
 
@@ -200,7 +200,7 @@ def test_padding_of_captions_says_nothing() -> None:
     told = one.prompts({"input_ids": ids, "attention_mask": mask})
     assert told.text is not None and told.text_mask is not None
     assert told.text.shape == (3, 8, 8) and told.text_mask.sum(1).tolist() == [5, 2, 3]
-    means = _compared_by(told)
+    means = one.compared_by(told)
     assert means is not None
     for row, words in enumerate(rows):
         alone = encoder(input_ids=torch.tensor([words])).last_hidden_state[0]

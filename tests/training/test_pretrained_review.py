@@ -22,9 +22,9 @@ from latentflow.errors import UserError
 from latentflow.families.from_configs import model_from_configs
 from latentflow.training.data import LatentCache
 from latentflow.training.fine_tune import pretrained_base
-from latentflow.training.fine_tune.encoded_prompts import EncodedPrompts
 from latentflow.training.fine_tune.memory_plan import GIB, MemoryPlanner, plan_of, refuse_too_large
 from latentflow.training.fine_tune.pretrained_base import PretrainedBase, drawing_precision
+from latentflow.training.fine_tune.prompts import EncodedPrompts
 from latentflow.training.losses.pretrained import PretrainedLoss, in_batch
 from latentflow.training.pretrained_result import _beside_network, _in_main_memory
 

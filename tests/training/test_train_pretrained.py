@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from latentflow import LatentFlowPipeline
 from latentflow.config import AdapterConfig, LoopConfig
 from latentflow.families import Rows
-from latentflow.training.fine_tune.encoded_prompts import EncodedPrompts
 from latentflow.training.fine_tune.pretrained_base import PretrainedBase
 from latentflow.training.fine_tune.pretrained_settings import base_dtype
+from latentflow.training.fine_tune.prompts import EncodedPrompts
 from latentflow.training.losses.pretrained import PretrainedLoss
 
 from ..families.test_family_programs import STAND_INS

@@ -30,7 +30,8 @@ def contact_sheet(source: Source, most: int = _SHOWN, columns: int = 10, cell: i
         columns: of the sheet.
         cell: pixels, the longer side of each image.
     """
-    return labelled_sheet(choose_evenly(source, most), columns=columns, cell=cell)
+    shown = [source.examples[index] for index in source.spread(most)]
+    return labelled_sheet(shown, columns=columns, cell=cell)
 
 
 def labelled_sheet(
@@ -79,11 +80,6 @@ def _beside_its_controls(rgb: Image.Image, example: Example) -> Image.Image:
     return row
 
 
-def choose_evenly(source: Source, most: int) -> list[Example]:
-    """Choose up to ``most`` examples: equally many of each class while it has any, evenly spaced in it."""
-    return [source.examples[index] for index in source.spread(most)]
-
-
 def report_page(report: Report, source: Source | None, suggestions: Sequence[Suggestion] = ()) -> Page:
     """Build the page: what to do next, what is wrong, how the images look, then the details."""
     page = Page(one_line(f"Data: {report.data}"))
@@ -102,7 +98,9 @@ def report_page(report: Report, source: Source | None, suggestions: Sequence[Sug
         page.list(map(one_line, report.warnings))
     if source is not None and len(source):
         page.heading("Contact sheet")
-        page.image(contact_sheet(source), _sheet_caption(len(source)), "webp")
+        some = f"{_SHOWN} of {len(source)} images, evenly spread"
+        caption = f"All {plural(len(source), 'image')}" if len(source) <= _SHOWN else some
+        page.image(contact_sheet(source), caption, "webp")
     page.heading("Facts")
     page.list(map(one_line, (*report.notes, *report.facts())))
     if len(report.sizes) > 1:
@@ -154,11 +152,3 @@ def _file_lists(page: Page, report: Report) -> None:
             explained = any(reasons.values())
             rows = [[one_line(name), one_line(why)][: 1 + explained] for name, why in reasons.items()]
             page.details(f"{what}: {len(rows)}").table(["file", "why"][: 1 + explained], rows)
-
-
-def _sheet_caption(images: int) -> str:
-    return (
-        f"All {plural(images, 'image')}"
-        if images <= _SHOWN
-        else f"{_SHOWN} of {images} images, evenly spread"
-    )

@@ -34,9 +34,13 @@ def read_records(
     if path.suffix.lower() in CSV_SUFFIXES:
         yield from _csv_rows(text, path, named)
         return
+    fix = 'Write one {"file_name": ..., "text": ...} a line.'
     for number, line in enumerate(io.StringIO(text, newline=""), start=1):
         if line.strip():
-            yield number, _json_row(f"{path}, line {number}", line)
+            row = parse_json(line, where := f"{path}, line {number}", fix)
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is not an object", fix)
+            yield number, row
 
 
 def _csv_rows(text: str, path: Path, named: Collection[str]) -> Iterator[tuple[int, dict[str, object]]]:
@@ -84,11 +88,3 @@ def _separator(header: str, named: Collection[str]) -> str:
         if any(name.strip() in named or is_known_column(name) for name in names):
             return separator
     return max(cells, key=lambda separator: len(cells[separator]))
-
-
-def _json_row(where: str, text: str) -> dict[str, object]:
-    fix = 'Write one {"file_name": ..., "text": ...} a line.'
-    row = parse_json(text, where, fix)
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not an object", fix)
-    return row

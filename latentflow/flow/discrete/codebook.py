@@ -22,6 +22,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..tensors import Velocity, compute_dtype, with_time_rows
 from .categorical import Logits, parts
+from .objectives import weighted_mean
 from .simulate import Posterior, as_logits
 
 
@@ -124,14 +125,7 @@ class Codebook:
         wide = logits.to(compute_dtype(logits))
         normaliser = wide.logsumexp(-1)
         loss = normaliser - wide.gather(-1, tokens[..., None])[..., 0] + z_loss * normaliser.square()
-        rows = loss.flatten(1).mean(1)
-        if weight is None:
-            return rows
-        if weight.shape != rows.shape:
-            raise ValueError(
-                f"the weight has shape {tuple(weight.shape)}: pass one per row, {tuple(rows.shape)}"
-            )
-        return weight.to(rows) * rows
+        return loss.flatten(1).mean(1) if weight is None else weighted_mean(loss, weight)
 
     def _check(self, vocabulary: int) -> None:
         if vocabulary != len(self.embeddings):

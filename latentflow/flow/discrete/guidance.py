@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..guidance import checked_scales
+from ..guidance import check_rows, checked_scales, halves
 from ..tensors import expand_t, time_dtype, with_time_rows
 from .categorical import Logits
 from .simulate import Posterior
@@ -60,33 +60,26 @@ def guide_batched(
     Raises:
         UserError, ValueError: as in ``guide``.
     """
-    both = with_time_rows(batched)  # type: ignore[arg-type]
-
-    def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = both(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t).chunk(2)
-        return first, second
-
+    pair = halves(batched)  # type: ignore[arg-type]
     return _guided(with_time_rows(conditional), pair, scale, interval)  # type: ignore[arg-type]
 
 
 def _guided(
     conditional: Callable[[Tensor, Tensor], Tensor],
-    pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    pair: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     scale: float | Tensor,
     interval: tuple[float, float],
 ) -> Posterior:
     scales, (low, high) = checked_scales(scale, interval), interval
 
     def guided(x: Tensor, t: Tensor) -> Tensor | Logits:
-        if scales.ndim and scales.shape != x.shape[:1]:
-            raise ValueError(
-                f"scale has shape {tuple(scales.shape)} for {len(x)} rows: pass one number, or one per row"
-            )
+        check_rows(scales, x)
         time = expand_t(t, x).flatten().cpu()
         active = (low <= time) & (time <= high)
         extra = torch.where(active, scales - 1.0, 0.0)  # (1,) or (B,)
         if not bool(extra.any()):
             return conditional(x, t)
-        return Logits(*pair(x, t), extra.to(x.device, time_dtype(x.device)).expand(len(x)))
+        given, without = pair(x, t)
+        return Logits(given, without, extra.to(x.device, time_dtype(x.device)).expand(len(x)))
 
     return conditional if bool((scales == 1.0).all()) else guided

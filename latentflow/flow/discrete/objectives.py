@@ -76,7 +76,7 @@ def generalised_kl(
     """
     keep, move = generalised_kl_parts(logits, sample, path)
     default = likelihood(path, sample.t) if weight is None else weight
-    return _mean(keep + move, default)
+    return weighted_mean(keep + move, default)
 
 
 def cross_entropy(
@@ -104,7 +104,7 @@ def cross_entropy(
     log_p = _log_posterior(logits, sample, path)
     loss = -log_p.gather(-1, sample.x1[..., None])[..., 0]
     loss = torch.where(path.known(sample.xt), 0.0, loss)
-    return _mean(loss, torch.ones(len(loss)) if weight is None else weight)
+    return weighted_mean(loss, torch.ones(len(loss)) if weight is None else weight)
 
 
 #: (logits, sample, *, path, weight) -> (B,)
@@ -164,7 +164,8 @@ def _log_posterior(logits: Tensor, sample: DiscreteSample, path: DiscretePath) -
     return logits.to(compute_dtype(logits)).log_softmax(-1)
 
 
-def _mean(loss: Tensor, weight: Tensor) -> Tensor:
+def weighted_mean(loss: Tensor, weight: Tensor) -> Tensor:
+    """Return the means (B,) of a loss (B, ...) over its positions, times one factor or (B,); ValueError for others."""
     rows = loss.flatten(1).mean(1)
     if weight.ndim > 1 or (weight.ndim and weight.shape != rows.shape):
         raise ValueError(f"the weight has shape {tuple(weight.shape)}: pass one per row, {tuple(rows.shape)}")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ..tensors import Velocity, compute_dtype, expand_t
+from ..tensors import Velocity, compute_dtype, expand_t, time_dtype
 
 #: u(x, r, t): x (B, ...), r and t scalar tensors or (B,), r <= t; the result is shaped like x.
 AverageVelocity: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -248,6 +248,6 @@ def average_as_velocity(average: AverageVelocity, times: Tensor) -> Velocity:
 
 def next_time(times: Tensor, r: Tensor) -> Tensor:
     """Return the first of the increasing ``times`` after r, in the shape and dtype of r; r itself if there is none."""
-    grid = times.to(r.device, torch.float64 if r.device.type != "mps" else torch.float32).contiguous()
+    grid = times.to(r.device, time_dtype(r.device)).contiguous()
     index = torch.searchsorted(grid, r.to(grid) + _ROUNDING).clamp(max=len(grid) - 1)
     return torch.maximum(grid[index].to(r), r)

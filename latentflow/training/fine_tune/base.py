@@ -213,14 +213,10 @@ def _starting(checkpoint: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise _no_checkpoint(checkpoint, reason(error), error.fix) from error
-
-
-def _no_checkpoint(checkpoint: str, why: str, fix: str = "") -> UserError:
-    return UserError(
-        f"{checkpoint} is no checkpoint to start from: {why}",
-        fix or "Give a pipeline folder, such as runs/cats/pipeline.",
-    )
+        raise UserError(
+            f"{checkpoint} is no checkpoint to start from: {reason(error)}",
+            error.fix or "Give a pipeline folder, such as runs/cats/pipeline.",
+        ) from error
 
 
 def refuse_other_flow(checkpoint: str, model: FlowModel, flow: FlowConfig) -> None:

@@ -36,7 +36,7 @@ from ...utils.weight_files import variants, weight_files
 from ..data import DataSplits
 from ..loop.distributed import has_fast_bfloat16, process_state
 from .defaults import held_out_share
-from .encoded_prompts import EncodedPrompts
+from .prompts import EncodedPrompts
 
 _USUAL_SIDE = 1024  # pixels, of models that do not say which, and at most, by default
 # components that training never needs

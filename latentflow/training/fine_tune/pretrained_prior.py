@@ -17,9 +17,9 @@ from ...utils.files import read_prompts
 from ...utils.memory import memory_phase
 from ..loop.distributed import process_state
 from ..losses.latent_data import Conditions, LatentData
-from .live_prompts import Prompts
 from .pretrained_base import PretrainedBase, drawing_precision
 from .prior import in_turn
+from .prompts import Prompts
 from .teacher_samples import SampleSettings, Teacher, sample_data, sample_source, samples
 
 _COUNT = 100  # samples, by default: as diffusers' DreamBooth scripts draw

@@ -213,13 +213,6 @@ def base_dtype(loop: LoopConfig, adapter: AdapterConfig, device: torch.device) -
     return compute_dtype(loop.mixed_precision, device) if adapter.lora_rank else torch.float32
 
 
-def _checkpointed(quantize: str | None) -> str:
-    return (
-        f"gradient checkpointing: on, as a step would keep a copy of each {quantize} weight in 16 bits without "
-        "(--no-gradient-checkpointing)"
-    )
-
-
 def _density_text(density: TimeDensity, flow: FlowConfig) -> str:
     """Return the density of the noise levels in words."""
     if flow.time_density is not None:
@@ -252,6 +245,10 @@ def setting_lines(base: PretrainedBase, config: RunConfig, images: int, own_shar
         f"{loop.lr_scheduler} --condition-dropout {config.flow.condition_dropout:g}"
     )
     side, quantize = config.data.resolution, config.fine_tuning.quantize
+    recomputed = (
+        f"gradient checkpointing: on, as a step would keep a copy of each {quantize} weight in 16 bits without "
+        "(--no-gradient-checkpointing)"
+    )
     return [
         f"fine-tuning {base.name}, {with_article(type(base.shape.pipeline).__name__)} whose network has "
         f"{base.size / 1e6:,.0f} M parameters; each image is used about {uses:.{int(uses < 10)}f} times",
@@ -259,11 +256,7 @@ def setting_lines(base: PretrainedBase, config: RunConfig, images: int, own_shar
         f"noise levels: {_density_text(base.shape.training_density(side, side), config.flow)}",
         f"resolution: {side} x {side} pixels{', or as many in another shape' * config.framing.buckets}",
         *([_encoders_line(base, loop.learning_rate)] if adapter.lora_text_encoder else []),
-        *(
-            [_checkpointed(quantize)]
-            if quantize in _WIDENED and config.network.gradient_checkpointing
-            else []
-        ),
+        *[recomputed] * (quantize in _WIDENED and config.network.gradient_checkpointing),
     ]
 
 

@@ -116,7 +116,6 @@ class CounterRandom:
         self._ready: list[Tensor] = []
 
     def normal(self, shape: Shape) -> Tensor:
-        """Draw (B, *shape) standard normal float32, on the device of the batch."""
         self._normals += 1
         size = math.prod(shape)
         a, b, c, d = self._words(-(-size // 4), self._normals)
@@ -124,7 +123,6 @@ class CounterRandom:
         return rows.flatten(1)[:, :size].reshape(-1, *shape)
 
     def uniforms(self, shape: Shape) -> Tensor:
-        """Draw (B, *shape) of `time_dtype`, in the open interval (0, 1), on the device of the batch: for tokens."""
         self._tokens += 1
         size = math.prod(shape)
         a, b, c, d = self._words(-(-size // 2), _TOKENS + self._tokens)
@@ -140,7 +138,6 @@ class CounterRandom:
         return philox((blocks, blocks[:, :1] * 0 + draw, ids & _LOW, ids >> 32), self._key)
 
     def uniform(self, device: Device | None = None) -> Tensor:
-        """Draw (B,) of `time_dtype`, in the open interval (0, 1); on ``device``, by default that of the batch."""
         if not self._ready:  # four words are two numbers
             block = np.full((1, 1), self._uniforms)
             words = philox((block, block * 0, self._ids & _LOW, self._ids >> 32), self._key)
@@ -168,19 +165,16 @@ class TwisterRandom:
         self._device = device
 
     def normal(self, shape: Shape) -> Tensor:
-        """Draw (B, *shape) standard normal float32."""
         rows = torch.empty(len(self._generators), *shape)
         for row, generator in zip(rows, self._generators, strict=True):
             row.normal_(generator=generator)
         return rows.to(self._device, non_blocking=True)
 
     def uniforms(self, shape: Shape) -> Tensor:
-        """Draw (B, *shape) of `time_dtype`, in the open interval (0, 1), on the device of the batch: for tokens."""
         rows = [torch.rand(shape, dtype=torch.float64, generator=generator) for generator in self._generators]
         return _sent(torch.stack(rows).clamp(1e-9, 1 - 1e-9), torch.device(self._device))
 
     def uniform(self, device: Device | None = None) -> Tensor:
-        """Draw (B,) of `time_dtype`, in the open interval (0, 1); on ``device``, by default that of the batch."""
         rows = [torch.rand((), dtype=torch.float64, generator=generator) for generator in self._generators]
         return _sent(torch.stack(rows).clamp(1e-9, 1 - 1e-9), torch.device(device or self._device))
 

@@ -3,6 +3,8 @@ and a PatchGAN by choice."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -119,7 +121,8 @@ class AutoencoderLoss(nn.Module):
         started = self._step_now >= self._config.adversarial_start
         if discriminator is not None and self.training and started:
             self.pairs = (images, reconstruction.detach())
-            adversarial = -_frozen(discriminator, reconstruction).mean()
+            with frozen(discriminator):
+                adversarial = -discriminator(reconstruction).mean()
             weight = adaptive_weight(loss, adversarial, _last_layer(self.vae))
             loss = loss + self._config.adversarial_weight * weight * adversarial
             values["adversarial"] = adversarial.detach()
@@ -178,11 +181,17 @@ class DiscriminatorLoss(nn.Module):
         return {"loss": loss, "discriminator": loss.detach()}
 
 
-def _frozen(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the module's output, with gradients to the inputs but not to its weights."""
-    weights = {name: weight.detach() for name, weight in module.named_parameters()}
-    output: Tensor = torch.func.functional_call(module, weights, (inputs,))
-    return output
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let gradients pass the module within the context, and reach none of its weights."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _last_layer(vae: Autoencoder) -> Tensor:

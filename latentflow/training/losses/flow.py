@@ -37,13 +37,9 @@ class FlowLoss(ConditionedLoss):
     Args:
         network: called ``network(xt, t, condition)``.
         config: what it learns.
-        seed: of the run.
-        text_encoder: encodes ``input_ids``; trained along.
-        masking: hides a part of every image, for a network that learns to inpaint.
-        control: adds the control images, for a network that takes them.
+        seed, text_encoder, masking, control, random_numbers: see `ConditionedLoss`.
         samples: samples that the whole run uses, of which ``config.time_uniform_from`` is a share.
         samples_per_step: samples of one step, over all processes.
-        random_numbers: the generator of noise and times, a key of `RANDOM_NUMBERS`.
         latent_variable: settings of the latent variable of a network that takes one.
 
     Attributes:
@@ -147,7 +143,14 @@ class FlowLoss(ConditionedLoss):
 
     def compared_by(self, condition: Any) -> Tensor | None:
         """Return what a condition-aware coupling compares rows by: labels (B,), or captions as mean tokens (B, D)."""
-        return _compared_by(condition)
+        given: Condition = condition
+        if given.class_labels is not None or given.text is None:
+            return given.class_labels
+        text, mask = given.text.detach().float(), given.text_mask
+        if mask is None:
+            return text.mean(1)
+        kept = mask[..., None].to(text)
+        return (text * kept).sum(1) / kept.sum(1).clamp_min(1.0)
 
     def channels(self, condition: Any) -> Tensor | None:
         """Return what a mask leaves of each image, (B, C', h, w); None: no image is masked."""
@@ -218,17 +221,6 @@ class Contrastive(nn.Module):
     def forward(self, output: Tensor, sample: PathSample, **options: Any) -> Tensor:
         weight = self._weight if self.training and len(output) > 1 else 0.0
         return self._objective(output, sample, contrastive_weight=weight, **options)
-
-
-def _compared_by(condition: Condition) -> Tensor | None:
-    """Return what a condition-aware coupling compares rows by: labels (B,), or captions as mean tokens (B, D)."""
-    if condition.class_labels is not None or condition.text is None:
-        return condition.class_labels
-    text, mask = condition.text.detach().float(), condition.text_mask
-    if mask is None:
-        return text.mean(1)
-    kept = mask[..., None].to(text)
-    return (text * kept).sum(1) / kept.sum(1).clamp_min(1.0)
 
 
 @torch.no_grad()

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +29,7 @@ from ...flow.weightings import Likelihood
 from ..loop.distributed import process_state
 from ..loop.random_numbers import SampleRandom
 from .alignment import AlignedFlowLoss
-from .autoencoder import AutoencoderLoss
+from .autoencoder import AutoencoderLoss, frozen
 
 log = logging.getLogger(__name__)
 
@@ -255,19 +253,6 @@ def set_statistics(vae: Autoencoder, mean: Tensor, variance: Tensor) -> None:
     vae.register_to_config(
         latents_mean=mean.tolist(), latents_std=deviation.tolist(), scaling_factor=1.0, shift_factor=None
     )
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Let gradients pass the module within the context, and reach none of its weights."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 def _no_teacher(t: Tensor, blocks: int) -> Tensor:

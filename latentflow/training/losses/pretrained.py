@@ -147,7 +147,6 @@ class PretrainedLoss(FlowLoss):
         return super().error(output, sample, weight, batch)
 
     def channels(self, condition: Rows) -> Tensor | None:
-        """Return what a mask leaves of each image, (B, C', h, w); None: no image is masked."""
         found = condition.kept.get("channels")
         assert not isinstance(found, list)
         return found

@@ -1,7 +1,8 @@
-"""Prompts that a pretrained model's text encoders have encoded once; the encoders are gone when the network is loaded.
+"""Prompts of a pretrained model: encoded once, and the text encoders are gone when the network is loaded; or in each
+step, by text encoders that learn.
 
-Each prompt is a file in the cache, found by the hash of its text, in a folder for all else that its values depend on.
-So a run that goes on, or another one on the same captions, loads no text encoder.
+Each encoded prompt is a file in the cache, found by the hash of its text, in a folder for all else that its values
+depend on. So a run that goes on, or another one on the same captions, loads no text encoder.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import safetensors
 from safetensors.torch import load_file
@@ -21,9 +22,11 @@ from ...data.cache.store import make_room, open_folder
 from ...errors import UserError, reason
 from ...families import FlowModel
 from ...families.model import Rows, Values
+from ...families.pretrained import PretrainedModel
+from ...families.text_encoders import text_encoders
 from ...utils.files import replacing, save_tensors
 from ...utils.progress import progress_bar
-from ..losses.pretrained import in_batch
+from ..losses.pretrained import CAPTIONS, encoded_captions, encoded_null, in_batch
 
 # A key of the rows that guidance leads away from, which no caption has: captions are hashed with a "+" before them.
 _NULL = "-"
@@ -129,6 +132,37 @@ class EncodedPrompts:
             part, _, name = key_.partition("/")
             parts[part][name] = [value] if key_ in lists else value
         return Rows(model, parts[_VALUES], parts[_KEPT])
+
+
+class LivePrompts:
+    """Prompts that are encoded where they are needed, by the text encoders as they are then; see `EncodedPrompts`.
+
+    Args:
+        encoders: a model with the text encoders.
+    """
+
+    def __init__(self, encoders: FlowModel) -> None:
+        self._encoders = text_encoders(encoders.pipeline)
+
+    def entries(self, texts: Iterable[str]) -> Mapping[str, list[str]]:
+        """Return the texts as entries of a batch, for `PretrainedLoss` to encode."""
+        return {CAPTIONS: [*texts]}
+
+    def complete(self, model: PretrainedModel) -> None:
+        """Complete a model without text encoders: it is given these."""
+        for name, part in self._encoders.items():
+            setattr(model.pipeline, name, part)
+
+    def rows(self, texts: Iterable[str], model: PretrainedModel) -> Rows:
+        """Return a row for each text, encoded by a model that is complete."""
+        return encoded_captions([*texts], model)
+
+    def null(self, model: PretrainedModel) -> Rows:
+        return encoded_null(model)
+
+
+#: where the rows of a run come from
+Prompts: TypeAlias = EncodedPrompts | LivePrompts
 
 
 def _no_cache(error: Exception) -> UserError:
