@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import flow
 from ..autoencoder import latent_channels, mask_channels, masked_condition
 from ..errors import UserError, lookup, unknown
-from ..flow import CONSISTENCY_STEPS, COUPLINGS, PATHS, PREDICTIONS, CondOT, make
+from ..flow import CONSISTENCY_STEPS, COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, CondOT, make
 from ..flow.tensors import require_finite
 from ..models import Condition, ControlInputs, DiT, encode_text
 from ..models.text import START
@@ -65,6 +65,8 @@ class LatentFlowModel(ControlledModel):
                 f"average velocities with prediction {self.prediction} on path {config.path}",
                 "They are of velocities on the straight path: prediction velocity, path condot.",
             )
+        density, options = config.get("time_density") or "logit-normal", config.get("time_options") or {}
+        make(TIME_DENSITIES, density, "time density", **dict(options))
         usual = config.get("usual_guidance")
         if usual is not None and not (isinstance(usual, int | float) and math.isfinite(usual)):
             raise UserError(f"usual_guidance {usual!r}", "Give a number, such as 2.0, or None.")

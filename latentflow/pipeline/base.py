@@ -89,6 +89,8 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         folded_guidance: scale of the guidance that is distilled into the weights; where it is not 1, none is added.
         guidance_channels: guide only so many channels of the latents, the first; None: all.
         usual_guidance: guidance scale of calls that give none; None: 4, of tokens 2.
+        time_density, time_options: the density of the times that it was trained at, a key of
+            ``latentflow.flow.TIME_DENSITIES``, and its settings; a fine-tune keeps them. None: the default ones.
         step_counts: the numbers of steps, of one evaluation each, that the network was made for, in increasing order;
             by default the last is taken, and another is warned of. Empty: 4 steps of average velocities, and no
             few-step sampling of other networks.
@@ -128,6 +130,8 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         step_counts: list[int] | None = None,
         guidance_channels: int | None = None,
         usual_guidance: float | None = None,
+        time_density: str | None = None,
+        time_options: dict[str, float] | None = None,
         token_path: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -157,6 +161,8 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
             guidance_channels=guidance_channels,
             usual_guidance=usual_guidance,
             **({} if token_path is None else {"token_path": dict(token_path)}),
+            **({} if time_density is None else {"time_density": time_density}),
+            **({"time_options": dict(time_options)} if time_options else {}),
             **few.plain(),
         )
         self.vae_scale_factor = downscale_factor(vae) if vae is not None else 8

@@ -176,7 +176,7 @@ def distillation_recipe(
     images = len(splits.training)
     adapter = bool(config.adapter.lora_rank)
     loop = fitted(config.loop, given, images, own_share=1.0, adapter=adapter, student=True)
-    straight = {"objective", "path", "path_options", "prediction", "guidance"}
+    straight = {"objective", "path", "path_options", "prediction", "guidance", "time_density"}
     flow = with_base_flow(config.flow, checkpoint, straight.union(given))
 
     # ---- plan ----

@@ -134,6 +134,8 @@ def build(
         path_options=flow.path_options,
         prediction=flow.prediction,
         coupling=flow.coupling,
+        time_density=flow.time_density,
+        time_options=flow.time_options,
         token_path=None if tokens is None else config.tokens.plain(),
         **recipe.sampling.plain(),
         **(kept_guidance(config.init_from) if config.init_from else {}),

@@ -408,6 +408,7 @@ def test_a_fine_tune_goes_on_with_what_the_checkpoint_was_trained_for(animals, c
     pipe = LatentFlowPipeline.from_pretrained(base)
     asked: dict[str, Any] = {"path": "polynomial", "path_options": {"degree": 3.0}, "prediction": "data"}
     asked |= {"coupling": "data-dependent", "guidance_channels": 2, "usual_guidance": 1.5}
+    asked |= {"time_density": "beta", "time_options": {"a": 3.0}}
     LatentFlowPipeline(**pipe.components, id2label=pipe.config.id2label, **asked).save_pretrained(base)
     line = [animals, *QUICK, "--init-from", base, "--max-train-steps", 1, "--prior-samples", 0]
     call(cache, *line, "-o", tmp_path / "run")

@@ -128,8 +128,8 @@ def with_base_classes(source: Source, checkpoint: str) -> Source:
 
 
 def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) -> FlowConfig:
-    """Return ``flow`` with what is not ``given`` as the checkpoint was trained: path, prediction, coupling, and the
-    objective (with its guidance) of a checkpoint of average velocities.
+    """Return ``flow`` with what is not ``given`` as the checkpoint was trained: path, prediction, coupling, the density
+    of the times, and the objective (with its guidance) of a checkpoint of average velocities, whose times are its own.
 
     Raises:
         UserError: ``checkpoint`` is no pipeline.
@@ -140,6 +140,9 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
         for name in ("path", "path_options", "prediction", "coupling")
         if name in config and name not in given and not (name == "path_options" and "path" in given)
     }
+    times = {name: config[name] for name in ("time_density", "time_options") if config.get(name)}
+    if not {"time_density", "time_options", "weighting", "objective"}.intersection(given):
+        adopted |= times
     if config.get("average"):
         usual = "consistency" if config.get("consistency") else "mean-flow"
         adopted["objective"] = flow.objective if "objective" in given else usual
