@@ -1,6 +1,6 @@
 """Fit a sampler of a few evaluations to a checkpoint: `latentflow tune-sampler runs/cats --steps 8`.
 
-    latentflow tune-sampler checkpoints/clothing-64 --guidance 3
+    latentflow tune-sampler checkpoints/emoji-64
     latentflow tune-sampler runs/cats --steps 6 --prompts captions.txt
 
 Finds the times and the weights of a solver with one evaluation a step (two of the network with guidance), so that it

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..training.adapted_run import AdaptedRun
 
 P = TypeVar("P", bound="FlowPipeline")
-SHIPPED = SHIPPED_CHECKPOINTS / "emoji-64"
+SHIPPED = SHIPPED_CHECKPOINTS / "pictograms-128"
 
 
 def check_checkpoint(checkpoint: str | None, config: str | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,8 @@ import torch
 from ..config import PRESETS, AutoencoderConfig, DataConfig, FineTuningConfig, LoopConfig
 from ..data.checking.report import FEW, Report, Suggestion
 from ..errors import few, plural
-from ..utils.files import SHIPPED_CHECKPOINTS, read_settings
+from ..utils.files import SHIPPED_CHECKPOINTS
 from ..utils.libraries import install_command
-from ..utils.names import composed
 from ..utils.words import missing_words
 from .fine_tune.defaults import fitted, held_out_share
 from .loop.distributed import compute_dtype, matrix_product_rate, process_state
@@ -70,28 +69,23 @@ _FITS = {
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A shipped checkpoint.
+    """The shipped checkpoint that is fine-tuned. It draws from captions: classes are captioned by their names, and
+    images without either by the empty caption.
 
     Attributes:
         name: of its folder.
         knows: what it does, for people.
+        side: of its images, in pixels.
         gflops: 10^9 operations, forward and backward, of one sample in its training.
-        classes: their number.
     """
 
     name: str
     knows: str
+    side: int
     gflops: float
-    classes: int = 0
 
 
-_SIDE = 64  # pixels: of both
-_EMOJI = _Checkpoint("emoji-64", "draws emoji from captions", 3.7)
-_CHECKPOINTS = {
-    "text": _EMOJI,
-    "unconditional": _EMOJI,  # the empty caption
-    "class": _Checkpoint("clothing-64", "draws photos of clothes by class", 0.65, classes=10),
-}
+_CHECKPOINT = _Checkpoint("pictograms-128", "draws pictograms from captions", 128, 7.8)
 
 
 @dataclass(frozen=True)
@@ -119,7 +113,7 @@ class Machine:
 
 
 def suggest(
-    report: Report, machine: Machine, flags: tuple[str, ...] = (), captions: Iterable[str] = ()
+    report: Report, machine: Machine, flags: tuple[str, ...] = (), captions: Sequence[str] = ()
 ) -> list[Suggestion]:
     """Suggest first trainings, the best one first; none where the data cannot be used, or are latents already.
 
@@ -130,7 +124,8 @@ def suggest(
         report: of the data.
         machine: where they would run.
         flags: those of the check that a training needs as well, such as ("--masks", "alpha").
-        captions: of the data; their words that the shipped checkpoint does not know are named.
+        captions: of the data, or the names of its classes; their words that the shipped checkpoint does not know are
+            named.
     """
     if report.problems or not report.sizes:
         return []
@@ -146,45 +141,30 @@ def suggest(
 
 
 def _fine_tunes(
-    report: Report, machine: Machine, flags: tuple[str, ...], captions: Iterable[str]
+    report: Report, machine: Machine, flags: tuple[str, ...], captions: Sequence[str]
 ) -> Iterator[Suggestion]:
-    """Yield a fine-tune of the shipped checkpoint that takes the data's condition, then the same by an adapter."""
-    checkpoint = _CHECKPOINTS[report.condition]
+    """Yield a fine-tune of the shipped checkpoint, then the same by an adapter."""
+    checkpoint = _CHECKPOINT
     if not (SHIPPED_CHECKPOINTS / checkpoint.name / "model_index.json").is_file():
         return
     place = f"{SHIPPED_CHECKPOINTS.name}/{checkpoint.name}"  # a name that `train` knows everywhere
     reasons = {
-        "--init-from": f"{checkpoint.name} {checkpoint.knows} at {_SIDE} px; your images are resized to that",
+        "--init-from": f"{checkpoint.name} {checkpoint.knows} at {checkpoint.side} px; your images are resized to that",
         "steps": "",  # these come here
         "new words": "",
         "time": "",
     }
     if report.condition == "unconditional":
         reasons["prompt"] = 'your images have no captions: draw from the result with an empty prompt, ""'
-        photos = _CHECKPOINTS["class"]
-        if (SHIPPED_CHECKPOINTS / photos.name / "model_index.json").is_file():
-            reasons["photos"] = (
-                f"{photos.name} {photos.knows}, and is nearer to photos: for it move them into a subfolder of "
-                f"{report.data} with the name of what they show, and check {report.data} again"
-            )
-    if known := _known_classes(report, checkpoint):
-        first = [
-            "latentflow",
-            "generate",
-            "--checkpoint",
-            place,
-            "--class",
-            *known[:5],
-            "--grid",
-            "-o",
-            "before.png",
-        ]
-        reasons["known already"] = f"{few(known)}; see first what it draws of them: {shlex.join(first)}"
+    if report.condition == "class":
+        reasons["--condition text"] = f"{checkpoint.name} takes no classes: their names are the captions"
+        flags = ("--condition", "text", *_without(flags, "--condition"))
     if report.images < FEW:
         reasons["not from scratch"] = (
             f"that needs about {_FROM_SCRATCH:,} images; of {report.images} a new network would learn copies"
         )
-    if report.condition == "text" and (words := _new_words(captions, checkpoint)):
+    names = [name.replace("_", " ") for name in report.classes]
+    if words := _new_words(captions if report.condition == "text" else names, checkpoint):
         reasons["new words"] = words
     else:
         del reasons["new words"]
@@ -195,8 +175,6 @@ def _fine_tunes(
         shlex.join([*start, "-o", output, *flags]),
         reasons | {"steps": steps_line, "time": _duration(seconds, machine)},
     )
-    if report.controls or (report.masks and checkpoint != _EMOJI):
-        return  # it has not learned that, and an adapter cannot bring the input channels
     steps_line, seconds = _fine_tune_cost(report.images, checkpoint, machine, adapter=True)
     adapter = "only small factors beside the weights are trained: a file of 2 to 3 MB"
     if importlib.util.find_spec("peft") is None:
@@ -208,29 +186,27 @@ def _fine_tunes(
     )
 
 
-def _known_classes(report: Report, checkpoint: _Checkpoint) -> list[str]:
-    """Return the classes of the data that the checkpoint was trained on."""
-    if report.condition != "class":
-        return []
-    index = read_settings(SHIPPED_CHECKPOINTS / checkpoint.name / "model_index.json")
-    names = {composed(name) for name in (index.get("id2label") or {}).values()}
-    return [name for name in report.classes if composed(name) in names]
+def _without(flags: tuple[str, ...], flag: str) -> tuple[str, ...]:
+    """Return the flags without one that has a value."""
+    if flag not in flags:
+        return flags
+    place = flags.index(flag)
+    return (*flags[:place], *flags[place + 2 :])
 
 
-def _new_words(captions: Iterable[str], checkpoint: _Checkpoint) -> str:
+def _new_words(captions: Sequence[str], checkpoint: _Checkpoint) -> str:
     """Return a line on the words of ``captions`` that the checkpoint does not know, "" if there is none."""
     from tokenizers import Tokenizer
 
-    texts = list(captions)
     tokenizer = Tokenizer.from_file(
         str(SHIPPED_CHECKPOINTS / checkpoint.name / "tokenizer" / "tokenizer.json")
     )
-    words = missing_words(tokenizer, texts)
+    words = missing_words(tokenizer, captions)
     if not words:
         return ""
-    known = sum(not missing_words(tokenizer, [text]) for text in texts)
+    known = sum(not missing_words(tokenizer, [text]) for text in captions)
     return (
-        f"{checkpoint.name} knows all words of {known} of your {plural(len(texts), 'caption')}; it learns "
+        f"{checkpoint.name} knows all words of {known} of your {plural(len(captions), 'caption')}; it learns "
         f"{plural(len(words), 'word')} from your images alone, and the more images have a word, the better: "
         + few([f"'{word}'" for word in words])
     )
@@ -242,7 +218,7 @@ def _fine_tune_cost(
     """Return a line on the steps that `latentflow train` will choose, and the seconds that they take."""
     held_out = held_out_share((), DataConfig.validation, images)
     training = images - (max(1, round(held_out * images)) if held_out and images > 1 else 0)
-    prior = FineTuningConfig().samples(training, checkpoint.classes)
+    prior = FineTuningConfig().samples(training, 0)
     own_share = 1 - FineTuningConfig.prior_share if prior else 1.0
     loop = fitted(LoopConfig(), (), training, own_share, adapter)
     steps, batch = loop.max_train_steps, loop.train_batch_size

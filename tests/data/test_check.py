@@ -189,4 +189,4 @@ def test_files_are_written_and_kept(
     with pytest.raises(UserError, match=r"does not end in \.html"):
         main([str(tmp_path / "data"), "--report", "report.pdf"])
     main([str(tmp_path / "data"), "--report", str(page), "--overwrite"])
-    assert "fine-tune the shipped checkpoint clothing-64:" in capsys.readouterr().out
+    assert "fine-tune the shipped checkpoint pictograms-128:" in capsys.readouterr().out

@@ -205,11 +205,11 @@ def test_sets_of_the_hub_in_a_mix(fetched: Path) -> None:
     assert data_origins(str(fetched / "mix.yaml")) == data_origins("gone.yaml") == []
 
 
-@pytest.mark.parametrize("name", ["emoji-64", "emoji-64/fast", "clothing-64"])
+@pytest.mark.parametrize("name", ["emoji-64", "emoji-64/fast", "pictograms-128", "pictograms-128/fast"])
 def test_the_shipped_cards(name: str) -> None:
     file = ROOT / "checkpoints" / name / "README.md"
     text = file.read_text(encoding="utf-8")
     header = header_of(text)
     assert metadata_load(file) == yaml.safe_load(text.split("---\n")[1]) == header
-    assert header["license"] == ("cc0-1.0" if name == "clothing-64" else "apache-2.0")
+    assert header["license"] == ("apache-2.0" if name.startswith("emoji") else "cc-by-4.0")
     assert ("lora" in header["tags"]) == name.endswith("fast")

@@ -210,7 +210,7 @@ def test_diffusers_own_push_makes_a_card_with_our_library(
     monkeypatch.setattr(hub_utils, "upload_folder", upload)
     none = Mock(side_effect=EntryNotFoundError("no card"))
     monkeypatch.setattr(hub_utils, "ModelCard", Mock(wraps=ModelCard, load=none))
-    pipe = LatentFlowPipeline.from_pretrained(ROOT / "checkpoints" / "clothing-64")
+    pipe = LatentFlowPipeline.from_pretrained(ROOT / "checkpoints" / "emoji-64")
     if by == "push_to_hub":
         pipe.push_to_hub("owner/cats")
     else:

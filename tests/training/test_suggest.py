@@ -13,7 +13,7 @@ from latentflow.config import PRESETS, RunConfig
 from latentflow.data import Report
 from latentflow.data.checking.report import reach
 from latentflow.training import estimate
-from latentflow.training.suggest import _CHECKPOINTS, _FITS, Machine, suggest
+from latentflow.training.suggest import _CHECKPOINT, _FITS, Machine, suggest
 
 from ..data.images import load_program, noise, save_all
 
@@ -26,9 +26,13 @@ def report(side: int, images: int = 5000, condition: str = "class") -> Report:
     return Report("my cats", condition, images, sizes=counts, reach=reach(sizes), kept_by_square_crop=0.5)
 
 
-@pytest.mark.parametrize("condition", ["text", "class", "unconditional"])
+@pytest.mark.parametrize(
+    ("condition", "flags"),
+    [("text", ()), ("class", ()), ("unconditional", ()), ("text", ("--control", "image"))],
+)
 def test_commands_work_when_pasted(
     condition: str,
+    flags: tuple[str, ...],
     tmp_path: Path,
     repository: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -42,7 +46,9 @@ def test_commands_work_when_pasted(
         noise(number, width=80, height=70).save(folder / f"{number}.png")
         if condition == "text":
             (folder / f"{number}.txt").write_text(f"cat number {number}")
-    load_program(repository / "train" / "check.py").main(["my cats"])
+        if flags:
+            noise(number, width=80, height=70).save(folder / f"{number}-control.png")
+    load_program(repository / "train" / "check.py").main(["my cats", *flags])
     lines = capsys.readouterr().out.splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("  latentflow train")]
     steps = [
@@ -53,9 +59,10 @@ def test_commands_work_when_pasted(
     for command, (count, batch) in zip(commands, steps, strict=True):
         train([*command[2:], "--dry-run"])
         plan = capsys.readouterr().err
-        assert f"plan: {count} steps of {batch} samples" in plan and f"condition: {condition}" in plan
+        assert f"plan: {count} steps of {batch} samples" in plan
+        assert f"condition: {'text' if condition == 'class' else condition}" in plan
         gflops = float(re.findall(r"compute: ([\d.]+) GFLOPs a sample", plan)[0])
-        assert gflops == pytest.approx(_CHECKPOINTS[condition].gflops, rel=0.1)
+        assert gflops == pytest.approx(_CHECKPOINT.gflops, rel=0.1)
 
 
 @pytest.mark.parametrize(("side", "preset"), [(32, "tiny"), (64, "small")])
@@ -153,35 +160,34 @@ def test_several_aspect_ratios_are_suggested_where_a_square_cuts_off_much(kept: 
         assert f"{1 - kept:.0%} of an image" in suggestion.reasons["--buckets"]
 
 
-def test_masks_are_a_reason_of_their_own_and_no_adapter_brings_their_channels() -> None:
+def test_masks_are_a_reason_of_their_own() -> None:
     suggestion = suggest(dataclasses.replace(report(64), masks=3), CPU)[0]
     assert "3 images with a mask" in suggestion.reasons["masks"]
-    (only,) = suggest(dataclasses.replace(report(64, 100), masks=3), CPU)
-    assert "--lora-rank" not in only.command
-    assert len(suggest(dataclasses.replace(report(64, 100, "text"), masks=3), CPU)) == 2
 
 
-def test_classes_that_the_checkpoint_knows_are_named_and_can_be_drawn_first(repository: Path) -> None:
-    known, new = (
-        dataclasses.replace(report(100, 300), classes=dict.fromkeys(names, 100))
-        for names in (["hat", "spoon", "t-shirt"], ["fork", "spoon"])
+def test_names_of_classes_are_captions_for_the_checkpoint() -> None:
+    classes = dict.fromkeys(["apple", "ruota_dentata"], 50)
+    few = dataclasses.replace(report(64, 100), classes=classes)
+    for suggestion in suggest(few, CPU, ("--condition", "class", "--masks", "alpha")):
+        words = shlex.split(suggestion.command)
+        assert words.count("--condition") == 1 and words[words.index("--condition") + 1] == "text"
+        assert words[-2:] == ["--masks", "alpha"]
+    whole = suggest(few, CPU)[0]
+    assert whole.reasons["new words"].endswith(
+        "2 words from your images alone, and the more images have a word, the better: 'ruota', 'dentata'"
     )
-    why = suggest(known, CPU)[0].reasons["known already"]
-    assert why.startswith("hat, t-shirt; see first what it draws of them: latentflow generate ")
-    words = shlex.split(why.partition(": ")[2])
-    assert words[words.index("--class") + 1 : words.index("--grid")] == ["hat", "t-shirt"]
-    assert all("known already" not in suggestion.reasons for suggestion in suggest(new, CPU))
+    scratch = suggest(dataclasses.replace(report(64), classes=classes), CPU, ("--condition", "class"))[0]
+    assert "--condition class" in scratch.command
 
 
 def test_words_that_the_checkpoint_does_not_know_are_named_before_hours_are_spent() -> None:
     captions = ["red apple", "ruota dentata", "a red ruota!"]
     whole, adapter = suggest(report(64, 100, "text"), CPU, captions=captions)
     assert whole.reasons["new words"].startswith(
-        "emoji-64 knows all words of 1 of your 3 captions; it learns 2 words"
+        "pictograms-128 knows all words of 1 of your 3 captions; it learns 2 words"
     )
     assert whole.reasons["new words"].endswith(": 'ruota', 'dentata'") and "new words" not in adapter.reasons
     assert "new words" not in suggest(report(64, 100, "text"), CPU, captions=["red apple"])[0].reasons
-    assert "new words" not in suggest(report(64, 100), CPU)[0].reasons
 
 
 def test_nothing_is_suggested_for_what_cannot_be_trained_on() -> None:

@@ -237,8 +237,8 @@ def pixels(content: bytes) -> Any:
 
 def test_a_prompt_becomes_an_image_and_nobody_else_is_contacted(me) -> None:
     image = me.draw_apple()
-    assert image.shape == (64, 64, 3)
-    red, green, blue = image[20:56, 12:52].transpose(2, 0, 1)
+    assert image.shape == (128, 128, 3)
+    red, green, blue = image[40:112, 24:104].transpose(2, 0, 1)
     assert ((red > 150) & (green < 130) & (blue < 130)).mean() > 0.4
     assert me.caption("generate") == "seed 0"
     assert me.contacted() == {"127.0.0.1"}
@@ -260,11 +260,11 @@ def test_what_is_painted_over_is_drawn_anew_and_nothing_else(me) -> None:
     me.screenshot("inpaint")
     assert painted.shape == original.shape
     rows, columns = np.nonzero((painted != original).any(-1))
-    to_pixels = 64 / (512 * int(zoom[1]) / 100)  # of the screen to the image
-    brush = 64 / 512 * 40 + 2
+    to_pixels = 128 / (512 * int(zoom[1]) / 100)  # of the screen to the image
+    brush = 128 / 512 * 40 + 2
     assert len(rows) > 20
-    assert columns.min() >= 32 - 50 * to_pixels - brush and columns.max() <= 32 + 50 * to_pixels + brush
-    assert rows.min() >= 32 - 40 * to_pixels - brush and rows.max() <= 32 - 35 * to_pixels + brush
+    assert columns.min() >= 64 - 50 * to_pixels - brush and columns.max() <= 64 + 50 * to_pixels + brush
+    assert rows.min() >= 64 - 40 * to_pixels - brush and rows.max() <= 64 - 35 * to_pixels + brush
 
 
 def test_words_edit_an_image(me) -> None:
@@ -275,7 +275,7 @@ def test_words_edit_an_image(me) -> None:
     me.set_steps("edit", STEPS)
     edited = pixels(me.draw("edit"))
     me.screenshot("edit")
-    greener = (edited - original)[20:56, 12:52, 1] - (edited - original)[20:56, 12:52, 0]
+    greener = (edited - original)[40:112, 24:104, 1] - (edited - original)[40:112, 24:104, 0]
     assert greener.mean() > 30
 
 
@@ -380,15 +380,23 @@ def within(visitor: Visitor, css: str) -> bool:
 
 
 def test_the_page_says_what_it_is_and_what_the_checkpoint_knows(me) -> None:
-    assert me.driver.title == "emoji-64 - latentflow"
+    assert me.driver.title == "pictograms-128 - latentflow"
     header = me.one("#header").text
-    assert header.startswith("latentflow") and "emoji-64" in header
-    for fact in ("64 x 64 pixels", "text prompts", "trained to inpaint", "few-step adapter", "Noto Emoji"):
+    assert header.startswith("latentflow") and "pictograms-128" in header
+    for fact in (
+        "128 x 128 pixels",
+        "text prompts",
+        "trained to inpaint",
+        "few-step adapter",
+        "Fluent Emoji",
+    ):
         assert fact in header
     next(
-        each for each in me.all("#generate-examples button, .gallery-item") if each.text == "tiger face"
+        each
+        for each in me.all("#generate-examples button, .gallery-item")
+        if each.text == "3d style: tiger face"
     ).click()
-    me.wait(lambda: me.one("#generate-prompt textarea").get_attribute("value") == "tiger face")
+    me.wait(lambda: me.one("#generate-prompt textarea").get_attribute("value") == "3d style: tiger face")
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])

@@ -22,10 +22,10 @@ def test_the_name_is_that_of_the_folder_or_run(tmp_path: Path) -> None:
 
 def test_the_shipped_card_says_what_it_was_trained_on() -> None:
     card = read_card(SHIPPED)
-    assert (
-        card.data == "3,273 images of Noto Emoji (Google, Apache-2.0), 64 px on white, with their CLDR names"
+    assert card.data.startswith(
+        "6,231 images of Fluent Emoji, 3D (3,206) and flat (3,025) (Microsoft, MIT), 128 px on white"
     )
-    assert card.prompts[0] == "red apple" and len(card.prompts) > 3
+    assert card.prompts[0] == "3d style: red apple" and len(card.prompts) > 3
 
 
 @pytest.mark.parametrize(
