@@ -154,7 +154,7 @@ def test_images_are_decoded_by_another_autoencoder(load_program: Any, tmp_path: 
     with torch.no_grad():
         changed.decoder.conv_out.bias -= 0.2
     changed.save_pretrained(tmp_path / "vae")
-    line = ["red apple", "--steps", "2", "-o"]
+    line = ["red apple", "--checkpoint", str(SHIPPED), "--steps", "2", "-o"]
     load_program("generate").main([*line, str(tmp_path / "own.png")])
     load_program("generate").main([*line, str(tmp_path / "other.png"), "--vae", str(tmp_path / "vae")])
     own, other = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("own", "other"))

@@ -161,15 +161,15 @@ def test_the_code_of_the_page_on_editing_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("checkpoints").mkdir()
-    Path("checkpoints/emoji-64").symlink_to(dit_folder)
+    Path("checkpoints/pictograms-128").symlink_to(dit_folder)
     for name in ("apple.png", "pear.png"):
-        Image.new("RGB", (32, 32), "red").save(name)
+        Image.new("RGB", (128, 128), "red").save(name)
     names = {}
     page = repository / "docs/guide/inpaint-and-edit.md"
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(compile(block, page.name, "exec"), names)
     assert names["noise"].error.shape == (1,)
-    assert names["larger"].size == (32, 64)
+    assert names["larger"].size == (128, 192)
 
 
 @pytest.mark.parametrize(
