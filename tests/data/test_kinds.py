@@ -352,16 +352,16 @@ def test_control_images_of_the_hub_are_no_masks(tmp_path: Path) -> None:
     data = str(saved(tmp_path / "led", **columns))
     source = find_source(data)
     assert not source.has_masks and not source.examples[0].control_kinds
-    told = (
+    note = (
         "conditioning_image: --control image draws by it; if it is a mask: --columns mask conditioning_image"
     )
-    assert told in source.notes
+    assert note in source.notes
     [example] = find_source(data, columns={"mask": "conditioning_image"}).examples
     assert example.mask is not None and not example.control_kinds
     for kinds in (("image",), ("labels",), ("image", "labels")):
         source = find_source(data, control=kinds)
         assert source.examples[0].control_kinds == kinds and not source.has_masks
-        assert ("image" in kinds) == (told not in source.notes)
+        assert ("image" in kinds) == (note not in source.notes)
     own = find_source(str(saved(tmp_path / "own", control=HELD[2:3], **columns)), control="image")
     assert own.examples[0].control_key("image") == source.examples[0].control_key(
         "labels"
