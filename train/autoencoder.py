@@ -23,6 +23,11 @@ class Config:
 
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
     """Run folder. The result is its subfolder `autoencoder`."""
+    init_from: Annotated[str | None, tyro.conf.arg(metavar="AUTOENCODER")] = None
+    """Train this autoencoder on (AutoencoderKL or AutoencoderDC): a folder, a pipeline that has one, or a hub id."""
+    decoder_only: bool = False
+    """Train only the decoder of --init-from. The latents stay the same, so that generators trained on them can use the
+    new decoder: latentflow generate --vae RUN/autoencoder."""
     data: DataConfig
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     loop: LoopConfig = LoopConfig()
@@ -45,11 +50,27 @@ GENERATORS_OWN = {
 }
 
 
+#: Settings that build an autoencoder: --init-from has decided them.
+BUILT = (
+    "autoencoder_class",
+    "latent_channels",
+    "codebook_size",
+    "codebook_width",
+    "fsq_levels",
+    "commitment_weight",
+    "autoencoder_widths",
+    "encoder_layers",
+    "decoder_layers",
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train an autoencoder on a folder of images."""
     config = parse(Config, argv, prog="latentflow autoencoder")
     if not (Path(config.output) / "config.yaml").is_file():  # the line of an earlier version goes on
-        refuse_generators_flags(sys.argv[1:] if argv is None else argv)
+        flags = given_flags(sys.argv[1:] if argv is None else argv)
+        refuse_generators_flags(flags)
+        refuse_unused_flags(config, flags)
 
     from latentflow.training import resumable, resume_line
     from latentflow.training.loop.run_folder import run_lock
@@ -59,13 +80,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(config, line, given(Config, argv))
 
 
-def refuse_generators_flags(argv: Sequence[str]) -> None:
-    """Refuse flags that would change nothing. A config file may hold such settings: one recipe is for both programs.
+def given_flags(argv: Sequence[str]) -> Collection[str]:
+    """Return the settings that are flags. A config file may hold others: one recipe is for both programs."""
+    return given(Config, [word for word in argv if word.partition("=")[0] != "--config"])
+
+
+def refuse_generators_flags(flags: Collection[str]) -> None:
+    """Refuse flags of generators, which would change nothing.
 
     Raises:
         UserError: there is one; its counterpart is named.
     """
-    flags = given(Config, [word for word in argv if word.partition("=")[0] != "--config"])
     for name, own in GENERATORS_OWN.items():
         if name in flags:
             raise UserError(
@@ -74,6 +99,31 @@ def refuse_generators_flags(argv: Sequence[str]) -> None:
                 if own
                 else "Leave it out: the autoencoder has no such setting.",
             )
+
+
+def refuse_unused_flags(config: Config, flags: Collection[str]) -> None:
+    """Refuse flags that would change nothing beside --init-from, or without it.
+
+    Raises:
+        UserError: there is one.
+    """
+    if config.decoder_only and not config.init_from:
+        raise UserError(
+            "--decoder-only without --init-from: a new encoder would never be trained",
+            "Name the autoencoder whose encoder is kept: --init-from AUTOENCODER.",
+        )
+    for name in BUILT if config.init_from else ():
+        if name in flags:
+            raise UserError(
+                f"{flag_of(name)} with --init-from, whose autoencoder is built already",
+                "Leave one of them out.",
+            )
+    encoders_own = [name for name in ("equivariance", "kl_weight") if name in flags]
+    if config.decoder_only and encoders_own:
+        raise UserError(
+            f"{flag_of(encoders_own[0])} shapes the latents, and --decoder-only keeps them",
+            "Leave one of them out.",
+        )
 
 
 def train(config: Config, resume_command: str, given_keys: Collection[str]) -> None:
@@ -110,14 +160,22 @@ def train(config: Config, resume_command: str, given_keys: Collection[str]) -> N
         loop,
         output,
         data,
+        init_from=config.init_from,
+        decoder_only=config.decoder_only,
         resume_command=resume_command,
         stop=stop,
     )
     if vae is None:
         sys.exit(stop.status)
     result = output / "autoencoder"
-    use = shlex.join(["latentflow", "train", data.data, "--vae", str(result), "-o", f"{output}-generator"])
-    log.info(f"done: {result}; train a generator with it:\n  {use}")
+    if config.decoder_only:
+        use = shlex.join(["latentflow", "generate", "--checkpoint", "CHECKPOINT", "--vae", str(result)])
+        log.info(f"done: {result}; generate with it, from a checkpoint of the same latents:\n  {use}")
+    else:
+        use = shlex.join(
+            ["latentflow", "train", data.data, "--vae", str(result), "-o", f"{output}-generator"]
+        )
+        log.info(f"done: {result}; train a generator with it:\n  {use}")
     if verdict := judge(read_run(output)):
         log.info(verdict.line)
 

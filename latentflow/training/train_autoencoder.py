@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderDC, AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from ..autoencoder import (
     codebook_use,
     count_tokens,
     decode,
+    downscale_factor,
     encode,
     load_autoencoder,
     measure_statistics,
@@ -24,6 +27,7 @@ from ..autoencoder import (
 from ..autoencoder.losses import PatchDiscriminator
 from ..config import AutoencoderConfig, DataConfig, LoopConfig
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
+from ..errors import UserError, check_resolution
 from ..metrics import psnr, ssim
 from ..utils.files import restore_permissions
 from .loop.fit import Callbacks, fit
@@ -45,6 +49,8 @@ def train_autoencoder(
     output: Path,
     data: DataConfig,
     *,
+    init_from: str | None = None,
+    decoder_only: bool = False,
     resume_command: str = "",
     stop: Stop | None = None,
 ) -> Autoencoder | None:
@@ -54,18 +60,25 @@ def train_autoencoder(
         training, validation: images to learn from, and held-out ones for PSNR and SSIM (may be empty).
         config: the autoencoder. loop: its ``autoencoder_*`` settings replace the loop's steps, batch and learning rate.
         data: resolution, background and flips of the images.
+        init_from: the autoencoder to start from, in place of a new one; a folder or hub id.
+        decoder_only: train its decoder only; encoder and latent statistics stay as they are, bit for bit.
         stop: receives the signal that stopped the run; see `fit`.
 
     Returns:
         The autoencoder with the averaged weights and measured latent statistics; None if a signal stopped the run.
 
     Raises:
-        UserError: the resolution is not divisible by its downscale factor; the nearest valid one is named.
+        UserError: the resolution is not divisible by its downscale factor (the nearest valid one is named), or
+            ``init_from`` is no autoencoder that can be trained here.
     """
     # ---- networks ----
     loop = autoencoder_loop(config, loop)
     torch.manual_seed(loop.seed)
-    vae = build_autoencoder(config, data.resolution).to(memory_format=torch.channels_last)
+    if init_from is None:
+        vae = build_autoencoder(config, data.resolution)
+    else:
+        vae = trainable_autoencoder(init_from, output, data.resolution, decoder_only=decoder_only)
+    vae = vae.to(memory_format=torch.channels_last)
     discriminator = PatchDiscriminator() if config.adversarial_weight else None
     loss = AutoencoderLoss(vae, config, loop.seed, discriminator, loop.random_numbers)
     modules: dict[str, nn.Module] = {"autoencoder": loss}
@@ -103,8 +116,9 @@ def train_autoencoder(
         return to_pil(make_grid(rows.clamp(-1, 1), nrow=len(shown), padding=2, pad_value=1.0))
 
     def export(folder: Path) -> None:
-        rows = torch.linspace(0, len(pixels) - 1, min(len(pixels), _STATISTICS_IMAGES)).long()
-        measure_statistics(vae, pixels_to_images(pixels[rows]).split(64))
+        if not decoder_only:
+            rows = torch.linspace(0, len(pixels) - 1, min(len(pixels), _STATISTICS_IMAGES)).long()
+            measure_statistics(vae, pixels_to_images(pixels[rows]).split(64))
         with writing(f"the autoencoder {output / 'autoencoder'}", output):
             vae.save_pretrained(folder)
             restore_permissions(folder)
@@ -123,7 +137,7 @@ def train_autoencoder(
             export_to=output / "autoencoder",
         ),
         description={
-            "autoencoder": config.describe(),
+            "autoencoder": describe(config, init_from, decoder_only=decoder_only),
             "resolution": data.resolution,
             "data": training.fingerprint(),
             "data_order": training.order(),
@@ -133,6 +147,40 @@ def train_autoencoder(
         stop=stop,
     )
     return load_autoencoder(output / "autoencoder") if finished else None
+
+
+def trainable_autoencoder(name: str, output: Path, resolution: int, *, decoder_only: bool) -> Autoencoder:
+    """Load the autoencoder that a run in ``output`` starts from, in float32; its encoder is frozen if ``decoder_only``.
+
+    Raises:
+        UserError: its class cannot be trained here, the resolution does not fit, or it is the run's own result.
+    """
+    if Path(name).expanduser().resolve() in (output.resolve(), (output / "autoencoder").resolve()):
+        raise UserError(
+            f"--init-from {name} is the place of this run's own result, which would replace it",
+            "Use another output folder; or leave out --init-from, and raise --autoencoder-steps to go on.",
+        )
+    vae = load_autoencoder(name)
+    if not isinstance(vae, (AutoencoderDC, AutoencoderKL)):
+        raise UserError(
+            f"--init-from {name}: a {type(vae).__name__} cannot be trained on",
+            "AutoencoderDC and AutoencoderKL can; others are used as they are: latentflow train --vae.",
+        )
+    check_resolution(resolution, downscale_factor(vae))
+    vae = vae.float().train()
+    if decoder_only:
+        vae.requires_grad_(False)
+        for part in (vae.decoder, getattr(vae, "post_quant_conv", None)):
+            if part is not None:
+                part.requires_grad_(True)
+    return vae
+
+
+def describe(config: AutoencoderConfig, init_from: str | None, *, decoder_only: bool) -> dict[str, Any]:
+    """Return what must not change when the run is resumed."""
+    if init_from is None:
+        return config.describe()
+    return config.describe() | {"init_from": init_from, "decoder_only": decoder_only}
 
 
 def autoencoder_loop(config: AutoencoderConfig, loop: LoopConfig) -> LoopConfig:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.io import read_image, write_png
 
-from latentflow.autoencoder import build_autoencoder, has_statistics
+from latentflow.autoencoder import build_autoencoder, decode, encode, has_statistics, load_autoencoder
 from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_loss
 from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
+from latentflow.data import pixels_to_images
 from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.training.loop.data_order import SampleUse
@@ -285,3 +287,103 @@ def test_a_short_run_learns_reports_held_out_psnr_and_stores_statistics(
     assert (tmp_path / "samples" / "step-000060.png").is_file()
     if adversarial:
         assert any("discriminator" in row for row in rows)
+
+
+# ---- from an autoencoder ----
+
+
+def start(folder: Path, kind: Any = "dc", *, statistics: bool = True) -> Path:
+    torch.manual_seed(0)
+    vae = build_autoencoder(dataclasses.replace(SMALL, autoencoder_class=kind), 16)
+    if statistics:
+        vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[0.5, 0.6, 0.7, 0.8])
+    vae.save_pretrained(folder)
+    return folder
+
+
+def blocks(folder: Path) -> Path:
+    """Write 24 images of 16 px, of squares in random colours."""
+    folder.mkdir()
+    colours = torch.randint(256, (24, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for number, image in enumerate(colours.repeat_interleave(4, 2).repeat_interleave(4, 3)):
+        write_png(image, str(folder / f"{number:02}.png"))
+    return folder
+
+
+ON = (
+    "--autoencoder-batch-size",
+    8,
+    "--mixed-precision",
+    "no",
+    "--validation-steps",
+    100,
+    "--lr-warmup-steps",
+    2,
+)
+
+
+@pytest.mark.parametrize("kind", ["dc", "kl"])
+def test_training_only_the_decoder_keeps_the_latents_bit_for_bit(kind: Any, tmp_path: Path) -> None:
+    data, before = blocks(tmp_path / "data"), start(tmp_path / "start", kind)
+    line = [data, "--resolution", 16, *ON, "--autoencoder-steps", 30, "--init-from", before, "--decoder-only"]
+    said = call(tmp_path, *line, "--latent-noise", 0.3, "-o", tmp_path / "run", file="autoencoder")
+    assert "latentflow generate --checkpoint CHECKPOINT --vae" in said
+    old, new = load_autoencoder(before), load_autoencoder(tmp_path / "run" / "autoencoder")
+    assert {key: new.config[key] for key in ("latents_mean", "latents_std")} == {
+        key: old.config[key] for key in ("latents_mean", "latents_std")
+    }
+    weights = new.state_dict()
+    same = {name for name, value in old.state_dict().items() if torch.equal(value, weights[name])}
+    trained = {name for name in weights if name.startswith(("decoder.", "post_quant_conv."))}
+    assert same == weights.keys() - trained and trained
+
+    images = pixels_to_images(torch.stack([read_image(str(file)) for file in sorted(data.glob("*.png"))[:8]]))
+    latents = encode(old, images)
+    assert torch.equal(latents, encode(new, images))
+    noisy = latents + 0.2 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    for decoded in (latents, noisy):
+        errors = [float((decode(vae, decoded) - images).abs().mean()) for vae in (old, new)]
+        assert errors[1] < 0.9 * errors[0]
+
+
+def test_an_autoencoder_is_trained_on_whole_and_measured_anew(tmp_path: Path) -> None:
+    data, before = blocks(tmp_path / "data"), start(tmp_path / "start")
+    line = [data, "--resolution", 16, *ON, "--init-from", before, "-o", tmp_path / "run"]
+    call(tmp_path, *line, "--autoencoder-steps", 4, file="autoencoder")
+    old, new = load_autoencoder(before), load_autoencoder(tmp_path / "run" / "autoencoder")
+    assert new.config.latents_mean != old.config.latents_mean
+    changed = [not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True)]
+    assert sum(changed) > 0.9 * len(changed)
+    call(tmp_path, *line, "--autoencoder-steps", 6, file="autoencoder")  # goes on
+    assert [row["step"] for row in read_metrics(tmp_path / "run")][-1] == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--decoder-only",), "--init-from AUTOENCODER"),
+        (("--init-from", "START", "--latent-channels", 8), "--latent-channels with --init-from"),
+        (("--init-from", "START", "--autoencoder-widths", 8, 16), "--autoencoder-widths with --init-from"),
+        (
+            ("--init-from", "START", "--decoder-only", "--equivariance", 0.5),
+            "--equivariance shapes the latents",
+        ),
+        (("--init-from", "START", "--resolution", 15), "Use --resolution 16"),
+        (("--init-from", "NONE"), "there is no such folder"),
+        (("--init-from", "VQ"), "a VQModel cannot be trained on"),
+        (("--init-from", "OWN"), "this run's own result"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(flags: tuple[Any, ...], words: str, tmp_path: Path) -> None:
+    data = blocks(tmp_path / "data")
+    places = {
+        "START": lambda: start(tmp_path / "start"),
+        "VQ": lambda: start(tmp_path / "vq", "vq", statistics=False),
+        "OWN": lambda: start(tmp_path / "run" / "autoencoder"),
+        "NONE": lambda: tmp_path / "none",
+    }
+    line = [places[flag]() if flag in places else flag for flag in flags]
+    said = call(
+        tmp_path, data, "--resolution", 16, *line, "-o", tmp_path / "run", file="autoencoder", expect=2
+    )
+    assert words in said
