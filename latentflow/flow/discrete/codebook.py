@@ -30,6 +30,9 @@ def nearest(latents: Tensor, embeddings: Tensor) -> Tensor:
     """Return the numbers (B, ...) int64 of those of ``embeddings`` (V, E) that are nearest to latents (B, E, ...)."""
     rows = latents.movedim(1, -1)
     flat, e = rows.reshape(-1, rows.shape[-1]).float(), embeddings.to(latents.device).float()
+    # Around their centre: by products of matrices, distances far from the origin lose the digits that tell codes apart.
+    centre = e.mean(0)
+    flat, e = flat - centre, e - centre
     found = [torch.cdist(flat[part], e).argmin(1) for part in parts(len(flat), len(e))]
     return torch.cat(found).reshape(rows.shape[:-1])
 
