@@ -204,7 +204,8 @@ def conditions(
         optional: use the empty prompt where nothing is given and the checkpoint takes prompts.
 
     Raises:
-        UserError: the checkpoint does not take these; the message names the flags that it takes.
+        UserError: the checkpoint does not take these, and the message names the flags that it takes; a negative prompt
+            would do nothing.
     """
     if prompts and classes:
         raise UserError("a prompt and --class are both given", "Give one of them.")
@@ -216,6 +217,8 @@ def conditions(
         prompts = ("",)
     if not prompts and not classes and (pipe.takes_text or pipe.takes_classes):
         raise UserError(f"a {'prompt' if pipe.takes_text else 'class'} is needed", _instead(pipe))
+    if negative is not None and not prompts:
+        raise UserError("a negative prompt without a prompt", "Leave it out, or give a prompt.")
     if prompts:
         extra: Condition = {} if negative is None else {"negative_prompt": negative}
         return [{"prompt": prompt} | extra for prompt in prompts]

@@ -439,7 +439,8 @@ class InferenceServer:
         pipe.set_progress_bar_config(disable=True)
         guided = loaded.model.few_steps.folded_guidance != 1.0  # it has learned a scale, and takes no other
         prompts = [request.prompt or ""] if self.capabilities.text and not chosen else []
-        shown = conditions(pipe, prompts, [chosen] if chosen else [], request.negative_prompt or None)
+        negative = request.negative_prompt if prompts else None  # a chosen class takes the place of both
+        shown = conditions(pipe, prompts, [chosen] if chosen else [], negative or None)
 
         uploads = {"image": request.control_image, "labels": request.control_labels}
         controls = {kind: self.control(kind, upload) for kind, upload in uploads.items() if upload}

@@ -96,8 +96,6 @@ def test_the_loss_is_cross_entropy_and_its_minimum_the_posterior() -> None:
     torch.testing.assert_close(CODEBOOK.loss(logits, tokens), expected)
     weight = torch.tensor([0.0, 1.0, 2.0, 3.0])
     torch.testing.assert_close(CODEBOOK.loss(logits, tokens, weight=weight), weight * expected)
-    drift = logits.logsumexp(-1).square().mean((1, 2))
-    torch.testing.assert_close(CODEBOOK.loss(logits, tokens, z_loss=0.1), expected + 0.1 * drift)
 
 
 def test_mistakes_are_named() -> None:
