@@ -75,7 +75,9 @@ def decoder_options(memory: MemoryConfig) -> dict[str, Any]:
 def kept_whole(pipe: Any) -> list[str]:
     """Return the components that diffusers does not offload in groups, such as a VQModel: they stay on the device."""
     return [
-        name for name, part in pipe.components.items() if not getattr(part, "_supports_group_offloading", True)
+        name
+        for name, part in pipe.components.items()
+        if not getattr(part, "_supports_group_offloading", True)
     ]
 
 
@@ -101,10 +103,11 @@ def place(pipe: Any, device: str, memory: MemoryConfig) -> Any:
         elif memory.offload == "sequential":
             pipe.enable_sequential_cpu_offload(device=device)
         else:
-            pipe.enable_group_offload(
-                torch.device(device),
-                offload_type="leaf_level",
-                use_stream=torch.device(device).type == "cuda",  # the next layers are fetched while these compute
-                exclude_modules=kept_whole(pipe),
-            )
+            stream = torch.device(device).type == "cuda"  # the next layers are fetched while these compute
+            options = {
+                "offload_type": "leaf_level",
+                "use_stream": stream,
+                "exclude_modules": kept_whole(pipe),
+            }
+            pipe.enable_group_offload(torch.device(device), **options)
     return pipe

@@ -134,7 +134,9 @@ def test_words_that_nobody_taught_are_named_once(
 
 
 def test_a_negative_prompt_beside_a_class_is_refused() -> None:
-    pipe = SimpleNamespace(takes_text=False, takes_classes=True, labels={"hat": 0}, class_ids=lambda names: [0])
+    pipe = SimpleNamespace(
+        takes_text=False, takes_classes=True, labels={"hat": 0}, class_ids=lambda names: [0]
+    )
     assert conditions(pipe, classes=["hat"]) == [{"class_labels": 0}]
     with pytest.raises(UserError, match="a negative prompt without a prompt"):
         conditions(pipe, classes=["hat"], negative="blue")
