@@ -113,7 +113,10 @@ def test_a_full_training_is_a_pipeline_of_the_family_with_the_other_components_a
     name: str, pretrained: Callable[[str], Path], cache: Path, tmp_path: Path
 ) -> None:
     base, run = pretrained(name), tmp_path / "run"
-    said = train(name, base, cache, run, "--lora-rank", 0, "--learning-rate", "1e-3")
+    rate = (
+        "3e-3" if name == "HunyuanDiTPipeline" else "1e-3"
+    )  # its 30 steps at the lower one are within the error
+    said = train(name, base, cache, run, "--lora-rank", 0, "--learning-rate", rate)
     assert "parameters are trained" in said and not (run / "adapter").exists()
     result = opened_by_diffusers(run / "pipeline", name)
     assert type(result).__name__ == name.partition("-")[0]
