@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.config import SamplingConfig
+from latentflow.config import TokenSamplingConfig
 from latentflow.errors import UserError
 from latentflow.inference.images import (
     box_mask,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditConfig(SamplingConfig):
+class EditConfig(TokenSamplingConfig):
     """Edit an image with a prompt, or generate variations of it.
 
     latentflow edit apple.png "green apple" --from "red apple" -o green.png
@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     image, mask = read(config)
     references = [read_opaque(file) for file in config.reference]
     img2img = config.method == "image-to-image"
+    jumps: Condition = {"temperature": config.temperature, "corrector": config.corrector}
 
     from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline
 
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         image=image,
         **({} if config.steps is None else {"num_inference_steps": config.steps}),
         solver=config.solver,
-        **({} if img2img else {"method": config.method} | source_of(pipe, config)),
+        **(jumps if img2img else {"method": config.method} | source_of(pipe, config)),
         **({"reference_images": references} if references else {}),
         **({} if mask is None else {"mask_image": mask}),
         **({} if config.strength is None else {"strength": config.strength}),
@@ -146,6 +147,11 @@ def check(config: EditConfig) -> None:
         raise UserError(
             f"-n {config.n}: {config.method} has no seed, all images would be equal",
             "Leave it out, or use a method that has one.",
+        )
+    if config.method != "image-to-image" and (config.temperature != 1.0 or config.corrector != 0.0):
+        raise UserError(
+            "--temperature or --corrector without --method image-to-image",
+            "They are of checkpoints of tokens, which take that method alone.",
         )
     masked = [name for name in ("mask", "box") if getattr(config, name) is not None]
     if len(masked) == 2:

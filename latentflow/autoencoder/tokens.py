@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..flow.discrete import Codebook
 from ..utils.memory import inner_phase
+from ..utils.placement import execution_device
 from .latents import DECODERS, Autoencoder, decode, finite, latent_channels, normalise, placed, posterior
 
 
@@ -55,12 +56,12 @@ def detokenize(vae: Autoencoder, tokens: Tensor) -> Tensor:
 
     def images(rows: Tensor) -> tuple[Tensor, ...]:
         # As codes, and never again as the nearest to them: in half precision that may be another.
-        given = rows.to(codes.embeddings.device)
         options: dict[str, Any] = {"force_not_quantize": True, "return_dict": False}
         if vae.config.get("lookup_from_codebook"):
+            given = rows.to(execution_device(vae))
             options["shape"] = (*rows.shape, codes.embeddings.shape[1])
         else:
-            given = placed(vae, codes.embed(given))
+            given = placed(vae, codes.embed(rows.to(codes.embeddings.device)))
         return (vae.decode(given, **options)[0].float(),)
 
     with inner_phase("decode"):
@@ -122,7 +123,10 @@ def _raw(vae: Autoencoder) -> Codebook:
             f"an {type(vae).__name__} has no codebook: its latents are no tokens",
             "Take a VQModel, such as `latentflow autoencoder DATA --autoencoder-class vq` trains.",
         )
-    codes, channels = vae.quantize.embedding.weight.detach(), latent_channels(vae)
+    table, channels = vae.quantize.embedding, latent_channels(vae)
+    # By a call, which brings a table that is offloaded.
+    place = "cpu" if table.weight.is_meta else table.weight.device
+    codes = table(torch.arange(table.num_embeddings, device=place)).detach()
     if codes.shape[1] != channels:
         raise UserError(
             f"the codebook has {codes.shape[1]} channels, the autoencoder's latents have {channels}",

@@ -69,7 +69,8 @@ class SamplingConfig(AdapterChoice):
     """Image i is generated from seed + i."""
     steps: int | None = None
     """Number of steps from noise to image. Default: 16, of one evaluation each (two of the network with guidance); for
-    a few-step checkpoint the number it was made for; with --solver, and in methods that fill or edit, 20."""
+    a few-step checkpoint the number it was made for; with --solver, and in methods that fill or edit, 20 (of tokens
+    always 16)."""
     guidance: float | None = None
     """Guidance scale: how strongly the prompt or class is followed. 1 is off, and twice as fast. Default: the
     checkpoint's own, else 4, of tokens 2; 1 for checkpoints that have learned their guidance."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from ..errors import UserError, lookup, unknown
-from ..utils.flags import Essential
+from ..utils.flags import Essential, flag_of
 
 if TYPE_CHECKING:
     from ..flow import Coupling, Objective, Path, TimeDensity, Weighting
@@ -145,6 +145,12 @@ class AutoencoderConfig:
             raise UserError(
                 f"--commitment-weight is {self.commitment_weight}", "It must be finite, and not negative."
             )
+        for name in sorted(changed(self) & _OF_CODEBOOKS.keys()):
+            if self.autoencoder_class not in (kinds := _OF_CODEBOOKS[name]):
+                raise UserError(
+                    f"{flag_of(name)} with --autoencoder-class {self.autoencoder_class}",
+                    f"Leave it out: it is of {' and '.join(kinds)}.",
+                )
         if self.has_codebook and self.latent_noise:
             raise UserError(
                 f"--latent-noise {self.latent_noise} with --autoencoder-class {self.autoencoder_class}",
@@ -168,7 +174,9 @@ class AutoencoderConfig:
 
 # Codes beyond these are more than the distances to them are worth.
 _MOST_CODES = 2**18
-_OF_CODEBOOKS = ("codebook_size", "codebook_width", "fsq_levels", "commitment_weight")
+_OF_CODEBOOKS = {
+    "codebook_size": ("vq",), "codebook_width": ("vq",), "fsq_levels": ("fsq",), "commitment_weight": ("vq", "fsq"),
+}  # fmt: skip
 # Settings that runs of earlier versions do not have, and their value in those runs.
 _LATER: dict[str, Any] = {"time_uniform_from": 1.0, "objective_options": {}}
 # Settings that name entries of tables and their options. The tables import torch: they are looked into only for what

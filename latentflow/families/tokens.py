@@ -15,7 +15,7 @@ from ..flow.discrete import Posterior, guide_batched
 from ..flow.discrete.table import mixture_path
 from ..flow.tensors import uniform_like
 from ..models import settings_of
-from ..utils.files import MEND
+from ..utils.files import MEND, check_types
 from .few_steps import require_velocity
 from .latentflow import LatentFlowModel
 from .model import Generators, Rows
@@ -42,6 +42,7 @@ class TokenModel(LatentFlowModel):
         settings = pipeline.config["token_path"]
         if not isinstance(settings, Mapping) or {*settings} != {"source", "kappa", "kappa_options"}:
             raise UserError(f"token_path is {settings}", f"Expected: source, kappa and kappa_options. {MEND}")
+        check_types("token_path", settings, {"source": str, "kappa": str, "kappa_options": dict[str, Any]})
         vocabulary = self.setting("vocabulary", 2)  # without a network it says nothing
         self.token_path = mixture_path(vocabulary, **settings)
         if self.token_path.states > (self.setting("states") or vocabulary + 1):

@@ -72,6 +72,15 @@ def decoder_options(memory: MemoryConfig) -> dict[str, Any]:
     return {} if memory.dtype == "auto" else {"torch_dtype": getattr(torch, memory.dtype)}
 
 
+def kept_whole(pipe: Any) -> list[str]:
+    """Return the components that diffusers does not offload in groups, such as a VQModel: they stay on the device."""
+    return [
+        name
+        for name, part in pipe.components.items()
+        if not getattr(part, "_supports_group_offloading", True)
+    ]
+
+
 def place(pipe: Any, device: str, memory: MemoryConfig) -> Any:
     """Return the pipeline on its device, or with weights that wait in main memory until they are needed.
 
@@ -95,5 +104,10 @@ def place(pipe: Any, device: str, memory: MemoryConfig) -> Any:
             pipe.enable_sequential_cpu_offload(device=device)
         else:
             stream = torch.device(device).type == "cuda"  # the next layers are fetched while these compute
-            pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=stream)
+            options = {
+                "offload_type": "leaf_level",
+                "use_stream": stream,
+                "exclude_modules": kept_whole(pipe),
+            }
+            pipe.enable_group_offload(torch.device(device), **options)
     return pipe

@@ -61,6 +61,7 @@ _TYPES: dict[str, Any] = {
     "step_counts": list[int] | None,
     "average": bool,
     "folded_guidance": float,
+    "usual_guidance": float | None,
     "control": dict[str, Any] | None,
 }
 
@@ -79,7 +80,6 @@ class Capabilities:
         guidance: usual guidance scale of an image without a source.
         edit_guidance, edit_strength: usual ones of an edit.
         image_input, needs_images, has_velocity: as of a ``FlowModel``.
-        tokens: it draws tokens.
         control: kinds of the control images that it takes; it draws without them, unless they are its image input.
     """
 
@@ -95,7 +95,6 @@ class Capabilities:
     image_input: str = "none"
     needs_images: bool = False
     has_velocity: bool = True
-    tokens: bool = False
     control: tuple[str, ...] = ()
 
     @property
@@ -148,16 +147,19 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
     for file, config in zip(files, settings, strict=True):
         check_types(file, config, _TYPES)
     names = (pipe.get("id2label") or {}).values()
+    folded, guidance = pipe.get("folded_guidance", 1.0) != 1.0, 2.0 if tokens else Capabilities.guidance
+    if pipe.get("usual_guidance") is not None and not folded:
+        guidance = pipe["usual_guidance"]
     return Capabilities(
         text=network.get("text_dim") is not None,
         labels=tuple(names) or tuple(str(number) for number in range(network.get("num_classes") or 0)),
         masks=bool(network.get("condition_channels")),
         steps=(pipe.get("step_counts") or [4 if pipe.get("average") else 16])[-1],
-        distilled_guidance=pipe.get("folded_guidance", 1.0) != 1.0,
-        guidance=2.0 if tokens else Capabilities.guidance,
+        distilled_guidance=folded,
+        guidance=guidance,
+        edit_guidance=guidance if tokens else Capabilities.edit_guidance,
         edit_strength=0.6 if tokens else Capabilities.edit_strength,
         has_velocity=not tokens,
-        tokens=tokens,
         control=tuple(kind for kind in ("image", "labels") if (network.get("control") or {}).get(kind)),
     )
 
@@ -178,7 +180,6 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         image_input=model.image_input,
         needs_images=model.needs_images,
         has_velocity=model.has_velocity,
-        tokens=model.draws_tokens,
         control=model.control_kinds,
     )
     return replace(found, edit_guidance=model.usual_guidance) if found.edits_as_it_draws else found
@@ -203,7 +204,8 @@ def conditions(
         optional: use the empty prompt where nothing is given and the checkpoint takes prompts.
 
     Raises:
-        UserError: the checkpoint does not take these; the message names the flags that it takes.
+        UserError: the checkpoint does not take these, and the message names the flags that it takes; a negative prompt
+            would do nothing.
     """
     if prompts and classes:
         raise UserError("a prompt and --class are both given", "Give one of them.")
@@ -215,6 +217,8 @@ def conditions(
         prompts = ("",)
     if not prompts and not classes and (pipe.takes_text or pipe.takes_classes):
         raise UserError(f"a {'prompt' if pipe.takes_text else 'class'} is needed", _instead(pipe))
+    if negative is not None and not prompts:
+        raise UserError("a negative prompt without a prompt", "Leave it out, or give a prompt.")
     if prompts:
         extra: Condition = {} if negative is None else {"negative_prompt": negative}
         return [{"prompt": prompt} | extra for prompt in prompts]

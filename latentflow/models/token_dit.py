@@ -18,6 +18,16 @@ from .dit import DiT
 from .inputs import Condition, linear
 
 
+class TokenEmbedding(nn.Embedding):
+    """Embeddings (S, E) of tokens, and logits from features: both are calls, so that hooks bring offloaded weights."""
+
+    def forward(self, input: Tensor, logits: int = 0) -> Tensor:
+        """Return the embeddings (..., E) of tokens (...); or of features (..., E) so many logits, over sqrt(E)."""
+        if not logits:
+            return super().forward(input)
+        return input @ self.weight[:logits].mT.to(input.dtype) * self.embedding_dim**-0.5
+
+
 class TokenDiT(Checked, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Posterior network of tokens: their embeddings are the latent of a `DiT`, whose output is read as logits.
 
@@ -37,6 +47,7 @@ class TokenDiT(Checked, ModelMixin, ConfigMixin):  # type: ignore[misc]
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
+    _group_offload_block_modules: ClassVar[list[str]] = ["dit"]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -60,7 +71,7 @@ class TokenDiT(Checked, ModelMixin, ConfigMixin):  # type: ignore[misc]
                 f"the transformer of tokens is given {' and '.join(sorted(fixed))}",
                 "Leave them out: both are embedding_width.",
             )
-        self.embedding = nn.Embedding(states, embedding_width)
+        self.embedding = TokenEmbedding(states, embedding_width)
         self.dit = DiT(in_channels=embedding_width, **{"patch_size": 1, **given})
         if self.dit.patch_size != 1:
             raise UserError(
@@ -89,8 +100,7 @@ class TokenDiT(Checked, ModelMixin, ConfigMixin):  # type: ignore[misc]
         features = self.dit(self.embedding(x).movedim(-1, 1), t, cond).movedim(1, -1)
         if self.head is not None:
             return self.head(features)
-        codes = self.embedding.weight[: self.config["vocabulary"]]
-        return features @ codes.mT.to(features.dtype) * codes.shape[1] ** -0.5
+        return self.embedding(features, self.config["vocabulary"])
 
 
 def settings_of(network: Any) -> dict[str, Any]:

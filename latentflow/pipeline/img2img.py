@@ -59,7 +59,7 @@ class ImageToImageCall(CallMixin):
             strength: in [0, 1]: the flow starts at t = 1 - strength. 0 is the image through the autoencoder, 1 is
                 drawn from pure noise.
             num_inference_steps: of the whole way; about strength * num_inference_steps are taken. Default: 20,
-                or 4 of a checkpoint of average velocities.
+                or 4 of a checkpoint of average velocities, 16 of tokens.
             latents: the noise (B, C, h, w) to mix in.
             height, width: resize the image to them first. Networks draw best near the size that they were
                 trained at.

@@ -94,8 +94,8 @@ class InpaintCall(CallMixin):
             strength: in [0, 1]: the flow starts at t = 1 - strength from what is in the hole, mixed with noise. 1 draws
                 from pure noise, 0 returns the image.
             num_inference_steps: of the whole way; about strength * num_inference_steps are taken. Default: 20,
-                or 4 of a checkpoint of average velocities, which method "trained" alone takes; of a consistency model
-                its own.
+                or 4 of a checkpoint of average velocities, which method "trained" alone takes; 16 of tokens; of a
+                consistency model its own.
             latents: the noise (B, C, h, w) to start from.
             output_type: as of ``LatentFlowPipeline``; "latent" are those of the part that was drawn, uncomposed.
             method: "trained", or a key of ``latentflow.flow.INPAINTING``; default:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UserError, lookup
+from ..errors import UserError
+from ..families.tokens import TokenModel
 from ..flow import SOLVERS
 from ..flow.discrete import SAMPLERS, Posterior, simulate
+from ..flow.discrete.simulate import checked_sampler
 from .steps import AfterStep, Interrupted, Sampler, last_part
 
 if TYPE_CHECKING:
@@ -41,11 +43,11 @@ def check_solver(model: FlowModel, solver: Any) -> None:
     """Refuse a sampler of tokens for a model that draws none, and any other for one that does.
 
     Raises:
-        UserError: names what the model takes.
+        UserError: names what the model takes; a sampler for masks, and the source has none.
     """
     name = solver if isinstance(solver, str) else type(solver).__name__
-    if model.draws_tokens:
-        lookup(SAMPLERS, name, "sampler of tokens")
+    if isinstance(model, TokenModel):
+        checked_sampler(name, model.token_path)
     elif name in SAMPLERS and name not in SOLVERS:
         raise UserError(
             f"solver '{name}' is of checkpoints of tokens, and this one draws none",

@@ -267,16 +267,17 @@ class InferenceServer:
     @property
     def choices(self) -> dict[str, list[str]]:
         """Return the names of the solvers, and of the inpainting and editing methods that suit the checkpoint."""
-        self.pipe  # noqa: B018
+        model = self.pipe.model
+        from ..families.tokens import TokenModel
         from ..flow import EDITING, SOLVERS
-        from ..flow.discrete import SAMPLERS
+        from ..flow.discrete.simulate import samplers_of
         from ..flow.inpainting import INPAINTING
 
         edits = [*(EDITING if self._edits_by_words else ()), IMAGE_TO_IMAGE]
         if self.capabilities.instructions:
             edits = [REFERENCE, *([] if self.capabilities.needs_images else edits)]
-        if self.capabilities.tokens:
-            return {"solver": list(SAMPLERS), "inpaint": [], "edit": edits}
+        if isinstance(model, TokenModel):
+            return {"solver": samplers_of(model.token_path), "inpaint": [], "edit": edits}
         if not self.capabilities.has_velocity:
             return {"solver": [], "inpaint": ["pnp-flow"], "edit": edits}
         return {
@@ -438,7 +439,8 @@ class InferenceServer:
         pipe.set_progress_bar_config(disable=True)
         guided = loaded.model.few_steps.folded_guidance != 1.0  # it has learned a scale, and takes no other
         prompts = [request.prompt or ""] if self.capabilities.text and not chosen else []
-        shown = conditions(pipe, prompts, [chosen] if chosen else [], request.negative_prompt or None)
+        negative = request.negative_prompt if prompts else None  # a chosen class takes the place of both
+        shown = conditions(pipe, prompts, [chosen] if chosen else [], negative or None)
 
         uploads = {"image": request.control_image, "labels": request.control_labels}
         controls = {kind: self.control(kind, upload) for kind, upload in uploads.items() if upload}

@@ -183,7 +183,8 @@ def test_a_codebook_in_use_is_not_said_to_have_collapsed(caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize("kind", ["vq", "fsq"])
 def test_the_loss_is_l1_of_the_decoded_codes_and_the_commitment(kind: Any) -> None:
-    config = dataclasses.replace(SMALL, autoencoder_class=kind, fsq_levels=(4, 3), commitment_weight=0.7)
+    fixed = {"autoencoder_class": "fsq", "fsq_levels": (4, 3), "codebook_size": 1024, "codebook_width": 8}
+    config = dataclasses.replace(SMALL, commitment_weight=0.7, **(fixed if kind == "fsq" else {}))
     torch.manual_seed(0)
     vae = build_autoencoder(config, 16)
     images = torch.rand(3, 3, 16, 16) * 2 - 1
@@ -215,7 +216,7 @@ def test_settings_of_codebooks_leave_other_runs_as_they_were() -> None:
 def test_the_command_trains_a_tokenizer_and_reports_its_codes(kind: str, tmp_path: Path) -> None:
     data = save_images(tmp_path / "images", *(f"{number}.png" for number in range(8)))
     own = TINY[: TINY.index("--network-preset")]
-    codes = ["--codebook-size", 20, "--codebook-width", 3, "--fsq-levels", 5, 2, 2]
+    codes = ["--fsq-levels", 5, 2, 2] if kind == "fsq" else ["--codebook-size", 20, "--codebook-width", 3]
     line = [data, "-o", tmp_path / "run", "--autoencoder-class", kind, *codes, *own]
     call(tmp_path / "cache", *line, "--validation-steps", 1, "--log-steps", 1, file="autoencoder")
     vae = load_autoencoder(tmp_path / "run" / "autoencoder")
@@ -235,6 +236,9 @@ def test_the_command_trains_a_tokenizer_and_reports_its_codes(kind: str, tmp_pat
         (["fsq", "--fsq-levels", 8, 1], "--fsq-levels 8 1"),
         (["fsq", "--fsq-levels", *[16] * 6], "product at most 262,144"),
         (["vq", "--commitment-weight", -1], "--commitment-weight is -1.0"),
+        (["vq", "--fsq-levels", 5, 5], "--fsq-levels with --autoencoder-class vq"),
+        (["fsq", "--codebook-size", 64], "--codebook-size with --autoencoder-class fsq"),
+        (["kl", "--commitment-weight", 1], "it is of vq and fsq"),
         (["fsq", "--latent-noise", 0.5], "--latent-noise 0.5 with --autoencoder-class fsq"),
     ],
     ids=lambda value: str(value[:2]) if isinstance(value, list) else "",

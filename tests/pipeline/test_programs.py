@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 from latentflow.errors import RunError, UserError
 from latentflow.inference.images import save_images, whole_file
+from latentflow.inference.sample import conditions
 from latentflow.models.text import UnknownWords
 from latentflow.pipeline.base import FlowPipeline
 
@@ -129,6 +131,15 @@ def test_words_that_nobody_taught_are_named_once(
     messages = [line for line in capsys.readouterr().err.splitlines() if "vocabulary" in line]
     assert [line.partition(": ")[2].partition(": ")[2] for line in messages] == [f"{words}."]
     assert not [warning for warning in caught if issubclass(warning.category, UnknownWords)]
+
+
+def test_a_negative_prompt_beside_a_class_is_refused() -> None:
+    pipe = SimpleNamespace(
+        takes_text=False, takes_classes=True, labels={"hat": 0}, class_ids=lambda names: [0]
+    )
+    assert conditions(pipe, classes=["hat"]) == [{"class_labels": 0}]
+    with pytest.raises(UserError, match="a negative prompt without a prompt"):
+        conditions(pipe, classes=["hat"], negative="blue")
 
 
 def test_words_that_are_known_are_not_spoken_of(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,9 +24,14 @@ from latentflow.families import FlowModel
 from latentflow.families.tokens import TokenModel
 from latentflow.flow.discrete import SAMPLERS
 from latentflow.flow.discrete.table import mixture_path
+from latentflow.inference.memory import kept_whole
 from latentflow.inference.sample import model_capabilities, read_capabilities
 from latentflow.models import Condition, TokenDiT
 from latentflow.pipeline.edit import LatentFlowEditPipeline
+from latentflow.pipeline.jumps import check_solver
+from latentflow.web.inference_server import InferenceServer
+
+from .test_offload import by_group, by_model, sequential
 
 V, SIDE = 5, 8
 PATHS = {
@@ -265,6 +270,9 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"source": "mask"}, "token_path is"),
         (PATHS["mask"] | {"kappa": "lienar"}, r"unknown kappa 'lienar'"),
         (PATHS["mask"] | {"source": "masks"}, r"unknown token source 'masks'"),
+        (PATHS["mask"] | {"source": ["mask"]}, "token_path: source is "),
+        (PATHS["mask"] | {"kappa_options": None}, "token_path: kappa_options is None"),
+        (PATHS["uniform"] | {"kappa_options": {"degree": [2]}}, "option 'degree' of kappa"),
         ("mask", "token_path is 'mask'"),
     ):
         changed = {key: entry for key, entry in index.items() if key != "token_path"}
@@ -320,11 +328,42 @@ def test_the_bound_of_independent_tokens_is_their_entropy() -> None:
 
 
 def test_a_folder_says_what_it_can_without_being_opened(tmp_path: Path) -> None:
-    pipe = pipeline(network=TokenDiT)
-    pipe.save_pretrained(tmp_path)
-    read = read_capabilities(str(tmp_path))
-    assert read == model_capabilities(pipe.model)
-    assert read is not None and read.tokens and read.labels == ("apple", "hat") and not read.has_velocity
+    pipe = pipeline(source="uniform", network=TokenDiT)
+    for guidance in (None, 3.5):
+        pipe.register_to_config(usual_guidance=guidance)
+        pipe.save_pretrained(tmp_path)
+        read = read_capabilities(str(tmp_path))
+        assert read == model_capabilities(pipe.model)
+        assert read is not None and read.guidance == (guidance or 2.0) == read.edit_guidance
+    assert read.labels == ("apple", "hat") and not read.has_velocity
+    # what the page offers: no sampler that this source, which has no masks, refuses
+    assert InferenceServer(str(tmp_path), "cpu").choices["solver"] == ["exact", "euler", "tau-leaping"]
+    with pytest.raises(UserError, match="lifted next, but"):
+        check_solver(pipe.model, "halton")
+
+
+def in_groups(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_group(offload_type="leaf_level", exclude_modules=kept_whole(pipe))(pipe, monkeypatch)
+
+
+@pytest.mark.parametrize("offload", [sequential, by_model, in_groups])
+def test_offloaded_weights_draw_and_fill_the_same(offload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, mask = pipeline(network=TokenDiT), torch.zeros(1, 1, 16, 16)
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.normal_(std=0.2)
+    mask[..., 4:12, 4:12] = 1.0
+    asked: dict[str, Any] = {"class_labels": 0, "num_inference_steps": 3, "output_type": "pt"}
+
+    def draw() -> tuple[Tensor, Tensor]:
+        fill = LatentFlowInpaintPipeline.from_pipe(pipe)
+        fill.set_progress_bar_config(disable=True)
+        drawn = pipe(**asked, generator=generators(1)).images
+        return drawn, fill(**asked, image=image(), mask_image=mask, generator=generators(1)).images
+
+    expected = draw()
+    offload(pipe, monkeypatch)
+    assert all(map(torch.equal, draw(), expected))
 
 
 def test_other_checkpoints_take_no_settings_of_tokens(class_pipe: Any) -> None:

@@ -98,6 +98,11 @@ def test_the_programs_draw_and_fill(runs: Path, folder: Path, tmp_path: Path) ->
     filled, kept = np.asarray(Image.open(tmp_path / "b.png").convert("RGB")), np.ones((16, 16, 1), bool)
     kept[4:12, 4:12] = False
     assert np.array_equal(filled * kept, np.asarray(image) * kept)
+    varied = [folder / "00.png", "a red circle", *more, "-o", tmp_path / "c.png"]
+    said = call(tmp_path, *varied, expect=2, file="../pipelines/edit")
+    assert "without --method image-to-image" in said
+    call(tmp_path, *varied, "--method", "image-to-image", file="../pipelines/edit")
+    assert Image.open(tmp_path / "c.png").size == (16, 16)
     pipe = opened(checkpoint, LatentFlowInpaintPipeline)
     assert pipe.model.known_tokens(torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)).equal(
         tokenize(pipe.vae, torch.zeros(1, 3, 16, 16))

@@ -102,7 +102,9 @@ class Logits:
     def probabilities(self, index: Tensor, temperature: float = 1.0) -> Tensor:
         """Return softmax(logits / temperature) of the positions ``index`` (n,): (n, V)."""
         rows = self.rows(index)
-        return (rows.div_(temperature) if temperature != 1.0 else rows).softmax(-1)
+        if temperature != 1.0:  # below the largest, so that none overflows, however low the temperature is
+            rows = rows.sub_(rows.detach().amax(-1, keepdim=True)).div_(max(temperature, 1e-30))
+        return rows.softmax(-1)
 
     def _extra_of(self, index: Tensor) -> Tensor:
         assert self.extra is not None

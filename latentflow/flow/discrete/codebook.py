@@ -30,6 +30,9 @@ def nearest(latents: Tensor, embeddings: Tensor) -> Tensor:
     """Return the numbers (B, ...) int64 of those of ``embeddings`` (V, E) that are nearest to latents (B, E, ...)."""
     rows = latents.movedim(1, -1)
     flat, e = rows.reshape(-1, rows.shape[-1]).float(), embeddings.to(latents.device).float()
+    # Around their centre: by products of matrices, distances far from the origin lose the digits that tell codes apart.
+    centre = e.mean(0)
+    flat, e = flat - centre, e - centre
     found = [torch.cdist(flat[part], e).argmin(1) for part in parts(len(flat), len(e))]
     return torch.cat(found).reshape(rows.shape[:-1])
 
@@ -50,7 +53,10 @@ class Codebook:
                 f"the codebook has shape {tuple(self.embeddings.shape)}", "Pass (tokens, channels)."
             )
         if not bool(self.embeddings.isfinite().all()):
-            raise UserError("the codebook is not all finite", "Its tokenizer's training failed.")
+            raise UserError(
+                "the codebook is not all finite",
+                "Its tokenizer is damaged, or its training failed: copy its folder again, or train another.",
+            )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of tokens (B, ...): (B, E, ...)."""
@@ -98,16 +104,13 @@ class Codebook:
         follow = with_time_rows(network)  # type: ignore[arg-type]
         return lambda x, t: self.mean(follow(x, t), temperature).to(x.dtype)
 
-    def loss(
-        self, logits: Tensor, tokens: Tensor, *, weight: Tensor | None = None, z_loss: float = 0.0
-    ) -> Tensor:
+    def loss(self, logits: Tensor, tokens: Tensor, *, weight: Tensor | None = None) -> Tensor:
         """-log p(tokens | x_t), averaged over positions: its minimum is the posterior, on every path.
 
         Args:
             logits: (B, ..., V).
             tokens: (B, ...) those whose embeddings are x1.
-            weight: (B,) factors.
-            z_loss: weight of the added term (log of the sum of exp(logits))^2, which keeps logits from drifting.
+            weight: (B,) factors; default: 1.
 
         Returns:
             (B,), float32 or better.
@@ -123,9 +126,8 @@ class Codebook:
                 "pass logits with the vocabulary as the last dimension"
             )
         wide = logits.to(compute_dtype(logits))
-        normaliser = wide.logsumexp(-1)
-        loss = normaliser - wide.gather(-1, tokens[..., None])[..., 0] + z_loss * normaliser.square()
-        return loss.flatten(1).mean(1) if weight is None else weighted_mean(loss, weight)
+        loss = wide.logsumexp(-1) - wide.gather(-1, tokens[..., None])[..., 0]
+        return weighted_mean(loss, torch.ones(()) if weight is None else weight)
 
     def _check(self, vocabulary: int) -> None:
         if vocabulary != len(self.embeddings):

@@ -62,15 +62,16 @@ class PolynomialKappa(Kappa):
     Gat et al. 2024 (arXiv:2407.15595), who take n up to 3.
 
     Raises:
-        UserError: ``degree`` is not a finite number >= 1 (below 1 the rate is infinite at t = 0).
+        UserError: ``degree`` is not in [1, 50]: below, the rate is infinite at t = 0; above, t^n is no number there.
     """
 
     degree: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.degree < math.inf:
+        if not 1.0 <= self.degree <= 50.0:
             raise UserError(
-                f"degree must be a finite number of at least 1, not {self.degree}", "Usual values: 2 or 3"
+                f"degree must be a number of at least 1 and at most 50, not {self.degree}",
+                "Usual values: 2 or 3",
             )
 
     def __call__(self, t: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ def halton() -> Sampler:
     """
 
     def places(x: Tensor, masked: Tensor, drawn: Draw, rest: float) -> Tensor:
-        shape = tuple(x.shape[1:])
-        grid = shape if len(shape) == 2 else (x[0].numel(),)
+        shape = x.shape[1:]
+        grid = tuple(shape) if len(shape) == 2 else (shape.numel(),)
         order = halton_places(grid).reshape(shape)
         return order.to(x.device, time_dtype(x.device)).expand(x.shape)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,30 +33,19 @@ Field: TypeAlias = Callable[[Tensor, float], Logits]
 Step: TypeAlias = Callable[[Field, Tensor, float, float], Tensor]
 
 
-class Corrector(NamedTuple):
-    """A corrector's strength over time: the share c(k) of the divergence-free part, at k = ``path.progress``.
+#: (k, 1 - k) -> the clock of a corrector at k = ``path.progress``; see ``CORRECTORS``.
+Corrector: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-    The part is the forward less the backward velocity, k' / (k (1 - k)) to a draw from p_t(. | x1): a token is taken to
-    the data and made noise again. It leaves p_t alone, and lets tokens change that were drawn too early. Gat et al.
-    2024 (arXiv:2407.15595).
-
-    Attributes:
-        share: (k, 1 - k) -> c(k).
-        clock: (k, 1 - k) -> the integral of c / (k (1 - k)) over k; its increase over a step is the mean number of
-            redraws of each token. It may be infinite at an end: then the token is redrawn for certain.
-    """
-
-    share: Callable[[Tensor, Tensor], Tensor]
-    clock: Callable[[Tensor, Tensor], Tensor]
-
-
+#: Correctors by their clocks, the integral of c / (k (1 - k)) over k: its increase over a step is the mean number of
+#: redraws of each token. It may be infinite at an end: then the token is redrawn for certain. c(k) is the strength, the
+#: share of the divergence-free part, which is the forward less the backward velocity, k' / (k (1 - k)) to a draw from
+#: p_t(. | x1): a token is taken to the data and made noise again. It leaves p_t alone, and lets tokens change that were
+#: drawn too early. Gat et al. 2024 (arXiv:2407.15595).
 CORRECTORS: dict[str, Corrector] = {
     # c(k) = k (1 - k): finite rates everywhere. One redraw of each token over the whole path, on average.
-    "balanced": Corrector(share=lambda k, rest: k * rest, clock=lambda k, rest: k),
+    "balanced": lambda k, rest: k,
     # c(k) = 1: rates infinite at both ends, where the source and the data are drawn again.
-    "constant": Corrector(
-        share=lambda k, rest: torch.ones_like(k), clock=lambda k, rest: k.log() - rest.log()
-    ),
+    "constant": lambda k, rest: k.log() - rest.log(),
 }
 
 
@@ -107,7 +96,7 @@ def redraw(
     if not options.strength:
         return x
     path, wide = options.path, torch.tensor([t, t_next], dtype=torch.float64)
-    clock = options.corrector.clock(path.progress(wide), path.remainder(wide))
+    clock = options.corrector(path.progress(wide), path.remainder(wide))
     probability = -torch.expm1(-options.strength * clock.diff()).item()
     return torch.where(uniforms[0] < probability, path.draw(x1, t_next, uniforms[1]), x)
 

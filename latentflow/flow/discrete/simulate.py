@@ -67,22 +67,18 @@ def simulate(
     Raises:
         UserError: unknown sampler or corrector shape (the nearest is suggested); a sampler for masks on a path without;
             logits of another vocabulary, or not finite (step and t are named); x or the callback's x are no tokens of
-            the path; invalid times or settings.
+            the path, or masks are known; invalid times or settings.
         ValueError: ``known`` or the callback's x have another shape; not one generator for each row.
     """
-    method = sampler if isinstance(sampler, Sampler) else lookup(SAMPLERS, sampler, "sampler")
-    if method.masked and not path.masked:
-        named = f"the sampler '{sampler}'" if isinstance(sampler, str) else "the sampler"
-        raise UserError(
-            f"{named} decides which masks are lifted next, but {path} has none",
-            "Use 'exact', 'euler' or 'tau-leaping', or a model with the source 'mask'.",
-        )
+    method = checked_sampler(sampler, path)
     grid = checked_times(times, rising=True)
     check_tokens(x, path.states, "x")
-    if known is not None and (known.shape != x.shape or known.dtype != torch.bool):
-        raise ValueError(
-            f"known is {tuple(known.shape)}, {known.dtype}: pass a bool for each token, {tuple(x.shape)}"
-        )
+    if known is not None:
+        if known.shape != x.shape or known.dtype != torch.bool:
+            raise ValueError(
+                f"known is {tuple(known.shape)}, {known.dtype}: pass a bool for each token, {tuple(x.shape)}"
+            )
+        check_tokens(x[known], path.vocabulary, "x where it is known")
     if not (math.isfinite(temperature) and temperature > 0.0):
         raise UserError(f"temperature {temperature}", "Use a positive, finite number; 1 is the posterior.")
     options = SamplerOptions(
@@ -117,6 +113,27 @@ def simulate(
                 check_tokens(replacement, path.states, f"the callback's x after step {index + 1}")
                 x = replacement
     return x
+
+
+def checked_sampler(sampler: str | Sampler, path: DiscretePath) -> Sampler:
+    """Return a sampler, by its name in ``SAMPLERS`` or as it is.
+
+    Raises:
+        UserError: there is none of this name (the nearest is suggested), or it is for masks, which the path lacks.
+    """
+    method = sampler if isinstance(sampler, Sampler) else lookup(SAMPLERS, sampler, "sampler of tokens")
+    if method.masked and not path.masked:
+        named = f"the sampler '{sampler}'" if isinstance(sampler, str) else "the sampler"
+        raise UserError(
+            f"{named} decides which masks are lifted next, but {path} has none",
+            f"Use {', '.join(samplers_of(path))}, or a model with the source 'mask'.",
+        )
+    return method
+
+
+def samplers_of(path: DiscretePath) -> list[str]:
+    """Return the names of the samplers that a path can have."""
+    return [name for name, sampler in SAMPLERS.items() if path.masked or not sampler.masked]
 
 
 def _checked_field(posterior: Posterior, path: DiscretePath, where: str) -> Field:

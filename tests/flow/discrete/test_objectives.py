@@ -136,6 +136,17 @@ def test_the_likelihood_bound_of_two_tokens_is_no_less_than_their_entropy() -> N
         torch.testing.assert_close(together[2:], alone, atol=1e-12, rtol=0)
 
 
+def test_the_likelihood_bound_of_ignorance_is_finite_for_a_uniform_source() -> None:
+    """Per token 2 a log(1 / v) + a (log V - 1 / V - a) (1 - v^2) + log V, for a = 1 - 1 / V and v = 0.1."""
+    a, log_v, v = 1.0 - 1.0 / VOCABULARY, np.log(VOCABULARY), 0.1
+    expected = 2 * a * np.log(1 / v) + a * (log_v - 1 / VOCABULARY - a) * (1 - v * v) + log_v
+    x1 = torch.randint(0, VOCABULARY, (200, 3), generator=seeded())
+    zeros = lambda x, t: torch.zeros(*x.shape, VOCABULARY)  # noqa: E731
+    bound = likelihood_bound(zeros, x1, KINDS["uniform"], samples=8, generator=seeded(1)) / 3
+    error = float(bound.std()) / len(x1) ** 0.5
+    assert abs(float(bound.mean()) - expected) < 4 * error and error < 0.02 * expected
+
+
 def test_losses_broadcast_over_images_of_tokens_and_times_of_rows() -> None:
     path, x1 = KINDS["uniform"], torch.randint(0, VOCABULARY, (3, 2, 5), generator=seeded())
     u, t = torch.rand(3, 2, 5, generator=seeded()), torch.tensor([0.0, 0.5, 1.0])
@@ -185,7 +196,7 @@ def test_mistakes_are_named() -> None:
         generalised_kl(logits, metric.sample(x1, 0.5, torch.zeros(2, 3)), path=metric)
     with pytest.raises(UserError, match="no generalised KL"):
         likelihood_bound(lambda x, t: logits, x1, metric)
-    with pytest.raises(UserError, match="evaluation 1 of 2 are not finite"):
+    with pytest.raises(UserError, match="evaluation 1 of 3 are not finite"):
         likelihood_bound(lambda x, t: logits * torch.nan, x1, path, samples=2)
     with pytest.raises(UserError, match="samples of the likelihood bound is 0"):
         likelihood_bound(lambda x, t: logits, x1, path, samples=0)

@@ -99,10 +99,10 @@ def test_a_mixture_with_its_corrector_is_forward_plus_a_share_of_forward_less_ba
         both = path.forward_rates(x, x1, t) + path.backward_rates(x, x1, t)
         redraw = path.kappa.derivative(time) / (k * rest) * path.probabilities(x1, t)
         torch.testing.assert_close(both, redraw.scatter(-1, x[..., None], 0.0), atol=1e-13, rtol=0)
-    for corrector in CORRECTORS.values():
-        k = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64, requires_grad=True)
-        (slope,) = torch.autograd.grad(corrector.clock(k, 1 - k).sum(), k)
-        torch.testing.assert_close(slope, corrector.share(k, 1 - k) / (k * (1 - k)))
+    k = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64, requires_grad=True)
+    for name, share in (("balanced", k * (1 - k)), ("constant", torch.ones_like(k))):
+        (slope,) = torch.autograd.grad(CORRECTORS[name](k, 1 - k).sum(), k)
+        torch.testing.assert_close(slope, (share / (k * (1 - k))).detach())
 
 
 def test_everything_is_finite_at_both_ends_and_they_are_source_and_data(path) -> None:
@@ -129,6 +129,12 @@ def test_everything_is_finite_at_both_ends_and_they_are_source_and_data(path) ->
         torch.testing.assert_close(start[0, 0], path.source.probabilities(VOCABULARY))
     else:
         torch.testing.assert_close(start[0, 0], torch.full((VOCABULARY,), 0.25, dtype=torch.float64))
+
+
+def test_the_steepest_kappa_has_rates_at_both_ends() -> None:
+    path, ends = MixturePath(4, PolynomialKappa(50.0)), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert path.rate(ends).isfinite().all() and path.backward_rate(ends).isfinite().all()
+    assert float(path.backward_rate(ends)[0]) == pytest.approx(50e6)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.4, 0.95])
@@ -213,7 +219,8 @@ class Wrong(Kappa):
         (lambda: MixturePath(4, Wrong(bump=math.nan)), "from nan"),
         (lambda: MixturePath(1), "the vocabulary is 1"),
         (lambda: MixturePath(4.0), "the vocabulary is 4.0"),
-        (lambda: PolynomialKappa(0.5), "degree must be a finite number of at least 1"),
+        (lambda: PolynomialKappa(0.5), "degree must be a number of at least 1"),
+        (lambda: PolynomialKappa(60.0), "at most 50, not 60.0"),
         (lambda: CubicKappa(first=4.0), "first slope of the cubic kappa is 4.0"),
         (lambda: make(KAPPAS, "polynomail", "kappa"), "did you mean 'polynomial'"),
         (lambda: make(SOURCES, "masks", "source"), "did you mean 'mask'"),

@@ -68,6 +68,21 @@ def test_every_sampler_reaches_the_data(kind: str, sampler: str, corrector: floa
     assert total_variation(samples(KINDS[kind], sampler, steps, corrector=corrector), table(2)) < 0.02
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("corrector", [1.0, 5.0])
+@pytest.mark.parametrize("sampler", [name for name in ORDERS if SAMPLERS[name].order])
+def test_orders_reach_the_data_with_a_corrector(sampler: str, corrector: float) -> None:
+    x = samples(KINDS["mask"], sampler, steps=192, corrector=corrector)
+    assert total_variation(x, table(2)) < 0.02
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_rows_are_no_rows(sampler: str) -> None:
+    x = torch.zeros(0, 2, 3, dtype=torch.int64)
+    out = simulate(lambda x, t: torch.zeros(*x.shape, 4), x, [0, 0.5, 1], sampler, path=MixturePath(4))
+    assert out.shape == x.shape
+
+
 @pytest.mark.parametrize("shape", CORRECTORS)
 @pytest.mark.parametrize("path", EVERY_PATH.values(), ids=list(EVERY_PATH))
 def test_everything_stays_finite_from_one_end_to_the_other(path: DiscretePath, shape: str) -> None:
@@ -282,14 +297,13 @@ def test_no_masks_are_evaluated_that_are_known_and_t_is_the_start_of_a_step() ->
     assert out[0, 0] == 1  # what is not masked stays, whatever the network says of it
 
 
-def test_a_low_temperature_takes_the_likeliest_token() -> None:
+@pytest.mark.parametrize("temperature", [1e-3, 1e-39, 1e-300])
+def test_a_low_temperature_takes_the_likeliest_token(temperature: float) -> None:
     path = MixturePath(4, LinearKappa(), UniformSource())
     x = torch.zeros(50, 6, dtype=torch.int64)
     logits = torch.tensor([0.0, 1.0, 0.5, -1.0])
-    out = simulate(
-        lambda x, t: logits.expand(*x.shape, 4), x, [0, 1], path=path, temperature=1e-3, generator=seeded()
-    )
-    assert (out == 1).all()
+    options = {"path": path, "temperature": temperature, "generator": seeded()}
+    assert (simulate(lambda x, t: logits.expand(*x.shape, 4), x, [0, 1], **options) == 1).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -331,6 +345,10 @@ def call(posterior=None, x=None, times=(0, 0.5, 1), sampler="exact", path=None, 
         ({"posterior": lambda x, t: torch.tensor([0.0, torch.inf, 0, 0]).expand(2, 3, 4)}, "not finite"),
         ({"x": torch.full((2, 3), 4)}, "(?s)x holds tokens from 4 to 4.*4 states"),
         ({"x": torch.full((2, 3), -1)}, "from -1 to -1"),
+        (
+            {"path": MixturePath(4), "x": torch.full((2, 3), 4), "known": torch.ones(2, 3).bool()},
+            "x where it is known holds tokens from 4 to 4",
+        ),
         ({"x": torch.zeros(2, 3)}, "(?s)float32.*int64"),
         ({"sampler": "eular"}, "did you mean 'euler'"),
         ({"sampler": "halton"}, "(?s)'halton' decides which masks.*has none"),
