@@ -93,6 +93,14 @@ def test_sets_have_noises_of_their_own_and_all_classes(
     assert min(torch.bincount((torch.cat(encoded).flatten() // 13).long(), minlength=3).tolist()) >= 6
 
 
+def test_one_class_is_no_choice(class_folder: Path, images: Callable[..., Tensor]) -> None:
+    pipe: Any = LatentFlowPipeline.from_pretrained(class_folder)
+    some = ImageSet(images=images(3) * 2 - 1, captions=[KINDS[0]] * 3)
+    options: dict[str, Any] = {"condition_kind": "class_labels", "settings": {}, "seed": 0, "batch_size": 5}
+    found = probe(Sampler(model=pipe.model, pipeline=pipe, **options), some, some)
+    assert found["best"] is None and "one class" in found["best_reason"]
+
+
 def test_a_figure_that_cannot_be_given_says_why() -> None:
     lines = "".join(
         _known({"probe": {"best": None, "best_reason": "features are those of a DiT of our own"}})
@@ -154,6 +162,7 @@ def test_the_command_measures_both(
     density = ("--likelihood", "--likelihood-images", 4, "--other", other)
     said = evaluate(class_folder, data, "-o", report, "--probe", *density)
     assert "by a linear probe behind block 1" in said and "bits per dimension" in said and "AUROC" in said
+    assert "without a condition" in " ".join(said.split())
     measured = json.loads(report.read_text())
     assert {entry["t"] for entry in measured["probe"]["table"]} == {0.3, 0.6, 0.9}
     assert measured["likelihood"]["other"]["n"] == 4
@@ -177,5 +186,6 @@ def test_the_command_measures_both(
         with pytest.raises(UserError, match=words):
             evaluate(class_folder, data, "-o", tmp_path / "none.json", *flags)
         assert "images" not in capsys.readouterr().out  # before anything is measured
-    with pytest.raises(UserError, match="--other without --likelihood"):
-        evaluate(class_folder, data, "--other", other)
+    for flags in (("--other", other), ("--likelihood-images", 4)):
+        with pytest.raises(UserError, match=f"{flags[0]} without --likelihood"):
+            evaluate(class_folder, data, *flags)
