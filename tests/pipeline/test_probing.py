@@ -21,7 +21,7 @@ from latentflow.evaluation.probing import auroc, likelihood, linear_probe, probe
 from latentflow.evaluation.sampler import Sampler
 from latentflow.models import UNet
 
-from .conftest import NAMES, GaussianFlow, quiet
+from .conftest import NAMES, GaussianFlow, quiet, tiny_dit
 from .test_classify import photos
 
 KINDS = [*NAMES.values()]
@@ -135,6 +135,13 @@ def test_features_are_the_tokens_behind_a_block(class_folder: Path, images: Call
     assert torch.equal(found, seen[0].float().mean(1)) and found.shape == (2, 16)
     first, second = (model.features(real, 1, 1.0, torch.Generator().manual_seed(seed)) for seed in (1, 2))
     assert torch.equal(first, second) and not torch.allclose(first, found)
+    under: Any = tiny_dit(latent_variable="image", latent_variable_dim=3)
+    own: Any = LatentFlowPipeline(model.vae, under).model
+    given: list[Any] = []
+    under.register_forward_pre_hook(lambda *call: given.append(call[1][2].z))
+    own.features(real, 1, 0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(given[0], under.z_encoder(own.encode(real)).mean)
     for block in (0, 2):
         with pytest.raises(UserError, match="Use 1 to 1"):
             model.features(real, block, 0.5)
