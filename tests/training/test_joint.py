@@ -353,6 +353,8 @@ def test_a_collapsed_encoder_is_said_and_not_exported(
     assert not (tmp_path / "run" / "pipeline").exists() and list(
         (tmp_path / "run" / "checkpoints").glob("step-*")
     )
+    with pytest.raises(UserError, match="run: the encoder has collapsed"):  # nor by the way round
+        unfinished_pipeline(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
