@@ -59,8 +59,8 @@ class ClassifyConfig:
     them (temperature scaling). Without it they tend to be too sure."""
     temperature: float | None = None
     """Temperature of the probabilities, as an earlier --calibrate has found it. Default: 1."""
-    background: str = "white"
-    """Colour behind transparent images."""
+    background: str | None = None
+    """Colour behind transparent images. Default: that of the checkpoint's run, else white."""
     seed: int = 0
     """Image i has the noises of seed + i."""
     batch_size: int = 64
@@ -106,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from latentflow.data import find_source, readable
+    from latentflow.data import caption_of_class, find_source, readable
     from latentflow.data.checking.page import labelled_sheet
     from latentflow.evaluation.classification import Classifier, calibrate
+    from latentflow.evaluation.data import run_settings
     from latentflow.evaluation.figures import share
     from latentflow.evaluation.report import strict_json
     from latentflow.flow import WEIGHTINGS, make
@@ -128,21 +129,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     names = class_names(config, pipe.model, source)
     model: Any = pipe.model
-    rows = model.encode_prompt(names) if model.takes_text else model.encode_class(names)
+    spoken = [*map(caption_of_class, names)] if not config.classes else names
+    rows = model.encode_prompt(spoken) if model.takes_text else model.encode_class(names)
+    background = config.background or run_settings(config.checkpoint, config.data)["background"]
     numbers = {name: number for number, name in enumerate(names)}
 
     temperature, calibrated = config.temperature or 1.0, None
     if config.calibrate is not None:
         known = readable(find_source(config.calibrate))
         refuse_unlabelled(known, names, "--calibrate")
-        ratios, _ = classifier.compare(classifier.images(known, config.background), rows)
+        ratios, _ = classifier.compare(classifier.images(known, background), rows)
         calibrated = calibrate(ratios, [numbers[example.label] for example in known.examples])
         temperature = calibrated.temperature
         print(
             f"calibrated on {len(known)} images: temperature {temperature:.4g}, expected calibration error "
             f"{calibrated.before:.1%} before, {calibrated.after:.1%} after"
         )
-    ratios, _ = classifier.compare(classifier.images(source, config.background), rows)
+    ratios, _ = classifier.compare(classifier.images(source, background), rows)
     probabilities = torch.softmax(ratios / temperature, 1)
     order = probabilities.argsort(1, descending=True)
     result: dict[str, Any] = {

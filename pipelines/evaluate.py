@@ -132,8 +132,12 @@ class EvaluateConfig(AdapterChoice):
             from latentflow.flow.discrete import SAMPLERS
 
             lookup({**SOLVERS, **SAMPLERS}, self.solver, "solver")
-        if self.other is not None and not self.likelihood:
-            raise UserError("--other without --likelihood", "Add --likelihood, or leave --other out.")
+        for flag, given in (
+            ("--other", self.other is not None),
+            ("--likelihood-images", self.likelihood_images != EvaluateConfig.likelihood_images),
+        ):
+            if given and not self.likelihood:
+                raise UserError(f"{flag} without --likelihood", f"Add --likelihood, or leave {flag} out.")
         if self.attributes and len(set(self.attributes)) < max(2, len(self.attributes)):
             raise UserError("--attributes must distinguish captions", "Give at least two, all different.")
 
@@ -163,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.evaluation.lines import lines
     from latentflow.evaluation.sampler import HELD_OUT_CAPTIONS, TRAINING_CAPTIONS, VARIATIONS, Sampler
     from latentflow.families.few_steps import require_velocity
+    from latentflow.families.latent_variable import require_density
     from latentflow.families.latentflow import NAMED_STEPS
     from latentflow.metrics import learned
     from latentflow.models.vision import EFFICIENTNET_LIBRARIES
@@ -215,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--probe: {source.name} has no classes to read", "Leave it out.")
     if config.likelihood:
         require_velocity(model)
+        require_density(model)
     other = None if config.other is None else open_other(config.other, settings)
     if config.attributes and kind == "nothing":
         raise UserError("--attributes needs a checkpoint that takes captions or classes", "Leave it out.")

@@ -137,11 +137,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def audited(checkpoint: str, source: Source) -> list[Doubt]:
     """Return what a checkpoint makes of each label, the most doubtful first."""
     from latentflow.evaluation.classification import Classifier, audit
+    from latentflow.evaluation.data import run_settings
     from latentflow.inference.opening import open_pipeline
     from latentflow.pipeline import LatentFlowPipeline
 
     pipe = open_pipeline(LatentFlowPipeline, checkpoint, "auto")
-    return audit(Classifier(model=pipe.model), source)
+    return audit(Classifier(model=pipe.model), source, run_settings(checkpoint, source.name)["background"])
 
 
 def doubt_lines(doubts: Sequence[Doubt], most: int = 10) -> list[str]:

@@ -53,9 +53,14 @@ class LatentVariableConfig:
             known: kind and dimension of the checkpoint's, which cannot change.
 
         Raises:
-            UserError: another kind or dimension is asked for.
+            UserError: another kind or dimension is asked for; or settings are given, and there is none.
         """
         kind, dim = self.latent_variable, self.latent_variable_dim
+        if kind is None and known[0] is None and self != LatentVariableConfig():
+            raise UserError(
+                "settings of a latent variable, and neither --latent-variable nor a checkpoint that has one",
+                "Add --latent-variable image or path, or leave them out.",
+            )
         if known[0] is None:
             return {"latent_variable": kind, "latent_variable_dim": None if kind is None else dim or 16}
         for name, asked, has in (("", kind, known[0]), ("-dim", dim, known[1])):

@@ -254,11 +254,8 @@ class RunConfig:
         if self.adapter.lora_rank and not self.init_from:
             raise UserError("--lora-rank without --init-from", "Name the checkpoint that it adapts.")
         latent = self.latent_variable
-        if latent.latent_variable is None and latent != LatentVariableConfig() and not self.init_from:
-            raise UserError(
-                "settings of a latent variable without --latent-variable",
-                "Add --latent-variable image or path, or leave them out.",
-            )
+        if not self.init_from:
+            latent.network()  # refuses settings of none
         if latent.latent_variable is not None and self.adapter.lora_rank:
             raise UserError(
                 "--latent-variable with --lora-rank: an adapter has no place for its encoder",
@@ -291,6 +288,11 @@ class RunConfig:
             "--shard": self.loop.shard,
             "--gradient-checkpointing": self.network.gradient_checkpointing,
         }
+        if self.joint.joint != "alignment" and self.autoencoder.kl_weight != AutoencoderConfig.kl_weight:
+            raise UserError(
+                f"--kl-weight with --joint {self.joint.joint}: the flow measures the information in the latents",
+                "Leave it out, or weigh that information: --joint-weight.",
+            )
         self.joint.refuse_unfit(others, self.flow, self.alignment, None if self.vae else self.autoencoder)
 
     def _check_tokens(self) -> None:

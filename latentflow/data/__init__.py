@@ -14,7 +14,7 @@ from .cache.tensors import (
 from .checking.inspect_images import readable
 from .checking.report import Report, check_source
 from .crops import Cropping, crop, one_size
-from .dataset import Example, FileExample, Source, read_image
+from .dataset import Example, FileExample, Source, caption_of_class, read_image
 from .images import decode_image, pixels_to_images, to_pil, to_tensor
 from .masks import read_mask
 from .sources.kinds import find_source
@@ -34,6 +34,7 @@ __all__ = [
     "cached_masks",
     "cached_pixels",
     "cached_text",
+    "caption_of_class",
     "check_source",
     "crop",
     "decode_image",

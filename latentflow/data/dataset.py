@@ -401,6 +401,11 @@ def _balanced(repeats: Array, classes: Array) -> Array:
     return raised
 
 
+def caption_of_class(name: str) -> str:
+    """Return the name of a class as a caption, with spaces for underscores."""
+    return " ".join(name.replace("_", " ").split())
+
+
 def top_folder(name: str) -> str:
     """Return the first folder in an example's name, equal for all Unicode spellings of it; "" where it is in none."""
     return composed(name.rpartition("/")[0].split("/")[0])

@@ -10,10 +10,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data import LazyTable, Source, pixels_to_images
+from ..data import LazyTable, Source, caption_of_class, pixels_to_images
 from ..errors import UserError
 from ..families import FlowModel, Rows
 from ..families.few_steps import require_velocity
+from ..families.latent_variable import require_density
 from ..flow import WEIGHTINGS, compare_conditions, log_likelihood, make
 from ..inference.sample import generators
 from ..utils.progress import progress_bar
@@ -27,7 +28,7 @@ _IMAGES_AT_ONCE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """A flow model as a classifier of images.
+    """A flow model as a classifier of images. One with a latent variable compares under that of the image.
 
     Attributes:
         evaluations: of each class that remains to the end: an even number.
@@ -39,7 +40,7 @@ class Classifier:
         seed: image i has the noises of seed + i.
 
     Raises:
-        UserError: the model draws in a few steps, has no velocity, or needs images.
+        UserError: the model draws in a few steps, has no velocity, or needs images; or no density, for "likelihood".
     """
 
     model: FlowModel
@@ -58,6 +59,8 @@ class Classifier:
                 "Give the checkpoint that it was distilled from.",
             )
         self.model.check_image_input()
+        if self.method == "likelihood":
+            require_density(self.model)
 
     def images(self, source: Source, background: str = "white") -> LazyTable:
         """Return the images at the model's size, uint8 (N, 3, H, W), read as they are compared."""
@@ -83,13 +86,16 @@ class Classifier:
         ratios, losses = [], []
         by_density = self.method == "likelihood"
         at_once = min(_IMAGES_AT_ONCE, self.batch_size) if by_density else _IMAGES_AT_ONCE
-        at_once = at_once if isinstance(rows, Rows) else 1
+        alike = isinstance(rows, Rows) and self.model.latent_variable is None  # the conditions of all images
+        at_once = at_once if alike else 1
         compared = self._likelihoods if by_density else self._compared
         with progress_bar(total=len(images), desc="images") as bar:
             for start in range(0, len(images), at_once):
                 part = images[start : start + at_once]
                 x1 = self.model.encode(pixels_to_images(part).to(self.model.device)).float()
-                ratio, loss = compared(x1, rows if isinstance(rows, Rows) else rows(start), start)
+                own = rows if isinstance(rows, Rows) else rows(start)
+                own = own if alike else self.model.with_latent_variable(own, like=x1, mean=True)
+                ratio, loss = compared(x1, own, start)
                 ratios.append(ratio)
                 losses.append(loss)
                 bar.update(len(part))
@@ -173,7 +179,8 @@ def audit(classifier: Classifier, source: Source, background: str = "white", oth
     if source.kind == "class":
         names = [name for name in source.classes if name in {*labels}]
         candidates = [names] * len(labels)
-        rows = model.encode_class(names) if model.takes_classes else model.encode_prompt(names)
+        spoken = [caption_of_class(name) for name in names]
+        rows = model.encode_class(names) if model.takes_classes else model.encode_prompt(spoken)
         places = [names.index(label) for label in labels]
     else:
         candidates = [

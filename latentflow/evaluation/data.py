@@ -10,7 +10,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..config import ControlConfig, DataConfig, LoopConfig, control_kinds
-from ..data import LazyTable, Source, cached_pixels, find_source, pixels_to_images, readable, split
+from ..data import (
+    LazyTable,
+    Source,
+    cached_pixels,
+    caption_of_class,
+    find_source,
+    pixels_to_images,
+    readable,
+    split,
+)
 from ..data.sources.kinds import is_latent_folder
 from ..errors import UserError, few
 from ..families import FlowModel
@@ -176,7 +185,8 @@ def held_out(source: Source, settings: Mapping[str, Any]) -> Source:
 
 
 def load_images(model: FlowModel, source: Source, background: str) -> ImageSet:
-    """Load images at the checkpoint's size, each with its caption or class, "" where it has none.
+    """Load images at the checkpoint's size, each with its caption or class, "" where it has none; for a checkpoint of
+    captions classes are captions.
 
     Raises:
         UserError: the checkpoint does not say its size.
@@ -185,6 +195,9 @@ def load_images(model: FlowModel, source: Source, background: str) -> ImageSet:
         captions = list(source.captions())
     else:  # an unconditional example may have a label all the same
         captions = [(example.label or "") if source.kind == "class" else "" for example in source.examples]
+        captions = (
+            [*map(caption_of_class, captions)] if model.takes_text and not model.takes_classes else captions
+        )
     return ImageSet(images=pixels_to_images(load_pixels(model, source, background)[:]), captions=captions)
 
 

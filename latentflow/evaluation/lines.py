@@ -151,6 +151,8 @@ def _known(report: dict[str, Any]) -> Iterator[str]:
         text = (
             f"{name.replace('_', ' ')}: {part['bits_per_dim']:.4f}{error} bits per dimension of the latents"
         )
+        if "other" in report["likelihood"]:
+            text += " without a condition"
         if "auroc" in part:
             text += (
                 f"; AUROC {part['auroc']:.3f} by the density, {part['auroc_of_typicality']:.3f} by typicality"

@@ -40,6 +40,8 @@ def probe(sampler: Sampler, train: ImageSet, unseen: ImageSet) -> dict[str, Any]
         return missing("best", "features are those of a DiT of our own")
     train = train.rows(metrics.in_proportion(train.captions, sampler.seed)[:_MOST])
     names = sorted({*train.captions})
+    if len(names) < 2:
+        return missing("best", "the training images have one class, which is no choice")
     labels = torch.tensor([names.index(caption) for caption in train.captions])
     depth = len(model.network.blocks)
     blocks = sorted({max(1, round(share * depth)) for share in DEPTHS})

@@ -12,7 +12,21 @@ from ..errors import UserError
 from .rows import Rows, check_counts, keep
 
 if TYPE_CHECKING:
-    from .model import Generators
+    from .model import FlowModel, Generators
+
+
+def require_density(model: FlowModel) -> None:
+    """Refuse the density of a model with a latent variable, whose velocity is that under one value of it.
+
+    Raises:
+        UserError: it has one.
+    """
+    if model.latent_variable is not None:
+        raise UserError(
+            "this checkpoint has a latent variable: the density of an image is the mean over all of its values, and no "
+            "velocity leads to it",
+            "Classify by errors (--method flow-matching), or give a checkpoint without a latent variable.",
+        )
 
 
 class LatentVariableMixin:

@@ -415,7 +415,8 @@ class LatentFlowModel(ControlledModel):
     def features(
         self, images: Tensor, block: int, t: float, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the mean (B, D) of a noisy image's tokens behind ``block`` blocks of the network, without a condition.
+        """Return the mean (B, D) of a noisy image's tokens behind ``block`` blocks of the network, without a condition
+        but under the image's latent variable, if there is one.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
@@ -436,7 +437,8 @@ class LatentFlowModel(ControlledModel):
         x1 = self.encode(images.to(self.device))
         noise = torch.randn(x1.shape, generator=generator).to(x1)
         x = self.path.scale_input(self.path.sample(noise, x1, t).xt, t).to(self.dtype)
-        found = network(x, t, self.prepare(self.null(len(x))), features=block, only_features=True)
+        rows = self.with_latent_variable(self.null(len(x)), like=x1, mean=True)
+        found = network(x, t, self.prepare(rows), features=block, only_features=True)
         tokens: Tensor = found.features
         return tokens.float().mean(1)
 

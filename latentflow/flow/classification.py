@@ -12,7 +12,6 @@ condition's error alike is no part of a difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,7 +40,8 @@ class Comparison(NamedTuple):
 
     Attributes:
         log_ratios: (N, K) log p(x1 | condition) less that of the best condition, estimated on their common draws.
-        losses: (N, K) estimates of the integral at the head of this file, each by its own draws.
+        losses: (N, K) estimates of the integral at the head of this file: of the best condition by all draws, of
+            another what it has more on their common draws.
         evaluations: (N, K) int64, of the velocity.
     """
 
@@ -71,7 +71,6 @@ def compare_conditions(
     log_snr: tuple[float, float] = LOG_SNR,
     batch_size: int = 64,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> Comparison:
     """Compare conditions by their flow-matching errors on the same draws.
 
@@ -89,7 +88,6 @@ def compare_conditions(
         log_snr: least and largest.
         batch_size: rows of the velocity's input.
         generator: of the noises, one for all samples or one for each.
-        progress: called with the number of evaluations after each batch.
 
     Raises:
         UserError: fewer than two conditions or evaluations, or an odd number of these; a loss is not finite.
@@ -121,19 +119,18 @@ def compare_conditions(
             v = velocity(point.xt, t, condition.to(x1.device))
             missed = convert(v, point.xt, t, path, source="velocity", target="noise") - x0
             squared = missed.to(time_dtype(x1.device)).flatten(1).square().sum(1)
-            found = squared.cpu().double() * weigh(lambdas[sample, pair])
-            errors[sample, condition, draw] = found
-            if progress is not None:
-                progress(len(part))
+            if not bool(squared.isfinite().all()):  # a NaN is the mark of a draw that is not taken
+                raise UserError(
+                    "the velocity is not finite at some sample", "Check the checkpoint and the images."
+                )
+            errors[sample, condition, draw] = squared.cpu().double() * weigh(lambdas[sample, pair])
         done = upto
         losses = _loss(errors, high - low)
         worst = losses.masked_fill(~kept, torch.inf).argsort(1)[:, remaining:]
         kept = kept.scatter(1, worst, False)
-    if not bool(losses.isfinite().all()):
-        raise UserError("the velocity is not finite at some sample", "Check the checkpoint and the images.")
-    best = losses.masked_fill(~kept, torch.inf).argmin(1)
-    apart = errors - errors[torch.arange(n), best][:, None]
-    return Comparison(-_loss(apart, high - low), losses, errors.isfinite().sum(2))
+    best = losses.masked_fill(~kept, torch.inf).argmin(1, keepdim=True)
+    apart = _loss(errors - errors.gather(1, best[:, :, None].expand(-1, -1, evaluations)), high - low)
+    return Comparison(-apart, losses.gather(1, best) + apart, errors.isfinite().sum(2))
 
 
 def _loss(errors: Tensor, width: float) -> Tensor:

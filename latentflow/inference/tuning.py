@@ -84,7 +84,9 @@ def tune_sampler(
             rows = condition_rows(
                 model, [pool[random.Random(seed).randrange(len(pool))] for seed in seeds if pool], len(seeds)
             )
-            noise = model.noise(len(seeds), height, width, generators(begin, len(seeds)))
+            each = generators(begin, len(seeds))
+            rows = model.with_latent_variable(rows, each)  # drawn before the noise, as in a call
+            noise = model.noise(len(seeds), height, width, each)
             velocity = _counted(model.velocity(rows, scale), bar)
             yield Ends.of(velocity, model.begin(noise, times), times.tolist())
 

@@ -346,32 +346,40 @@ def conditions_of(
 ) -> Conditions:
     """Return what a flow loss makes its condition of, for rows of ``source``.
 
-    Classes become ids, captions cached embeddings of ``text_encoder``, which is frozen, or without it token ids. If an
-    image has several captions, each use of it gets one of them, by ``seed`` and sample id; with ``mirror`` the captions
-    of mirrored images say left for right.
+    Classes become ids, captions cached embeddings of ``text_encoder``, which is frozen, or without it token ids. Images
+    without a class or a caption are ``unlabelled``: they get the null, as an empty prompt does. If an image has several
+    captions, each use of it gets one of them, by ``seed`` and sample id; with ``mirror`` the captions of mirrored
+    images say left for right.
     """
     if source.kind == "class":
         ids = torch.as_tensor(source.class_ids())
-        unlabelled = ids == NO_CLASS
+        without = ids == NO_CLASS
         given = {"class_labels": ids.clamp(min=0)}
-        return rows_of(given | {"unlabelled": unlabelled} if bool(unlabelled.any()) else given)
+        return rows_of(given | {"unlabelled": without} if bool(without.any()) else given)
     if source.kind != "text":
         return rows_of({})
     captions = Captions(source, seed, mirror)
+
+    def unlabelled(places: list[int]) -> dict[str, Tensor]:
+        empty = torch.tensor([not captions[place].strip() for place in places])
+        return {"unlabelled": empty} if bool(empty.any()) else {}
+
     if text_encoder is not None:
         table = cached_text(captions, tokenizer, text_encoder)
 
         def embeddings(rows: list[int], sample_ids: list[int]) -> dict[str, Tensor]:
-            text, mask = table.batch(captions.choose(rows, sample_ids))
-            return {"text": text, "text_mask": mask}
+            text, mask = table.batch(places := captions.choose(rows, sample_ids))
+            return {"text": text, "text_mask": mask, **unlabelled(places)}
 
         return embeddings
 
     def tokens(rows: list[int], sample_ids: list[int]) -> dict[str, Tensor]:
-        texts = [captions[place] for place in captions.choose(rows, sample_ids)]
+        places = captions.choose(rows, sample_ids)
+        texts = [captions[place] for place in places]
         limit = tokenizer.model_max_length
         made = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
+        found = {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
+        return found | unlabelled(places)
 
     return tokens
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import AdapterConfig
+from ..config import AdapterConfig, JointConfig
 from ..errors import UserError, reason
 from ..families import FlowModel
 from ..models import load_text_encoder
@@ -28,7 +28,7 @@ from .fine_tune.pretrained_base import is_pretrained
 from .loop.checkpoint import State, load_latest
 from .loop.distributed import process_state
 from .loop.run_folder import remove_folder, write_folder
-from .losses.joint import set_statistics
+from .losses.joint import collapse, set_statistics
 from .report.folder import Run, read_run
 
 log = logging.getLogger(__name__)
@@ -174,13 +174,16 @@ def _load(model: FlowModel, state: State, run: Path) -> None:
     """Load a checkpoint's weights into the networks, averaged where they are trained.
 
     Raises:
-        UserError: they do not fit.
+        UserError: they do not fit; or an encoder that learned along has collapsed.
     """
     parts = {"network": model.network, "text_encoder": model.pipeline.text_encoder}
     saved, averages = state["flow-weights"], state["flow-average"]
     if "autoencoder-weights" in state:  # it learns together with the network
         parts["vae"] = model.vae
         saved, averages = saved | state["autoencoder-weights"], averages | state["autoencoder-average"]
+        joint = JointConfig(**state["description"]["joint"])
+        if error := collapse(saved["spread"], saved["first_spread"], joint):
+            raise UserError(f"{run}: {error.what}", error.fix)
         if "norm.running_mean" in saved:
             set_statistics(model.vae, saved["norm.running_mean"], saved["norm.running_var"])
     trained = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})

@@ -152,6 +152,28 @@ def test_a_prior_and_a_temperature() -> None:
     assert found.log_posterior(temperature=1e9).exp().sub(1 / CLASSES).abs().max() < 1e-6
 
 
+def test_a_condition_that_is_dropped_early_has_a_loss_as_good_as_the_others() -> None:
+    """Its few draws are at two log-SNRs, whose errors differ far more than conditions do: the best one's are all."""
+    mixture = Gaussians()
+    x, _ = mixture.draw(200, 6)
+    full, halved = (
+        compare_conditions(
+            mixture.velocity,
+            x,
+            CLASSES,
+            halving=halving,
+            batch_size=500_000,
+            generator=torch.Generator().manual_seed(7),
+        )
+        for halving in (False, True)
+    )
+    best = halved.log_ratios.argmax(1, keepdim=True)
+    torch.testing.assert_close(halved.losses.gather(1, best) - halved.losses, halved.log_ratios)
+    dropped = halved.evaluations < 32
+    apart = (halved.losses - full.losses)[dropped].abs() / (1 - full.log_ratios[dropped])
+    assert int(dropped.sum()) > 1000 and float(apart.median()) < 0.5
+
+
 def test_each_generator_alone_determines_its_sample() -> None:
     mixture = Gaussians()
     x, _ = mixture.draw(3, 1)
@@ -179,3 +201,7 @@ def test_refusals() -> None:
         compare_conditions(mixture.velocity, x, 3, evaluations=5)
     with pytest.raises(UserError, match="not finite"):
         compare_conditions(lambda x, t, c: x * torch.nan, x, 3)
+    for bad in (torch.nan, torch.inf):  # at some of the times, of one condition
+        wrong = lambda x, t, c, bad=bad: torch.where(((t > 0.9) & (c == 1))[:, None], bad, x)  # noqa: E731
+        with pytest.raises(UserError, match="not finite"):
+            compare_conditions(wrong, x, 3)

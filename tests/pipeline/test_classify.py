@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from latentflow.data.cache import tensors
 from latentflow.data.checking import report
 from latentflow.errors import UserError
 from latentflow.evaluation.classification import Classifier, audit, calibrate, calibration_error
+from latentflow.families.latentflow import LatentFlowModel
 
-from .conftest import NAMES, GaussianFlow
+from .conftest import NAMES, GaussianFlow, tiny_dit
 
 KINDS = [*NAMES.values()]
 
@@ -97,6 +99,64 @@ def test_captions_are_encoded_as_their_image_is_compared(
     found = audit(Classifier(model=model, evaluations=2), find_source(str(data)))
     assert len(found) == 12 and encoded == [(3, False)] * 12
     assert all(doubt.rather == doubt.label or doubt.log_ratio < 0 for doubt in found)
+
+
+@torch.no_grad()
+def test_a_latent_variable_is_that_of_the_image(
+    assemble: Callable[[Any], Any], images: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network was trained under what its encoder says of an image, and not under the mean of the prior."""
+    settings: dict[str, Any] = {"latent_variable": "image", "latent_variable_dim": 3, "num_classes": 3}
+    model: Any = assemble(tiny_dit(**settings)).model
+    real, seen = (images(3) * 255).round().to(torch.uint8), []
+    predict = type(model).predict
+    monkeypatch.setattr(
+        type(model),
+        "predict",
+        lambda own, x, t, given, *rest: seen.append(given.z) or predict(own, x, t, given, *rest),
+    )
+    rows = model.encode_class(KINDS)
+    for given in (rows, lambda number: rows):
+        seen.clear()
+        ratios, _ = Classifier(model=model, evaluations=2).compare(real, given)
+        wanted = model.network.z_encoder(model.encode(pixels_to_images(real))).mean
+        torch.testing.assert_close(torch.cat(seen), wanted.repeat_interleave(2 * 3, 0))
+        assert ratios.shape == (3, 3)
+    with pytest.raises(UserError, match="this checkpoint has a latent variable"):
+        Classifier(model=model, method="likelihood")
+
+
+def test_classes_are_spoken_to_a_checkpoint_of_captions(
+    classify: Callable[..., str],
+    load_program: Callable[[str], Any],
+    dit_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As they were in training; and images are put on the background of the checkpoint's run."""
+    for number, name in enumerate(("red_apple", "green_tree")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGBA", (8, 8), (255 * number, 0, 0, 9)).save(tmp_path / "photos" / name / "1.png")
+    run = tmp_path / "run"
+    shutil.copytree(dit_folder, run / "pipeline")
+    (run / "config.yaml").write_text("background: black\n")
+    prompts, backgrounds = [], []
+    encode, images_of = LatentFlowModel.encode_prompt, Classifier.images
+    monkeypatch.setattr(
+        LatentFlowModel, "encode_prompt", lambda own, texts: prompts.append([*texts]) or encode(own, texts)
+    )
+    monkeypatch.setattr(
+        Classifier,
+        "images",
+        lambda own, source, colour: backgrounds.append(colour) or images_of(own, source, colour),
+    )
+    classify(run / "pipeline", tmp_path / "photos")
+    result = json.loads((tmp_path / "classes.json").read_text())
+    assert result["classes"] == ["green_tree", "red_apple"]
+    load_program("check").main([str(tmp_path / "photos"), "--audit", str(run / "pipeline"), "--json"])
+    assert prompts == [["green tree", "red apple"]] * 2 and backgrounds == ["black"] * 2
+    classify(run / "pipeline", tmp_path / "photos", "--overwrite", "--background", "white")
+    assert backgrounds[2:] == ["white"]
 
 
 def test_calibration_finds_the_temperature() -> None:

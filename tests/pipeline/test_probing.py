@@ -21,7 +21,7 @@ from latentflow.evaluation.probing import auroc, likelihood, linear_probe, probe
 from latentflow.evaluation.sampler import Sampler
 from latentflow.models import UNet
 
-from .conftest import NAMES, GaussianFlow, quiet
+from .conftest import NAMES, GaussianFlow, quiet, tiny_dit
 from .test_classify import photos
 
 KINDS = [*NAMES.values()]
@@ -93,6 +93,14 @@ def test_sets_have_noises_of_their_own_and_all_classes(
     assert min(torch.bincount((torch.cat(encoded).flatten() // 13).long(), minlength=3).tolist()) >= 6
 
 
+def test_one_class_is_no_choice(class_folder: Path, images: Callable[..., Tensor]) -> None:
+    pipe: Any = LatentFlowPipeline.from_pretrained(class_folder)
+    some = ImageSet(images=images(3) * 2 - 1, captions=[KINDS[0]] * 3)
+    options: dict[str, Any] = {"condition_kind": "class_labels", "settings": {}, "seed": 0, "batch_size": 5}
+    found = probe(Sampler(model=pipe.model, pipeline=pipe, **options), some, some)
+    assert found["best"] is None and "one class" in found["best_reason"]
+
+
 def test_a_figure_that_cannot_be_given_says_why() -> None:
     lines = "".join(
         _known({"probe": {"best": None, "best_reason": "features are those of a DiT of our own"}})
@@ -127,6 +135,13 @@ def test_features_are_the_tokens_behind_a_block(class_folder: Path, images: Call
     assert torch.equal(found, seen[0].float().mean(1)) and found.shape == (2, 16)
     first, second = (model.features(real, 1, 1.0, torch.Generator().manual_seed(seed)) for seed in (1, 2))
     assert torch.equal(first, second) and not torch.allclose(first, found)
+    under: Any = tiny_dit(latent_variable="image", latent_variable_dim=3)
+    own: Any = LatentFlowPipeline(model.vae, under).model
+    given: list[Any] = []
+    under.register_forward_pre_hook(lambda *call: given.append(call[1][2].z))
+    own.features(real, 1, 0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(given[0], under.z_encoder(own.encode(real)).mean)
     for block in (0, 2):
         with pytest.raises(UserError, match="Use 1 to 1"):
             model.features(real, block, 0.5)
@@ -154,6 +169,7 @@ def test_the_command_measures_both(
     density = ("--likelihood", "--likelihood-images", 4, "--other", other)
     said = evaluate(class_folder, data, "-o", report, "--probe", *density)
     assert "by a linear probe behind block 1" in said and "bits per dimension" in said and "AUROC" in said
+    assert "without a condition" in " ".join(said.split())
     measured = json.loads(report.read_text())
     assert {entry["t"] for entry in measured["probe"]["table"]} == {0.3, 0.6, 0.9}
     assert measured["likelihood"]["other"]["n"] == 4
@@ -177,5 +193,6 @@ def test_the_command_measures_both(
         with pytest.raises(UserError, match=words):
             evaluate(class_folder, data, "-o", tmp_path / "none.json", *flags)
         assert "images" not in capsys.readouterr().out  # before anything is measured
-    with pytest.raises(UserError, match="--other without --likelihood"):
-        evaluate(class_folder, data, "--other", other)
+    for flags in (("--other", other), ("--likelihood-images", 4)):
+        with pytest.raises(UserError, match=f"{flags[0]} without --likelihood"):
+            evaluate(class_folder, data, *flags)

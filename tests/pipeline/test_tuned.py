@@ -15,9 +15,10 @@ import torch
 from latentflow import LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.errors import UserError
 from latentflow.flow import integrate, time_grid
+from latentflow.inference.tuning import tune_sampler
 from latentflow.pipeline.tuned import FILE, fitting, read_tuned
 
-from .conftest import quiet
+from .conftest import quiet, tiny_dit
 
 FEW = ("-n", 4, "--held-out", 3, "--batch-size", 4, "--device", "cpu")
 
@@ -50,6 +51,24 @@ def test_the_file_holds_numbers_and_what_they_reach(tuned_folder: Path, class_fo
     assert three.held_out["tuned_mean"] < three.held_out["usual_mean"]
     files = {path.relative_to(tuned_folder) for path in tuned_folder.rglob("*")}
     assert files - {path.relative_to(class_folder) for path in class_folder.rglob("*")} == {Path(FILE)}
+
+
+def test_a_latent_variable_is_drawn_as_in_a_call(
+    assemble: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = assemble(tiny_dit(latent_variable="path", latent_variable_dim=3))
+    seen: list[torch.Tensor] = []
+
+    def velocity(own: Any, rows: Any, *_: Any) -> Any:
+        seen.append(rows.kept["z"])
+        raise EOFError  # enough was seen
+
+    monkeypatch.setattr(type(pipe.model), "velocity", velocity)
+    with pytest.raises(EOFError):
+        tune_sampler(pipe.model, 2, count=2, seed=5)
+    with pytest.raises(EOFError):
+        pipe(num_images_per_prompt=2, generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)])
+    assert torch.equal(*seen) and not torch.equal(seen[0][0], seen[0][1])
 
 
 def test_a_call_of_these_steps_takes_it_and_says_so(tuned_folder: Path, caplog: Any) -> None:

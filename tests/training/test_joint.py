@@ -353,6 +353,8 @@ def test_a_collapsed_encoder_is_said_and_not_exported(
     assert not (tmp_path / "run" / "pipeline").exists() and list(
         (tmp_path / "run" / "checkpoints").glob("step-*")
     )
+    with pytest.raises(UserError, match="run: the encoder has collapsed"):  # nor by the way round
+        unfinished_pipeline(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -364,6 +366,7 @@ def test_a_collapsed_encoder_is_said_and_not_exported(
         ("--joint alignment --joint-log-snr 5", "whose latents have no noise"),
         ("--joint alignment", "Add --alignment encoder"),
         ("--joint lsgm", "Add --autoencoder-class kl"),
+        ("--joint lsgm --autoencoder-class kl --kl-weight 1", "--kl-weight with --joint lsgm"),
         ("--joint unified --autoencoder-class vq", "Add --autoencoder-class dc"),
         ("--joint unified --inpainting", "--inpainting with --joint"),
         ("--joint unified --early-stop 3", "--early-stop with --joint"),

@@ -248,6 +248,8 @@ def test_a_base_is_extended_and_keeps_its_own(run: Path) -> None:
     torch.testing.assert_close(
         sampled(pipe, latents=noise), sampled(plain, latents=noise), atol=1e-5, rtol=0.0
     )
+    said = call(run / "cache", *tune, *base[:2], "--latent-variable-beta", 1, "-o", run / "other", expect=2)
+    assert "neither --latent-variable nor a checkpoint that has one" in " ".join(said.split())
     own = ["--init-from", run / "run" / "pipeline", "-o", run / "other"]
     said = call(run / "cache", *tune, *own, "--latent-variable-dim", 5, expect=2)
     assert "--latent-variable-dim 5, and that of the checkpoint is 3" in said
@@ -256,7 +258,7 @@ def test_a_base_is_extended_and_keeps_its_own(run: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--latent-variable-beta", 1], "settings of a latent variable without --latent-variable"),
+        (["--latent-variable-beta", 1], "settings of a latent variable, and neither"),
         (["--latent-variable", "image", "--latent-variable-beta", -1], "--latent-variable-beta is -1"),
         (["--latent-variable", "image", "--latent-variable-dim", 0], "--latent-variable-dim is 0"),
         (["--latent-variable", "path", "--latent-variable-warmup", 2], "--latent-variable-warmup is 2"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from latentflow import LatentFlowPipeline
 from latentflow.config import FlowConfig
 from latentflow.data import find_source
-from latentflow.models import Condition, DiT
+from latentflow.models import Condition, DiT, small_text_encoder, train_tokenizer
 from latentflow.training.data import conditions_of
 from latentflow.training.losses import FlowLoss
 
@@ -66,6 +66,39 @@ def test_they_are_the_null_in_the_loss(half_labelled: Path) -> None:
     assert torch.equal(compared[0] == -1, missing)  # of no class, and not of the first
     labelled = source.subset([row for row in rows if not missing[row]])
     assert "unlabelled" not in conditions_of(labelled, 0)([0], [0])  # as runs of before
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_images_without_a_caption_are_the_null_as_well(frozen: bool, tmp_path: Path) -> None:
+    """As an empty prompt is when images are drawn; the tokenizer makes a token of it."""
+    for number in range(4):
+        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(("a red hat", " ", "a dog", "")[number])
+    source = find_source(str(tmp_path), missing_caption="empty")
+    tokenizer = train_tokenizer(["a red hat", "a dog"])
+    encoder = small_text_encoder(tokenizer, 16, 1, 2).eval()
+    network = DiT(in_channels=2, width=16, depth=1, heads=1, sample_size=4, text_dim=16)
+    rows = [*range(4)]
+    given = conditions_of(source, 0, tokenizer, encoder if frozen else None)(rows, rows)
+    mask = given["text_mask" if frozen else "attention_mask"].bool()
+    assert bool(mask.any(1).all())  # all have tokens
+    loss = FlowLoss(network, FlowConfig(coupling="conditional-ot"), 0, None if frozen else encoder)
+    drop = loss.eval().prompts(given).drop
+    assert drop is not None and drop.tolist() == [False, True, False, True]
+    assert loss({"latents": torch.randn(4, 2, 4, 4), "sample_ids": rows, **given})["loss"].isfinite()
+    assert "unlabelled" not in conditions_of(source, 0, tokenizer)([0, 2], [0, 2])  # as runs of before
+
+
+def test_that_nothing_is_missing_is_said(tmp_path: Path) -> None:
+    for kind in "ab":
+        (tmp_path / kind).mkdir()
+        Image.new("RGB", (8, 8), "red").save(tmp_path / kind / f"{kind}.png")
+    said = "--missing-caption empty changes nothing: no image lacks a "
+    assert said + "class" in find_source(str(tmp_path), missing_caption="empty").notes
+    spoken = find_source(str(tmp_path), condition="text", missing_caption="empty")
+    assert said + "caption" in spoken.notes
+    for settings in ({}, {"missing_caption": "skip"}, {"caption": "a photo"}):
+        assert not any(said in note for note in find_source(str(tmp_path), **settings).notes)
 
 
 @pytest.mark.parametrize("precomputed", [False, True])

@@ -20,7 +20,7 @@ from ...config import CONTROLS, Control
 from ...errors import UserError, did_you_mean, few, nearest, plural, shown
 from ...utils.files import refuse_no_text
 from ...utils.names import Listings, as_spelled, composed, find_path
-from ..dataset import Colours, Example, FileExample, Kind, Source
+from ..dataset import Colours, Example, FileExample, Kind, Source, caption_of_class
 from .files import File, Member
 
 Condition = Literal["auto", "none", "class", "text"]
@@ -468,9 +468,8 @@ def _refuse_equal_names(examples: Iterable[Example]) -> None:
 
 
 def _captioned_by_class(example: Example) -> Example:
-    """Return an example whose caption is the name of its class, with spaces for underscores."""
-    name = example.label and " ".join(example.label.replace("_", " ").split())
-    return dataclasses.replace(example, text=name, label=None)
+    """Return an example whose caption is the name of its class."""
+    return dataclasses.replace(example, text=example.label and caption_of_class(example.label), label=None)
 
 
 def _in_one_spelling(examples: list[Example]) -> tuple[list[Example], list[str]]:

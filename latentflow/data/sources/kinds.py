@@ -118,6 +118,10 @@ def find_source(
     source = _find(data, request)
     if caption is not None:
         source = _captioned(source, caption)
+    elif missing_caption == "empty" and source.kind != "unconditional":
+        what = "caption" if source.kind == "text" else "class"
+        if all((example.text if source.kind == "text" else example.label) for example in source.examples):
+            source = source.noted(f"--missing-caption empty changes nothing: no image lacks a {what}")
     return with_tag_orders(source, shuffle_tags, keep_tags)
 
 

@@ -84,8 +84,8 @@ class ConditionedLoss(nn.Module):
     def prompts(self, batch: dict[str, Any], drop: Tensor | None = None) -> Condition:
         """Return classes, captions and sizes of a batch; the rows where ``drop`` (B,) holds get the null.
 
-        The batch holds ``class_labels`` (B,), perhaps with ``unlabelled`` (B,) bool, rows that get the null; or
-        ``input_ids`` and ``attention_mask`` (B, L); or ``text`` (B, L, D) and ``text_mask`` (B, L); or none of these;
+        The batch holds ``class_labels`` (B,); or ``input_ids`` and ``attention_mask`` (B, L); or ``text`` (B, L, D) and
+        ``text_mask`` (B, L); or none of these; perhaps ``unlabelled`` (B,) bool, rows that get the null as well;
         perhaps ``sizes`` (B, 6).
         """
         text, mask = batch.get("text"), batch.get("text_mask")

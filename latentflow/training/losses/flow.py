@@ -137,7 +137,8 @@ class FlowLoss(ConditionedLoss):
             return x0
         generator = seeded(self.seed, Stream.COUPLING, batch["sample_ids"][0])
         compared = self.compared_by(condition)
-        if compared is not None and "unlabelled" in batch:  # these are of one kind: they have no class
+        # These are of one kind: they have no class. Empty captions are alike anyway.
+        if compared is not None and compared.ndim == 1 and "unlabelled" in batch:
             compared = compared.masked_fill(batch["unlabelled"], -1)
         return self.coupling(x0, x1, compared, generator)
 

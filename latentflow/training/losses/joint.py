@@ -184,7 +184,7 @@ class JointAutoencoderLoss(AutoencoderLoss):
     @property
     def collapsed(self) -> bool:
         """Return whether the raw latents of all images have become nearly the same."""
-        return bool(self.spread < COLLAPSED * self.first_spread)
+        return self._collapse() is not None
 
     def refuse_collapse(self) -> None:
         """Refuse to go on with an encoder that has collapsed.
@@ -192,33 +192,23 @@ class JointAutoencoderLoss(AutoencoderLoss):
         Raises:
             UserError: it has.
         """
-        if self.collapsed:
-            raise UserError(f"{self._what}: it is not exported", self._fix)
+        if error := self._collapse():
+            raise UserError(f"{error.what}: it is not exported", error.fix)
 
     def finish_step(self, skip: Tensor) -> None:
         """Look from time to time whether the encoder has collapsed, and say it."""
         super().finish_step(skip)
-        if (self._step_now + 1) % _CHECK_EVERY == 0 and self.collapsed and process_state().is_main_process:
-            log.warning("WARNING: step %d: %s. %s", self._step_now + 1, self._what, self._fix)
+        due = (self._step_now + 1) % _CHECK_EVERY == 0 and process_state().is_main_process
+        if due and (error := self._collapse()):
+            log.warning("WARNING: step %d: %s. %s", self._step_now + 1, error.what, error.fix)
 
     @property
     def _noise(self) -> float:
         """The noise of normalised latents: sigma / alpha at the log-SNR where the flow's noise levels end."""
         return math.exp(-0.5 * self._joint.log_snr)
 
-    @property
-    def _what(self) -> str:
-        return (
-            f"the encoder has collapsed: the standard deviation of its latents is {float(self.spread):.2g}, at first "
-            f"it was {float(self.first_spread):.2g}"
-        )
-
-    @property
-    def _fix(self) -> str:
-        weight = self._joint.weight
-        return (
-            f"Begin a run with a lower --joint-weight, such as {weight / 10:g}, or a lower --learning-rate."
-        )
+    def _collapse(self) -> UserError | None:
+        return collapse(self.spread, self.first_spread, self._joint)
 
     def _encode(self, images: Tensor, random: SampleRandom) -> tuple[Tensor, Tensor | None]:
         """Return what the decoder learns from, raw; and the KL divergence to N(0, I) where it is a loss (alignment)."""
@@ -245,6 +235,17 @@ class JointAutoencoderLoss(AutoencoderLoss):
         begun = self.first_spread > 0
         self.first_spread.copy_(torch.where(begun, self.first_spread, now))
         self.spread.copy_(torch.where(begun, self.spread.lerp(now, 0.1), now))
+
+
+def collapse(spread: Tensor, first_spread: Tensor, joint: JointConfig) -> UserError | None:
+    """Return the error that an encoder has collapsed, see `JointAutoencoderLoss`; None where it has not."""
+    if not bool(spread < COLLAPSED * first_spread):
+        return None
+    return UserError(
+        f"the encoder has collapsed: the standard deviation of its latents is {float(spread):.2g}, at first it was "
+        f"{float(first_spread):.2g}",
+        f"Begin a run with a lower --joint-weight, such as {joint.weight / 10:g}, or a lower --learning-rate.",
+    )
 
 
 def set_statistics(vae: Autoencoder, mean: Tensor, variance: Tensor) -> None:
