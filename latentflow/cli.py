@@ -182,15 +182,18 @@ def _name_ours(config_class: type, args: Sequence[str]) -> None:
             )
 
 
-def given(config_class: type, argv: Sequence[str] | None = None) -> frozenset[str]:
+def given(
+    config_class: type, argv: Sequence[str] | None = None, *, flags_only: bool = False
+) -> frozenset[str]:
     """Return the keys that flags or the file of ``--config`` set (not a preset): a program must not choose them itself.
 
     Args:
         config_class: the dataclass that `parse` builds of the same arguments.
         argv: the arguments after the program's name; ``sys.argv[1:]`` if None.
+        flags_only: leave out those of the file, which may be a recipe of several programs.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    file = _peek(args, "config")
+    file = None if flags_only else _peek(args, "config")
     keys = set() if file is None else set(_checked(config_class, _read_yaml(Path(file)), file))
     flags = {normal(arg.partition("=")[0]) for arg in args if arg.startswith("-")}
     flags |= {flag.removeprefix("no_") for flag in flags}

@@ -50,25 +50,11 @@ GENERATORS_OWN = {
 }
 
 
-#: Settings that build an autoencoder: --init-from has decided them.
-BUILT = (
-    "autoencoder_class",
-    "latent_channels",
-    "codebook_size",
-    "codebook_width",
-    "fsq_levels",
-    "commitment_weight",
-    "autoencoder_widths",
-    "encoder_layers",
-    "decoder_layers",
-)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Train an autoencoder on a folder of images."""
     config = parse(Config, argv, prog="latentflow autoencoder")
     if not (Path(config.output) / "config.yaml").is_file():  # the line of an earlier version goes on
-        flags = given_flags(sys.argv[1:] if argv is None else argv)
+        flags = given(Config, argv, flags_only=True)
         refuse_generators_flags(flags)
         refuse_unused_flags(config, flags)
 
@@ -78,11 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     line = resume_line("autoencoder", argv)
     with run_lock(config.output), resumable(line):
         train(config, line, given(Config, argv))
-
-
-def given_flags(argv: Sequence[str]) -> Collection[str]:
-    """Return the settings that are flags. A config file may hold others: one recipe is for both programs."""
-    return given(Config, [word for word in argv if word.partition("=")[0] != "--config"])
 
 
 def refuse_generators_flags(flags: Collection[str]) -> None:
@@ -112,7 +93,7 @@ def refuse_unused_flags(config: Config, flags: Collection[str]) -> None:
             "--decoder-only without --init-from: a new encoder would never be trained",
             "Name the autoencoder whose encoder is kept: --init-from AUTOENCODER.",
         )
-    for name in BUILT if config.init_from else ():
+    for name in AutoencoderConfig.BUILDING if config.init_from else ():
         if name in flags:
             raise UserError(
                 f"{flag_of(name)} with --init-from, whose autoencoder is built already",

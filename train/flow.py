@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -12,6 +13,8 @@ from latentflow.config import PRESETS, RunConfig
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator on a folder of images."""
     config = parse(RunConfig, argv, prog="latentflow train", presets=PRESETS)
+    if warning := config.unused_flags(given(RunConfig, argv, flags_only=True)):
+        print(warning, file=sys.stderr)
 
     from latentflow.training import resumable, resume_line
     from latentflow.training.fine_tune.pretrained_base import is_pretrained

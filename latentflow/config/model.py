@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from ..errors import UserError, lookup, unknown
 from ..utils.flags import Essential, flag_of
@@ -69,6 +69,15 @@ class TextConfig:
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     """The autoencoder that is trained where no --vae is given."""
+
+    #: Settings that build it, and those of the training of an autoencoder alone.
+    BUILDING: ClassVar[tuple[str, ...]] = (
+        "autoencoder_class", "latent_channels", "codebook_size", "codebook_width", "fsq_levels", "commitment_weight",
+        "autoencoder_widths", "encoder_layers", "decoder_layers",
+    )  # fmt: skip
+    ALONE: ClassVar[tuple[str, ...]] = (
+        "autoencoder_steps", "autoencoder_batch_size", "autoencoder_learning_rate", "autoencoder_optimizer",
+    )  # fmt: skip
 
     autoencoder_class: Literal["dc", "kl", "vq", "fsq"] = "dc"
     """Class of the autoencoder in diffusers. dc: AutoencoderDC with a space-to-channel stem (deterministic, and

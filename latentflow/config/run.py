@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -270,6 +271,19 @@ class RunConfig:
                 "--ema-lengths with --lora-rank: averages of another length are not made for adapters",
                 "Leave out one of the two.",
             )
+
+    def unused_flags(self, flags: Collection[str]) -> str:
+        """Return a warning that names those of the autoencoder's ``flags`` that change nothing; "" if all count."""
+        fields = [field.name for field in dataclasses.fields(AutoencoderConfig)]
+        found = "--vae" if self.vae else "--init-from" if self.init_from else ""
+        unused = {*fields} if found else set()
+        if self.joint.joint:  # it is trained, but with the flow
+            unused = {*AutoencoderConfig.ALONE, *(AutoencoderConfig.BUILDING if found else ())}
+        named = [flag_of(name) for name in fields if name in unused and name in flags]
+        if not named:
+            return ""
+        why = f"the autoencoder is that of {found}" if found else "the autoencoder learns with the flow"
+        return f"Warning: without effect, since {why}: {', '.join(named)}"
 
     def _check_joint(self) -> None:
         """Refuse what does not go with joint training."""

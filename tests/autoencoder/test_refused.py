@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentflow.autoencoder import encode, load_autoencoder
+from latentflow.cli import given, parse
+from latentflow.config import PRESETS, RunConfig
 
 from ..training.command import TINY, call, save_images
 from .test_tiny import SIZES, published
@@ -141,3 +143,25 @@ def test_another_number_of_channels_than_the_checkpoint_s(tmp_path: Path) -> Non
     more = ["--init-from", tmp_path / "run", "--vae", tmp_path / "vae", "-o", tmp_path / "more"]
     output = call(tmp_path / "cache", *line, *more, expect=2)
     assert f"the transformer's in_channels is 4, the autoencoder's latents are {channels}" in output
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("--vae V --latent-channels 8 --autoencoder-steps 9", ["--latent-channels", "--autoencoder-steps"]),
+        ("--init-from C --perceptual-weight 0.1", ["--perceptual-weight"]),
+        ("--joint unified --autoencoder-steps 9 --latent-channels 8", ["--autoencoder-steps"]),
+        (
+            "--joint alignment --alignment encoder --alignment-encoder E --vae V --latent-channels 8",
+            ["--latent-channels"],
+        ),
+        ("--latent-channels 8 --autoencoder-steps 9", []),
+        ("--vae V --network-preset tiny", []),  # a preset may have an autoencoder of its own
+    ],
+)
+def test_flags_of_an_autoencoder_that_is_not_trained_are_named(line: str, named: list[str]) -> None:
+    argv = ["DATA", "-o", "run", *line.split()]
+    config = parse(RunConfig, argv, prog="latentflow train", presets=PRESETS)
+    warning = config.unused_flags(given(RunConfig, argv, flags_only=True))
+    assert warning.rpartition(": ")[2] == ", ".join(named)
+    assert ("that of" in warning) == bool(named and ("--vae" in line or "--init-from" in line))

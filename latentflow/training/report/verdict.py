@@ -28,9 +28,10 @@ _ENOUGH = 8  # held-out images; the loss on fewer is known exactly, but is that 
 # A network from scratch falls from about the variance of the data to a half of it and less.
 _LEARNT = 0.1
 # Captions of so few images are meant to draw them. In ten runs on 20 to 77 images (docs/measurements/fine-tuning.md)
-# the loss was lower with the caption than without by 12 to 28 % where 10 to 36 % of the captions drew the right image,
-# and by 42 to 81 % where 40 to 100 % did. It says less of latents of many numbers, where most times are those of
-# surfaces: with 4,096 numbers it was 31 % lower where 86 % did, and 7 of 16 drawn images were copies. Pretrained models, which were not measured, are judged as the others are.
+# the loss was lower with the caption than without by 12 to 28 % where 10 to 36 % of the captions drew the right
+# image, and by 42 to 81 % where 40 to 100 % did. It says less of latents of many numbers, where most times are those
+# of surfaces: with 4,096 numbers it was 31 % lower where 86 % did, and 7 of 16 drawn images were copies. Pretrained
+# models, which were not measured, are judged as the others are.
 _FEW_CAPTIONED = 100
 _BY_CAPTION = 1 / 3
 _COPIES = 0.5  # share of generated images that are as near to a training image as copies are
