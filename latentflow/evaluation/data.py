@@ -193,11 +193,12 @@ def load_images(model: FlowModel, source: Source, background: str) -> ImageSet:
     """
     if source.kind == "text":
         captions = list(source.captions())
-    else:  # an unconditional example may have a label all the same
-        captions = [(example.label or "") if source.kind == "class" else "" for example in source.examples]
-        captions = (
-            [*map(caption_of_class, captions)] if model.takes_text and not model.takes_classes else captions
-        )
+    elif source.kind == "class":
+        captions = [example.label or "" for example in source.examples]
+        if model.takes_text and not model.takes_classes:
+            captions = [*map(caption_of_class, captions)]
+    else:  # an example may have a label all the same
+        captions = [""] * len(source)
     return ImageSet(images=pixels_to_images(load_pixels(model, source, background)[:]), captions=captions)
 
 
