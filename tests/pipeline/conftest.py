@@ -82,14 +82,14 @@ class GaussianFlow(ModelMixin, ConfigMixin):
         return mean + self.SPREAD * (x - t * mean) / ((t * self.SPREAD) ** 2 + (1 - t) ** 2) ** 0.5
 
 
-def tiny_vae(**config: Any) -> AutoencoderKL:
-    """2 latent channels, downscale factor 2, statistics that are neither 0 nor 1."""
+def tiny_vae(levels: int = 2, **config: Any) -> AutoencoderKL:
+    """2 latent channels, downscale factor 2^(levels - 1), statistics that are neither 0 nor 1."""
     torch.manual_seed(0)
     statistics = {"latents_mean": [0.3, -0.7], "latents_std": [1.5, 0.4], "scaling_factor": 1.0}
     vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         norm_num_groups=4,
         latent_channels=2,
         mid_block_add_attention=False,
