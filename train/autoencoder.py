@@ -32,6 +32,13 @@ class Config:
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     loop: LoopConfig = LoopConfig()
 
+    def __post_init__(self) -> None:
+        if self.decoder_only and not self.init_from:
+            raise UserError(
+                "--decoder-only without --init-from: a new encoder would never be trained",
+                "Name the autoencoder whose encoder is kept: --init-from AUTOENCODER.",
+            )
+
 
 #: Settings of the loop that are a generator's -> the autoencoder's own, if it has one.
 GENERATORS_OWN = {
@@ -83,16 +90,11 @@ def refuse_generators_flags(flags: Collection[str]) -> None:
 
 
 def refuse_unused_flags(config: Config, flags: Collection[str]) -> None:
-    """Refuse flags that would change nothing beside --init-from, or without it.
+    """Refuse flags that would change nothing beside --init-from.
 
     Raises:
         UserError: there is one.
     """
-    if config.decoder_only and not config.init_from:
-        raise UserError(
-            "--decoder-only without --init-from: a new encoder would never be trained",
-            "Name the autoencoder whose encoder is kept: --init-from AUTOENCODER.",
-        )
     for name in AutoencoderConfig.BUILDING if config.init_from else ():
         if name in flags:
             raise UserError(

@@ -66,14 +66,20 @@ class TextConfig:
     """Longest caption, in tokens; longer captions are cut off."""
 
 
+#: Settings of a codebook -> the classes that have them.
+_OF_CODEBOOKS = {
+    "codebook_size": ("vq",), "codebook_width": ("vq",), "fsq_levels": ("fsq",), "commitment_weight": ("vq", "fsq"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     """The autoencoder that is trained where no --vae is given."""
 
     #: Settings that build it, and those of the training of an autoencoder alone.
     BUILDING: ClassVar[tuple[str, ...]] = (
-        "autoencoder_class", "latent_channels", "codebook_size", "codebook_width", "fsq_levels", "commitment_weight",
-        "autoencoder_widths", "encoder_layers", "decoder_layers",
+        "autoencoder_class", "latent_channels", *_OF_CODEBOOKS, "autoencoder_widths", "encoder_layers",
+        "decoder_layers",
     )  # fmt: skip
     ALONE: ClassVar[tuple[str, ...]] = (
         "autoencoder_steps", "autoencoder_batch_size", "autoencoder_learning_rate", "autoencoder_optimizer",
@@ -183,9 +189,6 @@ class AutoencoderConfig:
 
 # Codes beyond these are more than the distances to them are worth.
 _MOST_CODES = 2**18
-_OF_CODEBOOKS = {
-    "codebook_size": ("vq",), "codebook_width": ("vq",), "fsq_levels": ("fsq",), "commitment_weight": ("vq", "fsq"),
-}  # fmt: skip
 # Settings that runs of earlier versions do not have, and their value in those runs.
 _LATER: dict[str, Any] = {"time_uniform_from": 1.0, "objective_options": {}}
 # Settings that name entries of tables and their options. The tables import torch: they are looked into only for what

@@ -30,6 +30,7 @@ from ..data import Source, cached_pixels, pixels_to_images, to_pil
 from ..errors import UserError, check_resolution
 from ..metrics import psnr, ssim
 from ..utils.files import restore_permissions
+from .fine_tune.base import refuse_own_result
 from .loop.fit import Callbacks, fit
 from .loop.run_folder import writing
 from .loop.stopping import Stop
@@ -155,11 +156,7 @@ def trainable_autoencoder(name: str, output: Path, resolution: int, *, decoder_o
     Raises:
         UserError: its class cannot be trained here, the resolution does not fit, or it is the run's own result.
     """
-    if Path(name).expanduser().resolve() in (output.resolve(), (output / "autoencoder").resolve()):
-        raise UserError(
-            f"--init-from {name} is the place of this run's own result, which would replace it",
-            "Use another output folder; or leave out --init-from, and raise --autoencoder-steps to go on.",
-        )
+    refuse_own_result(name, output, "autoencoder")
     vae = load_autoencoder(name)
     if not isinstance(vae, (AutoencoderDC, AutoencoderKL)):
         raise UserError(

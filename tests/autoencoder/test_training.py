@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchvision.io import read_image, write_png
+from torchvision.io import read_image
 
 from latentflow.autoencoder import build_autoencoder, decode, encode, has_statistics, load_autoencoder
 from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_loss
@@ -29,6 +29,7 @@ from latentflow.training.train_autoencoder import train_autoencoder
 
 from ..training.command import TINY, call, save_images
 from ..training.forking import fork_ranks
+from ..training.pretrained import photos
 
 SMALL = AutoencoderConfig(
     latent_channels=4, autoencoder_widths=(8, 16), encoder_layers=(0, 1), decoder_layers=(1, 1), autoencoder_steps=60,
@@ -301,15 +302,6 @@ def start(folder: Path, kind: Any = "dc", *, statistics: bool = True) -> Path:
     return folder
 
 
-def blocks(folder: Path) -> Path:
-    """Write 24 images of 16 px, of squares in random colours."""
-    folder.mkdir()
-    colours = torch.randint(256, (24, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for number, image in enumerate(colours.repeat_interleave(4, 2).repeat_interleave(4, 3)):
-        write_png(image, str(folder / f"{number:02}.png"))
-    return folder
-
-
 ON = (
     "--autoencoder-batch-size",
     8,
@@ -324,7 +316,7 @@ ON = (
 
 @pytest.mark.parametrize("kind", ["dc", "kl"])
 def test_training_only_the_decoder_keeps_the_latents_bit_for_bit(kind: Any, tmp_path: Path) -> None:
-    data, before = blocks(tmp_path / "data"), start(tmp_path / "start", kind)
+    data, before = photos(tmp_path / "data", 16, 24, captions=False), start(tmp_path / "start", kind)
     line = [data, "--resolution", 16, *ON, "--autoencoder-steps", 30, "--init-from", before, "--decoder-only"]
     said = call(tmp_path, *line, "--latent-noise", 0.3, "-o", tmp_path / "run", file="autoencoder")
     assert "latentflow generate --checkpoint CHECKPOINT --vae" in said
@@ -347,7 +339,7 @@ def test_training_only_the_decoder_keeps_the_latents_bit_for_bit(kind: Any, tmp_
 
 
 def test_an_autoencoder_is_trained_on_whole_and_measured_anew(tmp_path: Path) -> None:
-    data, before = blocks(tmp_path / "data"), start(tmp_path / "start")
+    data, before = photos(tmp_path / "data", 16, 24, captions=False), start(tmp_path / "start")
     line = [data, "--resolution", 16, *ON, "--init-from", before, "-o", tmp_path / "run"]
     call(tmp_path, *line, "--autoencoder-steps", 4, file="autoencoder")
     old, new = load_autoencoder(before), load_autoencoder(tmp_path / "run" / "autoencoder")
@@ -356,6 +348,8 @@ def test_an_autoencoder_is_trained_on_whole_and_measured_anew(tmp_path: Path) ->
     assert sum(changed) > 0.9 * len(changed)
     call(tmp_path, *line, "--autoencoder-steps", 6, file="autoencoder")  # goes on
     assert [row["step"] for row in read_metrics(tmp_path / "run")][-1] == 6
+    begun = [*line[:-4], *line[-2:], "--decoder-only"]  # without --init-from, where a run is already
+    assert "--init-from AUTOENCODER" in call(tmp_path, *begun, file="autoencoder", expect=2)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +369,7 @@ def test_an_autoencoder_is_trained_on_whole_and_measured_anew(tmp_path: Path) ->
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(flags: tuple[Any, ...], words: str, tmp_path: Path) -> None:
-    data = blocks(tmp_path / "data")
+    data = photos(tmp_path / "data", 16, 24, captions=False)
     places = {
         "START": lambda: start(tmp_path / "start"),
         "VQ": lambda: start(tmp_path / "vq", "vq", statistics=False),

@@ -80,13 +80,13 @@ def base_resolution(checkpoint: str) -> int | None:
     return side * downscale_factor(load_autoencoder(checkpoint, subfolder="vae"))
 
 
-def refuse_own_result(checkpoint: str, output: Path) -> None:
-    """Refuse a checkpoint that the run in ``output`` would replace by its own result.
+def refuse_own_result(checkpoint: str, output: Path, result: str = "pipeline") -> None:
+    """Refuse a checkpoint that the run in ``output`` would replace by its own ``result``, a folder in it.
 
     Raises:
         UserError: it is that.
     """
-    if Path(checkpoint).expanduser().resolve() in (output.resolve(), (output / "pipeline").resolve()):
+    if Path(checkpoint).expanduser().resolve() in (output.resolve(), (output / result).resolve()):
         raise UserError(
             f"{checkpoint} is the place of this run's own result, which would replace it",
             "Use another output folder.",
