@@ -1,7 +1,7 @@
-"""Fit a sampler of a few evaluations to a checkpoint: `latentflow tune-sampler runs/cats --steps 8`.
+"""Fit samplers of a few evaluations to a checkpoint: `latentflow tune-sampler runs/cats --steps 8`.
 
     latentflow tune-sampler checkpoints/emoji-64
-    latentflow tune-sampler runs/cats --steps 6 --prompts captions.txt
+    latentflow tune-sampler runs/cats --steps 6 8 16 --prompts captions.txt
 
 Finds the times and the weights of a solver with one evaluation a step (two of the network with guidance), so that it
 ends where a fine trajectory does. They are kept in the checkpoint's folder, in tuned_solvers.json, and are used from
@@ -19,19 +19,20 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.config import MemoryConfig
-from latentflow.errors import UserError, finite, whole
+from latentflow.errors import UserError, few, finite, whole
 
 LARGEST_SEED = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Fit a sampler of a few evaluations to a checkpoint, in minutes."""
+    """Fit samplers of a few evaluations to a checkpoint, in minutes."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """Pipeline folder or folder of a finished run. The sampler is written into it."""
-    steps: int = 8
-    """Steps, and evaluations, of an image. Run the command once for every number that you draw with."""
+    steps: tuple[int, ...] = (8,)
+    """Steps, and evaluations, of an image: a sampler for each number, such as 6 8 16. The fine trajectories, which take
+    most of the time, serve all of them."""
     guidance: float | None = None
     """Guidance scale that it is for. Default: the checkpoint's own."""
     prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -58,8 +59,10 @@ class TuneConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
+        if not self.steps:
+            raise UserError("--steps names no number of steps", "Such as --steps 6 8.")
         for flag, value, least, most in (
-            ("--steps", self.steps, 1, 100),
+            *(("--steps", steps, 1, 100) for steps in self.steps),
             ("-n", self.n, 1, None),
             ("--held-out", self.held_out, 1, None),
             ("--batch-size", self.batch_size, 1, None),
@@ -85,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "Write one first: latentflow export CHECKPOINT -o FOLDER",
         )
 
-    from latentflow.inference.tuning import tune_sampler
+    from latentflow.inference.tuning import HEUN_STEPS, tune_samplers
     from latentflow.pipeline import LatentFlowPipeline
     from latentflow.pipeline.tuned import check_free, write_tuned
     from latentflow.utils.files import read_prompts
@@ -96,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     guidance = model.guidance(config.guidance)
     height, width = pipe.image_size(config.height, config.width)
     if not config.overwrite:
-        check_free(Path(folder), config.steps, guidance, height, width)
-    tuned = tune_sampler(
+        for steps in config.steps:
+            check_free(Path(folder), steps, guidance, height, width)
+    found = tune_samplers(
         model,
         config.steps,
         guidance,
@@ -110,17 +114,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         width=width,
         seed=config.seed,
     )
-    found = tuned.held_out
     print(f"root mean square error of the latents, {config.held_out} other noises:       mean   median")
-    for name, what in (
-        ("tuned", f"tuned, {config.steps} evaluations"),
-        ("usual", f"before, {config.steps} steps"),
-        ("heun", "heun, 40 evaluations"),
-    ):
-        print(f"  {what:<58} {found[f'{name}_mean']:9.4f} {found[f'{name}_median']:8.4f}")
-    print(
-        f"Wrote {write_tuned(Path(folder), tuned, config.overwrite)}: used where {config.steps} steps are asked for."
-    )
+    rows = [(f"heun, {2 * HEUN_STEPS} evaluations", found[0], "heun")]
+    for tuned in found:
+        rows += [
+            (f"{tuned.steps} evaluations, tuned", tuned, "tuned"),
+            (f"{tuned.steps} evaluations, before", tuned, "usual"),
+        ]
+    for what, tuned, name in rows:
+        print(f"  {what:<58} {tuned.held_out[f'{name}_mean']:9.4f} {tuned.held_out[f'{name}_median']:8.4f}")
+    for tuned in found:
+        written = write_tuned(Path(folder), tuned, config.overwrite)
+    named = few([str(tuned.steps) for tuned in found], 10)
+    print(f"Wrote {written}: used where {named} steps are asked for.")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ PROMPTS = (
 )  # fmt: skip
 # Between the seeds of the noises that are fitted and those that are held out.
 _APART = 1_000_000
-# Heun's steps, of two evaluations each, whose error is reported beside the others.
-_HEUN_STEPS = 20
+#: Heun's steps, of two evaluations each, whose error is reported beside the others
+HEUN_STEPS = 20
 
 
 def usual_prompts(model: FlowModel, seed: int) -> list[str]:
@@ -44,9 +44,9 @@ def usual_prompts(model: FlowModel, seed: int) -> list[str]:
     return [" ".join(chosen.sample(words, 2)) for _ in range(1000)] if len(words) > 1 else words
 
 
-def tune_sampler(
+def tune_samplers(
     model: FlowModel,
-    steps: int = 8,
+    steps: Sequence[int] = (8,),
     guidance: float | None = None,
     *,
     prompts: Sequence[str] = (),
@@ -57,12 +57,16 @@ def tune_sampler(
     height: int | None = None,
     width: int | None = None,
     seed: int = 0,
-) -> TunedSolver:
-    """Fit a solver of ``steps`` evaluations to a model, and measure it on noises that it was not fitted to.
+) -> list[TunedSolver]:
+    """Fit a solver of each number of evaluations to a model, and measure it on noises that it was not fitted to.
+
+    Most of the work is to follow fine trajectories; they are followed once for all numbers of steps whose grids begin
+    and end at the same times.
 
     Args:
+        steps: numbers of steps, each of one evaluation.
         guidance: guidance scale; None: the model's own.
-        prompts: of the images that it is fitted to; default: `usual_prompts`. Of classes all are taken.
+        prompts: of the images that they are fitted to; default: `usual_prompts`. Of classes all are taken.
         count, held_out: noises to fit to, and to measure on.
         rounds: Gauss-Newton steps on each batch.
         height, width: in pixels; default: as trained.
@@ -75,10 +79,10 @@ def tune_sampler(
     height, width = height or native[0], width or native[1]
     if height is None or width is None:
         raise UserError("this checkpoint does not say its size", "Give --height and --width.")
-    scale, times = model.guidance(guidance), model.time_grid(steps, height, width)
+    scale = model.guidance(guidance)
     pool: Sequence[Any] = prompts or (usual_prompts(model, seed) if model.takes_text else model.classes)
 
-    def batches(first: int, number: int) -> Iterator[Ends]:
+    def batches(first: int, number: int, times: Tensor) -> Iterator[Ends]:
         for begin in range(first, first + number, batch_size):
             seeds = range(begin, min(begin + batch_size, first + number))
             rows = condition_rows(
@@ -94,23 +98,32 @@ def tune_sampler(
         return rms(integrate(batch.velocity, batch.start, grid, solver) - batch.end)
 
     images = [min(batch_size, count - begin) for begin in range(0, count, batch_size)]
-    total = count * FINE + cost(steps, images, rounds) + held_out * (FINE + 2 * steps + 2 * _HEUN_STEPS)
-    heun = model.time_grid(_HEUN_STEPS, height, width)
+    grids = {number: model.time_grid(number, height, width) for number in steps}
+    spans = {(float(grid[0]), float(grid[-1])): grid for grid in grids.values()}
+    total = len(spans) * ((count + held_out) * FINE + held_out * 2 * HEUN_STEPS)
+    total += sum(cost(number, images, rounds) + held_out * 2 * number for number in grids)
+    heun, found = model.time_grid(HEUN_STEPS, height, width), {}
     bar = progress_bar(total=total, desc="evaluations")
     with torch.no_grad(), bar:
-        numbers = tune([*batches(seed, count)], times, rounds=rounds)
-        errors: dict[str, list[Tensor]] = {"tuned": [], "usual": [], "heun": []}
-        for batch in batches(seed + _APART, held_out):
-            errors["tuned"].append(batch.errors(numbers))
-            errors["usual"].append(along(model.usual_grid(steps, height, width), model.usual_solver, batch))
-            errors["heun"].append(along(heun, "heun", batch))
-    figures = {"noises": float(held_out)}
-    for name, parts in errors.items():
-        figures |= {
-            f"{name}_mean": float(torch.cat(parts).mean()),
-            f"{name}_median": float(torch.cat(parts).median()),
-        }
-    return TunedSolver(numbers, scale, height, width, fingerprint(model.network), figures)
+        for span, times in spans.items():
+            fitted, others = [*batches(seed, count, times)], [*batches(seed + _APART, held_out, times)]
+            by_heun = [along(heun, "heun", batch) for batch in others]
+            for number, grid in grids.items():
+                if (float(grid[0]), float(grid[-1])) != span:
+                    continue
+                numbers, usual = tune(fitted, grid, rounds=rounds), model.usual_grid(number, height, width)
+                errors = {
+                    "tuned": [batch.errors(numbers) for batch in others],
+                    "usual": [along(usual, model.usual_solver, batch) for batch in others],
+                    "heun": by_heun,
+                }
+                figures = {"noises": float(held_out)}
+                for name, parts in errors.items():
+                    figures[f"{name}_mean"] = float(torch.cat(parts).mean())
+                    figures[f"{name}_median"] = float(torch.cat(parts).median())
+                network = fingerprint(model.network)
+                found[number] = TunedSolver(numbers, scale, height, width, network, figures)
+    return [found[number] for number in grids]
 
 
 def check_tunable(model: FlowModel) -> None:

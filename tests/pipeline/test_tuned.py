@@ -15,7 +15,8 @@ import torch
 from latentflow import LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.errors import UserError
 from latentflow.flow import integrate, time_grid
-from latentflow.inference.tuning import tune_sampler
+from latentflow.flow.tuning import FINE
+from latentflow.inference.tuning import HEUN_STEPS, tune_samplers
 from latentflow.pipeline.tuned import FILE, fitting, read_tuned
 
 from .conftest import quiet, tiny_dit
@@ -28,9 +29,7 @@ def tuned_folder(class_folder: Path, load_program: Callable[[str], Any], tmp_pat
     """A checkpoint of classes that was tuned for 2 and 3 steps at guidance 4."""
     folder = tmp_path_factory.mktemp("tuned") / "pipeline"
     shutil.copytree(class_folder, folder)
-    for steps in (2, 3):
-        tune = load_program("tune_sampler").main
-        tune([str(word) for word in (folder, "--steps", steps, *FEW)])
+    load_program("tune_sampler").main([str(word) for word in (folder, "--steps", 2, 3, *FEW)])
     return folder
 
 
@@ -53,6 +52,36 @@ def test_the_file_holds_numbers_and_what_they_reach(tuned_folder: Path, class_fo
     assert files - {path.relative_to(class_folder) for path in class_folder.rglob("*")} == {Path(FILE)}
 
 
+def test_several_numbers_of_steps_share_the_fine_trajectories(
+    copied: Path, load_program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = (copied / FILE).read_text()
+    for steps in (2, 3):
+        load_program("tune_sampler").main(
+            [str(word) for word in (copied, "--steps", steps, *FEW, "--overwrite")]
+        )
+    assert (copied / FILE).read_text() == both
+    model, asked = open_pipe(copied).model, [0]
+    usual = type(model).velocity
+
+    def counted(*given: Any) -> Any:
+        inner = usual(*given)
+
+        def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            asked[0] += len(x)
+            return inner(x, t)
+
+        return velocity
+
+    monkeypatch.setattr(type(model), "velocity", counted)
+    each = []
+    for steps in ([2], [3], [2, 3]):
+        asked[0] = 0
+        tune_samplers(model, steps, count=4, held_out=3)
+        each.append(asked[0])
+    assert each[2] == each[0] + each[1] - 7 * FINE - 3 * 2 * HEUN_STEPS
+
+
 def test_a_latent_variable_is_drawn_as_in_a_call(
     assemble: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,7 +94,7 @@ def test_a_latent_variable_is_drawn_as_in_a_call(
 
     monkeypatch.setattr(type(pipe.model), "velocity", velocity)
     with pytest.raises(EOFError):
-        tune_sampler(pipe.model, 2, count=2, seed=5)
+        tune_samplers(pipe.model, [2], count=2, seed=5)
     with pytest.raises(EOFError):
         pipe(num_images_per_prompt=2, generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)])
     assert torch.equal(*seen) and not torch.equal(seen[0][0], seen[0][1])
@@ -168,6 +197,7 @@ def test_the_command_replaces_nothing_unless_told(copied: Path, load_program: An
     [
         (["owner/name"], "."),
         (["{folder}", "--steps", "0"], "--steps"),
+        (["{folder}", "--steps", "4", "2"], "of 2 steps at guidance 4 already"),
         (["{folder}", "--prompts", "{folder}/none.txt"], "."),
         (["{folder}", "--guidance", "nan"], "--guidance"),
     ],
