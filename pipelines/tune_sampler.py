@@ -31,8 +31,8 @@ class TuneConfig:
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """Pipeline folder or folder of a finished run. The sampler is written into it."""
     steps: tuple[int, ...] = (8,)
-    """Steps, and evaluations, of an image: a sampler for each number, such as 6 8 16. The fine trajectories, which take
-    most of the time, serve all of them."""
+    """Steps, and evaluations, of an image: a sampler for each number, such as 6 8 16. The fine trajectories serve
+    all of them; the time of the fits grows with the square of the steps, up to 10."""
     guidance: float | None = None
     """Guidance scale that it is for. Default: the checkpoint's own."""
     prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None

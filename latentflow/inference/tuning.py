@@ -60,8 +60,7 @@ def tune_samplers(
 ) -> list[TunedSolver]:
     """Fit a solver of each number of evaluations to a model, and measure it on noises that it was not fitted to.
 
-    Most of the work is to follow fine trajectories; they are followed once for all numbers of steps whose grids begin
-    and end at the same times.
+    Fine trajectories are followed once for all numbers of steps whose grids begin and end at the same times.
 
     Args:
         steps: numbers of steps, each of one evaluation.

@@ -381,6 +381,8 @@ class Tab:
                     await asyncio.sleep(0.05)
                 answer = reporting_errors(self._answer)
                 task = asyncio.create_task(asyncio.to_thread(answer, work, values, show))
+                # Of a cancelled request nobody awaits the task: asyncio would log its `ClientLeft` as an error.
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())
                 while not task.done():
                     await asyncio.wait({task}, timeout=0.1 if self.server.preview_vae else None)
                     if previews and not task.done():

@@ -172,7 +172,7 @@ class Visitor:
 
     def draw_apple(self) -> Any:
         """Its pixels."""
-        self.ask("red apple", seed=0)
+        self.ask("3d style: red apple", seed=0)
         return pixels(self.draw("generate"))
 
     def ask(self, prompt: str, seed: int) -> None:
@@ -253,7 +253,7 @@ def test_what_is_painted_over_is_drawn_anew_and_nothing_else(me) -> None:
     canvas = me.one("#inpaint-editor canvas")
     drag = ActionChains(me.driver).move_to_element_with_offset(canvas, -50, -40).click_and_hold()
     drag.move_by_offset(50, 5).move_by_offset(50, -5).release().perform()
-    me.type("#inpaint-prompt textarea", "red apple")
+    me.type("#inpaint-prompt textarea", "3d style: red apple")
     me.set_steps("inpaint", STEPS)
     me.screenshot("inpaint-mask")
     painted = pixels(me.draw("inpaint"))
@@ -270,8 +270,8 @@ def test_what_is_painted_over_is_drawn_anew_and_nothing_else(me) -> None:
 def test_words_edit_an_image(me) -> None:
     original = me.draw_apple()
     me.one("#generate-to-edit").click()
-    me.type("#edit-prompt textarea", "green apple")
-    me.type("#edit-source textarea", "red apple")
+    me.type("#edit-prompt textarea", "3d style: green apple")
+    me.type("#edit-source textarea", "3d style: red apple")
     me.set_steps("edit", STEPS)
     edited = pixels(me.draw("edit"))
     me.screenshot("edit")
@@ -280,7 +280,7 @@ def test_words_edit_an_image(me) -> None:
 
 
 def test_cancel_ends_a_long_run(me) -> None:
-    me.type("#generate-prompt textarea", "red apple")
+    me.type("#generate-prompt textarea", "3d style: red apple")
     me.type("#generate-images input[type=number]", "16")
     me.set_steps("generate", 200)
     me.one("#generate-go").click()
@@ -298,7 +298,7 @@ def test_two_windows_keep_their_own_seeds_and_images(address, me, windows) -> No
     visitors = {1: me, 2: windows[1]}
     visitors[2].open(address)
     for seed, visitor in visitors.items():
-        visitor.ask(("red apple", "blue heart")[seed - 1], seed)
+        visitor.ask(("3d style: red apple", "blue heart")[seed - 1], seed)
     for visitor in visitors.values():  # at once
         visitor.one("#generate-go").click()
     together = {}
@@ -443,7 +443,7 @@ def test_on_a_phone_the_result_is_in_sight_once_it_is_there(address, me) -> None
             time.sleep(2)  # the canvas settles
             canvas = ActionChains(me.driver).move_to_element(me.one("#inpaint-editor canvas"))
             canvas.click_and_hold().move_by_offset(30, 5).release().perform()
-        me.type(f"#{name}-prompt textarea", "red apple")
+        me.type(f"#{name}-prompt textarea", "3d style: red apple")
         me.draw(name)
         me.wait(lambda name=name: within(me, f"#{name}-results img"), 10)
         if tab == "Generate":
@@ -457,7 +457,7 @@ def test_the_switch_and_the_picker_do_what_the_flags_of_generate_do(me, adapters
             "-m",
             "latentflow",
             "generate",
-            "red apple",
+            "3d style: red apple",
             "--seed",
             "3",
             "--device",
@@ -469,7 +469,7 @@ def test_the_switch_and_the_picker_do_what_the_flags_of_generate_do(me, adapters
     def steps() -> str:
         return str(me.one("#generate-steps input[type=number]").get_attribute("value"))
 
-    me.type("#generate-prompt textarea", "red apple")
+    me.type("#generate-prompt textarea", "3d style: red apple")
     me.set_seed("generate", 3)
     plain = me.draw("generate")
     assert plain == generated()
