@@ -236,6 +236,19 @@ def test_each_loss_reaches_its_own_weights_alone(mode: str, tmp_path: Path) -> N
     assert any(not torch.equal(first[key], second[key]) for key in first if key.startswith("encoder"))
 
 
+@pytest.mark.parametrize("mode", ["unified", "lsgm", "alignment"])
+def test_the_weights_of_images_are_factors_on_both_losses(mode: str, tmp_path: Path) -> None:
+    loss, flow = pair(mode, save_dinov2(tmp_path, layers=1) if mode == "alignment" else None)
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    batch = {"images": images, "sample_ids": [*range(6)]}
+    found = []
+    for weights in ({}, {"weights": torch.full((6,), 0.25)}):
+        found.append([each(batch | weights)["loss"] for each in (loss, flow)])
+    (of_images, of_latents), (less, lesser) = found
+    torch.testing.assert_close(less, 0.25 * of_images)
+    torch.testing.assert_close(lesser, 0.25 * of_latents)
+
+
 def test_the_statistics_of_the_batch_norm_become_those_of_the_latents(tmp_path: Path) -> None:
     loss, _ = pair("alignment", save_dinov2(tmp_path, layers=1))
     images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -369,6 +382,7 @@ def test_a_collapsed_encoder_is_said_and_not_exported(
         ("--joint lsgm --autoencoder-class kl --kl-weight 1", "--kl-weight with --joint lsgm"),
         ("--joint unified --autoencoder-class vq", "Add --autoencoder-class dc"),
         ("--joint unified --inpainting", "--inpainting with --joint"),
+        ("--joint unified --outside-mask 0.5", "--outside-mask is for pretrained models"),
         ("--joint unified --early-stop 3", "--early-stop with --joint"),
         ("--joint unified --path variance-preserving", "its log-SNR is"),
         ("--joint unified --objective mean-flow", "--objective mean-flow with --joint"),
@@ -377,6 +391,16 @@ def test_a_collapsed_encoder_is_said_and_not_exported(
 def test_bad_input_is_refused(folder: Path, tmp_path: Path, flags: str, message: str) -> None:
     said = call(tmp_path, folder, *TINY, *flags.split(), "-o", tmp_path / "run", expect=2)
     assert message in " ".join(said.split())
+
+
+def test_masks_of_the_data_are_not_dropped_unsaid(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    shutil.copy(data / "00.png", data / "00-mask.png")
+    line = [data, *TINY, *UNIFIED, "--dry-run", "-o", tmp_path / "run"]
+    said = " ".join(call(tmp_path, *line, expect=2).split())
+    assert "whose images have masks: it learns no inpainting" in said and "Add --masks none" in said
+    assert "not used (--masks none)" in call(tmp_path, *line, "--masks", "none")
 
 
 def test_an_autoencoder_of_another_kind_is_refused(runs: Path, folder: Path, tmp_path: Path) -> None:

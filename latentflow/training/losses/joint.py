@@ -30,6 +30,7 @@ from ..loop.distributed import process_state
 from ..loop.random_numbers import SampleRandom
 from .alignment import AlignedFlowLoss
 from .autoencoder import AutoencoderLoss, frozen
+from .conditioned import weighted_mean
 
 log = logging.getLogger(__name__)
 
@@ -157,12 +158,12 @@ class JointAutoencoderLoss(AutoencoderLoss):
         flow = self._flow[0]
         with frozen(flow):
             if self.norm is not None:
-                distance = flow.encoder_alignment(latents, batch, random).mean()
+                distance = weighted_mean(flow.encoder_alignment(latents, batch, random), batch)
                 return self._joint.weight * distance, {"encoder_alignment": distance.detach()}
             rate = flow.rate(latents, batch, random, self._joint.log_snr)
         if std is not None:  # the entropy that the posterior has beyond that of the noise alone
             rate = rate - 0.5 * (std / self._noise).square().log1p().flatten(1).sum(1)
-        information = rate.mean() / batch["images"][0].numel()
+        information = weighted_mean(rate, batch) / batch["images"][0].numel()
         return self._joint.weight * information, {"rate": information.detach()}
 
     def as_latents(self, batch: dict[str, Any]) -> dict[str, Tensor]:
