@@ -28,6 +28,7 @@ from latentflow.models import Condition
 from latentflow.models.inputs import linear
 from latentflow.models.latent_variable import LatentEncoder
 from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.losses.latent_variable import LatentVariable
 
 Draw = Callable[[int, torch.Generator], Tensor]
 
@@ -83,9 +84,7 @@ def fit(
     config = FlowConfig(time_density="power", time_options=times, condition_dropout=0.0)
     # Without a warm-up: q begins as its prior, and the network learns where z is rare before q leaves it.
     latent = LatentVariableConfig(latent_variable_beta=beta, latent_variable_warmup=0.0)
-    loss = FlowLoss(
-        network, config, seed, samples=steps * batch, samples_per_step=batch, latent_variable=latent
-    )
+    loss = FlowLoss(network, config, seed, latent_variable=LatentVariable(latent))
     optimizer = torch.optim.Adam(network.parameters(), lr=rate, betas=(0.9, 0.99), fused=True)
     average = [parameter.detach().clone() for parameter in network.parameters()]
     generator, start = torch.Generator().manual_seed(seed), time.process_time()
