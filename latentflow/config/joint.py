@@ -102,7 +102,7 @@ class JointConfig:
                 )
         if self.joint != "alignment" and flow.coupling != "independent":
             raise UserError(
-                f"--coupling {flow.coupling} with --joint {self.joint}, whose rate is of noise of its own for each latent",
+                f"--coupling {flow.coupling} with --joint {self.joint}, whose rate is of independent noise",
                 "Leave it out.",
             )
         terms = ("weighting", "time_density", "time_options", "time_uniform_from")

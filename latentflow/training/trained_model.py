@@ -134,7 +134,9 @@ def build(
             latent_variable=config.latent_variable,
         )
     if not trained_null:
-        log.info("--condition-dropout 0: the checkpoint draws without guidance, which needs what it learns without")
+        log.info(
+            "--condition-dropout 0: the checkpoint draws without guidance, which needs what it learns without"
+        )
     elif not config.init_from and not flow.condition_dropout and source.kind != "unconditional":
         log.info("--condition-dropout 0: guidance leads away from the images without a condition alone")
     model = LatentFlowPipeline(

@@ -19,6 +19,7 @@ from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, small_text_encoder, train_tokenizer
 from latentflow.training import trained_model
 from latentflow.training.data import conditions_of
+from latentflow.training.distill import open_teacher
 from latentflow.training.losses import FlowLoss
 
 from .command import TINY, call, losses, opened, same_state, sampled
@@ -162,6 +163,7 @@ def test_without_dropout_there_is_no_null_to_lead_away_from(
         lambda: sampled(pipe, class_labels=["a"], guidance_scale=3.0),
         lambda: pipe.model.features(torch.zeros(1, 3, 16, 16), 1, 0.5),
         lambda: pipe.model.null(2),
+        lambda: open_teacher(str(run / "pipeline"), 3.0),
     ]
     for call_it in refused:
         with pytest.raises(UserError, match="was trained without --condition-dropout"):

@@ -43,8 +43,8 @@ _EPS, _MOMENTUM = 1e-4, 0.1  # of the batch norm, as in REPA-E
 
 @dataclass(frozen=True)
 class RateTimes:
-    """Times of which a rate is estimated: their log-SNR is up to ``last``, even above 0, and below falls as e^lambda, as
-    the integral of the rate does."""
+    """Times at which a rate is estimated: the density of their log-SNR is even from 0 to ``last``, and falls as
+    e^lambda below, as the integral of the rate does."""
 
     path: Path
     last: float
