@@ -105,8 +105,8 @@ class JointConfig:
                 f"--coupling {flow.coupling} with --joint {self.joint}, whose rate is of independent noise",
                 "Leave it out.",
             )
-        terms = ("weighting", "time_density", "time_options", "time_uniform_from")
-        terms += ("direction_weight", "contrastive_weight")
+        terms = ["weighting", "time_density", "time_options", "time_uniform_from"]
+        terms += ["direction_weight", "contrastive_weight"]
         if self.joint == "lsgm" and (given_terms := [name for name in terms if name in changed(flow)]):
             raise UserError(
                 f"{flag_of(given_terms[0])} with --joint lsgm, whose network learns by the likelihood itself",

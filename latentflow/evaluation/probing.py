@@ -75,7 +75,8 @@ def probe(sampler: Sampler, train: ImageSet, unseen: ImageSet) -> dict[str, Any]
 def _read(seen: Tensor, labels: Tensor, new: Tensor) -> Tensor:
     """Return the labels (M,) of new rows (M, D) by a linear probe of rows (N, D) and their labels (N,)."""
     new, seen = _standard(new, seen)
-    return linear_probe(seen, labels, int(labels.max()) + 1)(new).argmax(1)
+    scores: Tensor = linear_probe(seen, labels, int(labels.max()) + 1)(new)
+    return scores.argmax(1)
 
 
 def _standard(new: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,10 +133,10 @@ def build(
             tokens=tokens,
             latent_variable=config.latent_variable,
         )
+    guidance = kept_guidance(config.init_from) if config.init_from else {}
     if not trained_null:
-        log.info(
-            "--condition-dropout 0: the checkpoint draws without guidance, which needs what it learns without"
-        )
+        guidance |= {"trained_null": False, "usual_guidance": 1.0}
+        log.info("the checkpoint draws without guidance, which needs what is learnt without a condition")
     elif not config.init_from and not flow.condition_dropout and source.kind != "unconditional":
         log.info("--condition-dropout 0: guidance leads away from the images without a condition alone")
     model = LatentFlowPipeline(
@@ -150,8 +150,7 @@ def build(
         time_options=flow.time_options,
         token_path=None if tokens is None else config.tokens.plain(),
         **recipe.sampling.plain(),
-        **(kept_guidance(config.init_from) if config.init_from else {}),
-        **({} if trained_null else {"trained_null": False, "usual_guidance": 1.0}),
+        **guidance,
     ).model
     network, encoder = model.network, model.pipeline.text_encoder
     trains_text = model.trains_text and not recipe.student  # which shares its teacher's
