@@ -310,5 +310,5 @@ def test_one_step_from_noise_to_two_points() -> None:
 
     measure, beta, steps = TASKS["two-points"]
     found = measure(seed=0, steps=steps, beta=beta)
-    assert found["plain"] == pytest.approx(1.0, abs=0.05)
-    assert found["w2"] < 0.4, found
+    assert found["plain"] == pytest.approx(1.0, abs=0.1)
+    assert found["w2"] < 0.3, found

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from latentflow import LatentFlowPipeline
+from latentflow import LatentFlowEditPipeline, LatentFlowPipeline
 from latentflow.config import FlowConfig
 from latentflow.data import find_source
 from latentflow.errors import UserError
@@ -157,6 +157,7 @@ def test_without_dropout_there_is_no_null_to_lead_away_from(
     assert "the checkpoint draws without guidance" in said
     pipe = opened(run / "pipeline")
     assert pipe.usual_guidance == pipe.model.edit_defaults.guidance == 1.0
+    assert LatentFlowEditPipeline.from_pipe(pipe).model.trained_null is False
     plain = sampled(pipe, class_labels=["a"])
     assert torch.equal(plain, sampled(pipe, class_labels=["a"], guidance_scale=1.0))
     refused: list[Callable[[], Any]] = [
