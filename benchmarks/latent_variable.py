@@ -28,6 +28,7 @@ from latentflow.models import Condition
 from latentflow.models.inputs import linear
 from latentflow.models.latent_variable import LatentEncoder
 from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.losses.latent_variable import LatentVariable
 
 Draw = Callable[[int, torch.Generator], Tensor]
 
@@ -67,6 +68,7 @@ def fit(
     seed: int,
     source: Draw | None = None,
     beta: float = 0.0,
+    first_beta: float | None = None,
     exponent: float = 1.0,
     batch: int = 256,
     seconds: float = math.inf,
@@ -77,15 +79,12 @@ def fit(
     The rate falls to zero at the end, and the network is left with a moving average of its weights.
 
     Args:
+        first_beta: beta at first, which falls to ``beta`` within two thirds of the run, geometrically.
         exponent: p of the density p t^(p - 1) of the times; 1 is uniform.
     """
     times = {"exponent": exponent}
     config = FlowConfig(time_density="power", time_options=times, condition_dropout=0.0)
-    # Without a warm-up: q begins as its prior, and the network learns where z is rare before q leaves it.
-    latent = LatentVariableConfig(latent_variable_beta=beta, latent_variable_warmup=0.0)
-    loss = FlowLoss(
-        network, config, seed, samples=steps * batch, samples_per_step=batch, latent_variable=latent
-    )
+    loss = FlowLoss(network, config, seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=rate, betas=(0.9, 0.99), fused=True)
     average = [parameter.detach().clone() for parameter in network.parameters()]
     generator, start = torch.Generator().manual_seed(seed), time.process_time()
@@ -94,6 +93,11 @@ def fit(
         if done >= 1.0:
             break
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 50) * math.cos(math.pi / 2 * done) ** 2
+        # It does not rise: while it is high q is wide, and the network learns where one answer ends and another begins,
+        # of which it hears little later.
+        risen = beta * ((first_beta or beta) / beta) ** max(0.0, 1.0 - 1.5 * done) if beta else 0.0
+        latent = LatentVariableConfig(latent_variable_beta=risen, latent_variable_warmup=0.0)
+        loss.latent_variable = LatentVariable(latent)
         batch_of = {
             "latents": target(batch, generator)[:, :, None, None],
             "sample_ids": [*range(step * batch, (step + 1) * batch)],
@@ -167,7 +171,7 @@ def w2_to_two_points(x: Tensor) -> float:
 # ---------------------------------------------------------------- the figures
 
 
-def one_step(seed: int, steps: int, beta: float) -> dict[str, float]:
+def one_step(seed: int, steps: int, beta: float, first_beta: float | None = None) -> dict[str, float]:
     """From N(0, 1) to -1 and +1 in one Euler step, without and with a latent variable of the path.
 
     Half of the times are below 0.03: the step sees the velocity at 0 alone, and what z tells there.
@@ -177,7 +181,7 @@ def one_step(seed: int, steps: int, beta: float) -> dict[str, float]:
     torch.manual_seed(seed)
     network = Perceptron(1, "path")
     given: dict[str, Any] = {"seed": seed, "batch": 512, "exponent": 0.2}
-    seconds = fit(network, two_points, steps=steps, beta=beta, **given)
+    seconds = fit(network, two_points, steps=steps, beta=beta, first_beta=first_beta, **given)
     assert network.z_encoder is not None
     information = mutual_information(network.z_encoder, x0[:400], two_points, g)
     x = sample(network, x0, z, 1)
@@ -193,7 +197,13 @@ def one_step(seed: int, steps: int, beta: float) -> dict[str, float]:
 
 
 def four_steps(
-    seed: int, steps: int, beta: float, kind: str, source: Draw | None, points: int = 1000
+    seed: int,
+    steps: int,
+    beta: float,
+    kind: str,
+    source: Draw | None,
+    first_beta: float | None = None,
+    points: int = 1000,
 ) -> dict[str, float]:
     """To the 8 Gaussians in four Euler steps: excess of W2, and W2 within modes, over that of two real sets."""
     g = torch.Generator().manual_seed(1000 + seed)
@@ -201,9 +211,10 @@ def four_steps(
     real, other = even_gaussians(points, g), even_gaussians(points, g)
     torch.manual_seed(seed)
     network = Perceptron(2, kind, dim=2)
-    seconds = fit(network, even_gaussians, steps=steps, seed=seed, beta=beta, source=source)
+    given: dict[str, Any] = {"seed": seed, "source": source}
+    seconds = fit(network, even_gaussians, steps=steps, beta=beta, first_beta=first_beta, **given)
     plain = Perceptron(2)
-    fit(plain, even_gaussians, steps=10**6, seed=seed, source=source, seconds=seconds)
+    fit(plain, even_gaussians, steps=10**6, seconds=seconds, **given)
     encoder = network.z_encoder
     assert encoder is not None
     drawn = {"prior": torch.randn(points, 2, generator=g)}
@@ -227,7 +238,7 @@ def four_steps(
 
 #: name -> (figures of a seed and steps, beta, steps)
 TASKS: dict[str, tuple[Callable[..., dict[str, float]], float, int]] = {
-    "two-points": (one_step, 0.02, 4000),
+    "two-points": (partial(one_step, first_beta=1.0), 0.002, 3000),
     "eight-gaussians": (partial(four_steps, kind="image", source=None), 1.0, 1000),
     "moons": (partial(four_steps, kind="path", source=moons), 4.0, 1000),
 }

@@ -100,6 +100,18 @@ class JointConfig:
                     f"{flag} with --joint, whose latents change in every step",
                     "Leave it out; or train the autoencoder first (latentflow autoencoder), and a generator with it.",
                 )
+        if self.joint != "alignment" and flow.coupling != "independent":
+            raise UserError(
+                f"--coupling {flow.coupling} with --joint {self.joint}, whose rate is of independent noise",
+                "Leave it out.",
+            )
+        terms = ["weighting", "time_density", "time_options", "time_uniform_from"]
+        terms += ["direction_weight", "contrastive_weight"]
+        if self.joint == "lsgm" and (given_terms := [name for name in terms if name in changed(flow)]):
+            raise UserError(
+                f"{flag_of(given_terms[0])} with --joint lsgm, whose network learns by the likelihood itself",
+                "Leave it out, or use --joint unified.",
+            )
         if self.joint == "alignment" and alignment.alignment != "encoder":
             raise UserError(
                 "--joint alignment without features to align to",

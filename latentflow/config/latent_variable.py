@@ -28,7 +28,8 @@ class LatentVariableConfig:
     element of the latents. Less lets it tell more; but what it tells must be likely under its prior, from which it is
     drawn when images are generated."""
     latent_variable_warmup: float = 0.1
-    """Share of the run over which that weight rises from 0."""
+    """Share of the run over which that weight rises from 0; none where --init-from has a latent variable, which has
+    learnt under it."""
 
     def __post_init__(self) -> None:
         if self.latent_variable_dim is not None and not 1 <= self.latent_variable_dim <= 4096:
@@ -68,4 +69,10 @@ class LatentVariableConfig:
                 raise UserError(
                     f"--latent-variable{name} {asked}, and that of the checkpoint is {has}", "Leave it out."
                 )
+        if self.latent_variable_warmup not in (0.0, LatentVariableConfig.latent_variable_warmup):
+            raise UserError(
+                f"--latent-variable-warmup {self.latent_variable_warmup}, and the checkpoint has a latent variable, "
+                "which has learnt under its full weight",
+                "Leave it out.",
+            )
         return {"latent_variable": known[0], "latent_variable_dim": known[1]}

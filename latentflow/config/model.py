@@ -245,7 +245,8 @@ class FlowConfig:
     contrastive_weight: float = 0.0
     """Weight of the contrastive loss (Delta-FM); 0.05 is usual."""
     condition_dropout: float = 0.1
-    """Share of the samples whose condition is replaced by the learned null, for classifier-free guidance."""
+    """Share of the samples whose condition is replaced by the learned null, for classifier-free guidance. With 0 the
+    checkpoint draws without guidance, unless some images have no condition."""
     inpainting: Annotated[bool, Essential("model")] = False
     """Also learn to inpaint, with random masks. Automatic if the data have masks or --init-from can inpaint."""
     mask_shapes: dict[str, float] = field(default_factory=dict)

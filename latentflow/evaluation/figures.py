@@ -81,7 +81,8 @@ def training_loss(sampler: Sampler, train: ImageSet) -> dict[str, Any]:
     when on the way from noise to image it decides what is drawn.
     """
     train = train.rows(metrics.in_proportion(train.captions, sampler.seed)[:TRAINING_IMAGES])
-    return validation_loss(sampler, train, without_condition=any(train.captions))
+    without = any(train.captions) and sampler.model.trained_null
+    return validation_loss(sampler, train, without_condition=without)
 
 
 def _losses(sampler: Sampler, part: ImageSet, conditioned: tuple[bool, ...]) -> Tensor:

@@ -145,12 +145,15 @@ def _known(report: dict[str, Any]) -> Iterator[str]:
                 f"{_share(best['linear'])} by a linear probe behind block {best['block']} at t = {best['t']}"
             )
             text += f", {best['nearest']['share']:.1%} by the 5 nearest images there"
+            if chosen := best.get("chosen_by"):  # reports of before have none
+                text += f"; chosen by training images set aside ({_share(chosen)})"
         yield _figure("classes read", text)
     for name, part in report.get("likelihood", {}).items():
         error = f" +- {part['standard_error']:.2g}" if part["standard_error"] is not None else ""
-        text = (
-            f"{name.replace('_', ' ')}: {part['bits_per_dim']:.4f}{error} bits per dimension of the latents"
-        )
+        most = "at most " if part.get("at_most") else ""
+        text = f"{name.replace('_', ' ')}: {most}{part['bits_per_dim']:.4f}{error} bits per dimension of the latents"
+        if most:
+            text += " (a lower bound of the likelihood)"
         if "other" in report["likelihood"]:
             text += " without a condition"
         if "auroc" in part:

@@ -12,6 +12,7 @@ from ..errors import UserError
 from .rows import Rows, check_counts, keep
 
 if TYPE_CHECKING:
+    from ..models.latent_variable import Posterior
     from .model import FlowModel, Generators
 
 
@@ -82,14 +83,19 @@ class LatentVariableMixin:
             return keep(rows, z=noise(len(rows), encoder.dim))
         check_counts(rows, like)
         x1 = like.repeat_interleave(len(rows) // len(like), 0)
-        seen = [x1]
+        seen = []
         if encoder.kind == "path":  # from any noise: z is to suit that from which the image will be drawn
             fixed = torch.Generator().manual_seed(0)  # a mean is the same for every row, whatever its company
             x0 = noise(1 if mean else len(x1), *x1.shape[1:], by=fixed if mean else generator).expand_as(x1)
-            seen += [x0, x0, x0.new_zeros(len(x0))]
-        place = next(encoder.parameters()).device  # where an offloaded network waits
-        place = self.device if place.type == "meta" else place
+            seen = [x0, x0, x0.new_zeros(len(x0))]
+        posterior = self.infer(x1, *seen)
+        return keep(rows, z=posterior.mean if mean else posterior.sample(noise(len(rows), encoder.dim)))
+
+    def infer(self: Any, *seen: Tensor) -> Posterior:
+        """Return q(z | ...) of what the encoder sees, beginning with latents (B, C, h, w)."""
         from ..models.latent_variable import Posterior  # families without a z need none of our networks
 
-        posterior = Posterior(*(part.to(self.device) for part in encoder(*(part.to(place) for part in seen))))
-        return keep(rows, z=posterior.mean if mean else posterior.sample(noise(len(rows), encoder.dim)))
+        encoder = self._z_encoder
+        place = next(encoder.parameters()).device  # where an offloaded network waits
+        place = self.device if place.type == "meta" else place
+        return Posterior(*(part.to(self.device) for part in encoder(*(part.to(place) for part in seen))))

@@ -21,6 +21,7 @@ from ..models import Condition, ControlInputs, DiT, encode_text
 from ..models.text import START
 from ..utils.names import as_spelled
 from .control import CONTROL, ControlledModel
+from .edit_defaults import EditDefaults
 from .few_steps import FewSteps
 from .model import Rows, Size
 from .training_defaults import TrainingDefaults
@@ -71,6 +72,9 @@ class LatentFlowModel(ControlledModel):
         if usual is not None and not (isinstance(usual, int | float) and math.isfinite(usual)):
             raise UserError(f"usual_guidance {usual!r}", "Give a number, such as 2.0, or None.")
         self._usual_guidance: float | None = usual
+        self.trained_null = config.get("trained_null", True)
+        if not isinstance(self.trained_null, bool):
+            raise UserError(f"trained_null {self.trained_null!r}", "Give true or false.")
 
     @staticmethod
     def open_pipeline(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
@@ -184,8 +188,25 @@ class LatentFlowModel(ControlledModel):
         self.check_condition(class_labels=labels)
         return self.rows(self.class_ids(labels))
 
+    def require_null(self) -> None:
+        """Refuse what needs the null, if the network has not learnt it.
+
+        Raises:
+            UserError: it has not.
+        """
+        if not self.trained_null:
+            raise UserError(
+                "this checkpoint was trained without --condition-dropout, and cannot draw without its condition",
+                "Give every image a condition, and no guidance (a scale of 1) or one with a negative prompt.",
+            )
+
     def null(self, n: int) -> Rows:
-        """Return ``n`` rows without a condition: the learned null of a network that takes one."""
+        """Return ``n`` rows without a condition: the learned null of a network that takes one.
+
+        Raises:
+            UserError: it has not learnt one.
+        """
+        self.require_null()
         text, mask, ids = None, None, None
         if self.takes_text:
             text = torch.zeros(n, 1, self.setting("text_dim"), device=self.device)
@@ -201,6 +222,7 @@ class LatentFlowModel(ControlledModel):
         """Return the same rows with every class and text dropped; None where there are neither."""
         if not {"text", "class_labels"} & rows.values.keys():
             return None
+        self.require_null()
         drop = rows.values["drop"]
         assert isinstance(drop, Tensor)
         return replace(rows, values={**rows.values, "drop": torch.ones_like(drop)})
@@ -225,6 +247,8 @@ class LatentFlowModel(ControlledModel):
         if text is not None and mask is not None:
             text, mask = text.to(device), mask.to(device)
             drop = ~mask.any(dim=1)
+            if not self.trained_null and drop.any():
+                self.require_null()
         else:
             drop = torch.zeros(count if labels is None else len(labels), dtype=torch.bool, device=device)
         return self.rows_of(Condition(class_labels=labels, text=text, text_mask=mask, drop=drop), count)
@@ -355,6 +379,10 @@ class LatentFlowModel(ControlledModel):
     def usual_steps(self) -> int:
         few = self.few_steps
         return few.step_counts[-1] if few.step_counts else FEW_STEPS if few else USUAL_STEPS
+
+    @property
+    def edit_defaults(self) -> EditDefaults:
+        return super().edit_defaults if self.trained_null else EditDefaults(guidance=1.0)
 
     @property
     def usual_guidance(self) -> float:

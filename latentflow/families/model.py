@@ -72,6 +72,8 @@ class FlowModel(OpeningMixin, ImageInputMixin, LatentVariableMixin, ABC):
     unguided: float = 1.0
     #: guidance scale that a network with such an input is given while it is trained; 1 is none
     training_guidance: float = 1.0
+    #: it has learnt to draw without a condition
+    trained_null: bool = True
     #: a consistency model has none, which jumps to the data, nor has a model of tokens
     has_velocity: bool = True
     #: its latents are tokens (B, h, w)

@@ -89,6 +89,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         folded_guidance: scale of the guidance that is distilled into the weights; where it is not 1, none is added.
         guidance_channels: guide only so many channels of the latents, the first; None: all.
         usual_guidance: guidance scale of calls that give none; None: 4, of tokens 2.
+        trained_null: it has learnt to draw without its condition, from which guidance leads away.
         time_density, time_options: the density of the times that it was trained at, a key of
             ``latentflow.flow.TIME_DENSITIES``, and its settings; a fine-tune keeps them. None: the default ones.
         step_counts: the numbers of steps, of one evaluation each, that the network was made for, in increasing order;
@@ -133,6 +134,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         time_density: str | None = None,
         time_options: dict[str, float] | None = None,
         token_path: dict[str, Any] | None = None,
+        trained_null: bool = True,
     ) -> None:
         super().__init__()
         check_components(vae, transformer, text_encoder, tokenizer, id2label)
@@ -161,6 +163,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
             guidance_channels=guidance_channels,
             usual_guidance=usual_guidance,
             **({} if token_path is None else {"token_path": dict(token_path)}),
+            **({} if trained_null is True else {"trained_null": trained_null}),
             **({} if time_density is None else {"time_density": time_density}),
             **({"time_options": dict(time_options)} if time_options else {}),
             **few.plain(),

@@ -30,6 +30,7 @@ from .data import (
     refuse_renumbered_classes,
 )
 from .export import card_facts, export_pipeline, preview_grid, preview_source
+from .fine_tune.base import refuse_pretrained_settings
 from .loop.compiling import compile_network
 from .loop.data_order import SampleUse
 from .loop.fit import Callbacks
@@ -70,9 +71,8 @@ def train_joint(
     # ---- data ----
     loop = generator_as_begun(config.loop, output, given_keys).with_validation_time(given_keys)
     config = replace(config, data=as_begun(config.data, output, given_keys), loop=loop)
-    # What is seen of a masked image is encoded, and the encoder changes: masks are left out.
-    data = replace(config.data, masks="none")
-    splits = load_data(data, given_keys, seed=loop.seed, vae=config.vae)
+    refuse_pretrained_settings(config.fine_tuning)
+    splits = load_data(config.data, given_keys, seed=loop.seed, vae=config.vae)
     source, training = splits.source, splits.training
     validation = splits.validation.once()
     validation = validation.subset(validation.spread(_VALIDATION_IMAGES)) if len(validation) else validation
@@ -80,6 +80,11 @@ def train_joint(
         raise UserError(
             f"--joint with {source.name}, whose images are latents already",
             "Give the images themselves: the autoencoder learns from them.",
+        )
+    if source.has_masks:
+        raise UserError(
+            f"--joint with {source.name}, whose images have masks: it learns no inpainting",
+            "Add --masks none to leave them out; or train the autoencoder first (latentflow autoencoder).",
         )
     refuse_renumbered_classes(output / "pipeline", source)
     loop.check_validated(len(validation) > 0)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..autoencoder import Autoencoder, codebook, downscale_factor, latent_channels, mask_channels
 from ..config import LatentVariableConfig, NetworkConfig, RunConfig, TextConfig
 from ..data import Source
+from ..data.dataset import NO_CLASS
 from ..errors import UserError, few
 from ..families import FlowModel
 from ..families.tokens import TokenModel
@@ -40,6 +41,7 @@ from .losses import ControlImages, TokenLoss, flow_loss
 from .losses.alignment import Routing, make_alignment
 from .losses.conditioned import ConditionedLoss
 from .losses.flow import Masking
+from .losses.latent_variable import LatentVariable
 from .recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -98,8 +100,12 @@ def build(
     torch.manual_seed(loop.seed)
 
     # ---- networks ----
+    learnt = False  # a latent variable
+    trained_null = flow.condition_dropout > 0 or has_unlabelled(source)
     if config.init_from:
         base = open_base(config.init_from)
+        learnt = base.latent_variable is not None
+        trained_null = base.trained_null or (trained_null and not recipe.student)
         if not recipe.student:
             refuse_other_flow(config.init_from, base, flow)
         networks = networks_from(
@@ -127,6 +133,12 @@ def build(
             tokens=tokens,
             latent_variable=config.latent_variable,
         )
+    guidance = kept_guidance(config.init_from) if config.init_from else {}
+    if not trained_null:
+        guidance |= {"trained_null": False, "usual_guidance": 1.0}
+        log.info("the checkpoint draws without guidance, which needs what is learnt without a condition")
+    elif not config.init_from and not flow.condition_dropout and source.kind != "unconditional":
+        log.info("--condition-dropout 0: guidance leads away from the images without a condition alone")
     model = LatentFlowPipeline(
         vae=vae,
         **networks,
@@ -138,7 +150,7 @@ def build(
         time_options=flow.time_options,
         token_path=None if tokens is None else config.tokens.plain(),
         **recipe.sampling.plain(),
-        **(kept_guidance(config.init_from) if config.init_from else {}),
+        **guidance,
     ).model
     network, encoder = model.network, model.pipeline.text_encoder
     trains_text = model.trains_text and not recipe.student  # which shares its teacher's
@@ -182,7 +194,7 @@ def build(
         samples=samples,
         samples_per_step=batch,
         random_numbers=loop.random_numbers,
-        latent_variable=config.latent_variable,
+        latent_variable=LatentVariable(config.latent_variable, samples, learnt=learnt),
         **recipe.loss_options,
     )
     return TrainedModel(model, adapter, loss, latent_size, batch)
@@ -252,6 +264,13 @@ def new_networks(
                 del settings["in_channels"]
                 built = TokenDiT(tokens.vocabulary, tokens.states, transformer=settings)
     return _components(built, encoder, tokenizer, source.classes)
+
+
+def has_unlabelled(source: Source) -> bool:
+    """Return whether any image is trained on without a condition, as are all of data without one."""
+    if source.kind == "text":
+        return any(not caption.strip() for captions in source.all_captions() for caption in captions)
+    return source.kind == "unconditional" or NO_CLASS in source.class_ids()
 
 
 def control_inputs(source: Source, vae: Autoencoder) -> ControlInputs:

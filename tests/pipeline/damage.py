@@ -305,6 +305,7 @@ PIPELINE: dict[str, tuple[Any, ...]] = {
     "consistency": (True, "no"),
     "folded_guidance": ("4", float("nan"), [4.0]),
     "usual_guidance": ("4", float("nan"), [4.0]),
+    "trained_null": ("no", 3),
     "time_density": ("unheard-of", 3, ["beta"]),
     "time_options": ({"mean": "a"}, {"unheard": 1.0}, [1], "a"),
     "step_counts": ("4", [0], ["4"], [10**9], 4, {"a": 1}),

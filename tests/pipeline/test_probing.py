@@ -21,7 +21,7 @@ from latentflow.evaluation.probing import auroc, likelihood, linear_probe, probe
 from latentflow.evaluation.sampler import Sampler
 from latentflow.models import UNet
 
-from .conftest import NAMES, GaussianFlow, quiet, tiny_dit
+from .conftest import NAMES, GaussianFlow, quiet, tiny_dit, tiny_vae
 from .test_classify import photos
 
 KINDS = [*NAMES.values()]
@@ -42,6 +42,58 @@ def test_densities_are_those_of_the_gaussians(class_pipe: Any, images: Callable[
     assert abs(report["train"]["bits_per_dim"] - float(exact.mean())) < 1e-3
     assert abs(report["train"]["standard_error"] - float(exact.std()) / 12**0.5) < 1e-3
     assert report["train"]["n"] == 12
+
+
+class UnderZ(GaussianFlow):
+    """`GaussianFlow` whose mean z moves along a direction; and q(z | x), which is exact, or as wide as the prior."""
+
+    ALONG = (1.0, -2.0)
+    exact = True
+
+    class Encoder(nn.Module):
+        kind, dim = "image", 1
+
+        def __init__(self, flow: UnderZ) -> None:
+            super().__init__()
+            self.place, self.flow = nn.Parameter(torch.zeros(())), (flow,)
+
+        def forward(self, x1: Tensor) -> tuple[Tensor, Tensor]:
+            apart = (x1 - self.flow[0].null[:, None, None]).flatten(2).sum(2) @ torch.tensor(UnderZ.ALONG)
+            precision = 1.0 + 5.0 * x1[0, 0].numel() / GaussianFlow.SPREAD**2
+            mean = apart[:, None] / GaussianFlow.SPREAD**2 / precision
+            log_variance = torch.full_like(mean, -math.log(precision))
+            return (mean, log_variance) if self.flow[0].exact else (mean, log_variance + 2.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z_encoder = UnderZ.Encoder(self)
+
+    def mean(self, cond: Any, rows: int) -> Tensor:
+        return super().mean(cond, rows) + cond.z * torch.tensor(self.ALONG)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_of_a_latent_variable_there_is_a_lower_bound(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the density itself where q is exact, and by KL(q || exact q) less where it is wider."""
+    network = UnderZ()
+    network.exact = exact
+    pipe: Any = quiet(LatentFlowPipeline(tiny_vae(), network))
+    along = torch.tensor(UnderZ.ALONG)[:, None, None].expand(2, 4, 4).flatten()
+    covariance = along[:, None] * along + GaussianFlow.SPREAD**2 * torch.eye(32)
+    normal = torch.distributions.MultivariateNormal(network.null.detach().repeat_interleave(16), covariance)
+    torch.manual_seed(0)
+    draws = normal.sample((300,)).view(300, 2, 4, 4)
+    monkeypatch.setattr(type(pipe.model), "encode", lambda _, places: draws[places.long().flatten()])
+    sampler = Sampler(
+        model=pipe.model, pipeline=pipe, condition_kind="nothing", settings={}, seed=0, batch_size=100
+    )
+    images = ImageSet(images=torch.arange(300.0)[:, None, None, None], captions=[""] * 300)
+    found = likelihood(sampler, {"train": images}, 300)["train"]
+    order = probing.metrics.in_proportion(images.captions, 0)
+    density = -float(normal.log_prob(draws[order].flatten(1)).mean()) / 32 / math.log(2)
+    beyond = 0.0 if exact else 0.5 * (math.exp(2.0) - 1.0 - 2.0) / 32 / math.log(2)
+    assert found["at_most"] and abs(found["bits_per_dim"] - density - beyond) < (1e-3 if exact else 0.02)
+    assert "at most" in "".join(_known({"likelihood": {"train": found}}))
 
 
 def test_images_of_another_kind_are_told_by_the_density(
@@ -91,6 +143,44 @@ def test_sets_have_noises_of_their_own_and_all_classes(
     )
     likelihood(Sampler(model=model, pipeline=class_pipe, **options), {"train": train}, 24)
     assert min(torch.bincount((torch.cat(encoded).flatten() // 13).long(), minlength=3).tolist()) >= 6
+
+
+def test_block_and_time_are_chosen_without_the_images_whose_classes_are_read(
+    class_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At t = 0.6 alone training images tell each other's classes; unseen ones are read best at another."""
+    kinds = torch.arange(300) % 3
+
+    def features(model: Any, images: Tensor, block: int, t: float, generator: torch.Generator) -> Tensor:
+        numbers = images.flatten().long()
+        told = kinds[numbers].clone()
+        new = numbers >= 200
+        wrong = (numbers % 4 == 0) & new if t == 0.6 else (torch.arange(len(numbers)) >= 160) & ~new
+        told[wrong] = (told[wrong] + 1) % 3
+        return torch.eye(3)[told]
+
+    pipe: Any = LatentFlowPipeline.from_pretrained(class_folder)
+    monkeypatch.setattr(type(pipe.model), "features", features)
+    places = torch.arange(300.0)[:, None, None, None]
+    all_of = ImageSet(images=places, captions=[KINDS[kind] for kind in kinds.tolist()])
+    options: dict[str, Any] = {"condition_kind": "class_labels", "settings": {}, "seed": 0, "batch_size": 500}
+    sets = all_of.rows([*range(200)]), all_of.rows([*range(200, 300)])
+    found = probe(Sampler(model=pipe.model, pipeline=pipe, **options), *sets)
+    assert found["best"]["t"] == 0.6
+    assert found["best"]["chosen_by"]["share"] == 1.0 and found["best"]["chosen_by"]["n"] == 40
+    assert found["best"]["linear"]["share"] == found["best"]["nearest"]["share"] == 0.75
+    assert max(entry["linear"]["share"] for entry in found["table"]) == 1.0
+    assert "set aside (100.0%" in " ".join("".join(_known({"probe": found})).split())
+
+
+def test_a_checkpoint_without_a_null_has_no_features_without_a_condition(
+    class_folder: Path, images: Callable[..., Tensor]
+) -> None:
+    pipe: Any = LatentFlowPipeline.from_pretrained(class_folder, trained_null=False)
+    some = ImageSet(images=images(4) * 2 - 1, captions=[*KINDS[:2]] * 2)
+    options: dict[str, Any] = {"condition_kind": "class_labels", "settings": {}, "seed": 0, "batch_size": 5}
+    found = probe(Sampler(model=pipe.model, pipeline=pipe, **options), some, some)
+    assert found["best"] is None and "which the checkpoint has not learnt" in found["best_reason"]
 
 
 def test_one_class_is_no_choice(class_folder: Path, images: Callable[..., Tensor]) -> None:

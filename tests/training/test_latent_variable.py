@@ -16,6 +16,7 @@ from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline
 from latentflow.config import FlowConfig, LatentVariableConfig
 from latentflow.evaluation.sampler import VARIATIONS, Sampler
 from latentflow.models import Condition, DiT
+from latentflow.training import trained_model
 from latentflow.training.losses import flow_loss
 from latentflow.training.losses.distribution_matching import GeneratorLoss
 from latentflow.training.losses.flow import FlowLoss
@@ -54,7 +55,7 @@ def test_the_cost_rises_with_the_run_to_beta_times_the_rate() -> None:
 
 def test_a_row_depends_on_its_id_alone_and_the_loss_has_its_cost() -> None:
     config = LatentVariableConfig(latent_variable_beta=0.7)
-    loss = FlowLoss(network(), FlowConfig(), 0, latent_variable=config).train()
+    loss = FlowLoss(network(), FlowConfig(), 0, latent_variable=LatentVariable(config)).train()
     whole, part = loss(batch()), loss({name: value[2:5] for name, value in batch().items()})
     torch.testing.assert_close(whole["per_sample"][2:5], part["per_sample"])
     expected = whole["per_sample"].mean() + 0.7 * whole["kl"]
@@ -253,6 +254,28 @@ def test_a_base_is_extended_and_keeps_its_own(run: Path) -> None:
     own = ["--init-from", run / "run" / "pipeline", "-o", run / "other"]
     said = call(run / "cache", *tune, *own, "--latent-variable-dim", 5, expect=2)
     assert "--latent-variable-dim 5, and that of the checkpoint is 3" in said
+    said = call(run / "cache", *tune, *own, "--latent-variable-warmup", 0.5, expect=2)
+    assert "--latent-variable-warmup 0.5, and the checkpoint has a latent variable" in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("base", "flags", "first"),
+    [("run", ["--init-from"], 1.0), ("plain", ["--latent-variable", "image", "--init-from"], 0.0)],
+)
+def test_the_weight_of_one_that_has_learnt_does_not_rise_again(
+    run: Path, base: str, flags: list[str], first: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[LatentVariable] = []
+
+    def make(*arguments: Any, **options: Any) -> LatentVariable:
+        made.append(LatentVariable(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(trained_model, "LatentVariable", make)
+    line = [run / "images", "--resolution", 16, "--max-train-steps", 100, "--prior-samples", 0, "--dry-run"]
+    given = [*flags, run / base / "pipeline", "--latent-variable-beta", 0.5, "-o", run / "dry"]
+    call(run / "cache", *line, *given)
+    assert made[-1].cost(torch.ones(2), [0, 10**6]).tolist() == [0.5 * first, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -287,5 +310,5 @@ def test_one_step_from_noise_to_two_points() -> None:
 
     measure, beta, steps = TASKS["two-points"]
     found = measure(seed=0, steps=steps, beta=beta)
-    assert found["plain"] == pytest.approx(1.0, abs=0.05)
-    assert found["w2"] < 0.4, found
+    assert found["plain"] == pytest.approx(1.0, abs=0.1)
+    assert found["w2"] < 0.3, found

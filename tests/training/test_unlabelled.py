@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from latentflow import LatentFlowPipeline
+from latentflow import LatentFlowEditPipeline, LatentFlowPipeline
 from latentflow.config import FlowConfig
 from latentflow.data import find_source
+from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, small_text_encoder, train_tokenizer
+from latentflow.training import trained_model
 from latentflow.training.data import conditions_of
+from latentflow.training.distill import open_teacher
 from latentflow.training.losses import FlowLoss
 
-from .command import TINY, call, losses, same_state
+from .command import TINY, call, losses, opened, same_state, sampled
 
 pytestmark = pytest.mark.usefixtures("no_memorisation")
 
@@ -142,6 +146,48 @@ def test_a_run_on_them(precomputed: bool, half_labelled: Path, tmp_path: Path) -
         direct = tmp_path / "direct"
         call(cache, half_labelled, "-o", direct, *first, *flags[:2], "--missing-caption", "empty")
         assert losses(again) == losses(direct)
+
+
+def test_without_dropout_there_is_no_null_to_lead_away_from(
+    half_labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    line = [half_labelled, *TINY, "--condition", "class", "--max-train-steps", 1, "--condition-dropout", 0]
+    said = call(cache, *line, "--missing-caption", "skip", "-o", run)
+    assert "the checkpoint draws without guidance" in said
+    pipe = opened(run / "pipeline")
+    assert pipe.usual_guidance == pipe.model.edit_defaults.guidance == 1.0
+    assert LatentFlowEditPipeline.from_pipe(pipe).model.trained_null is False
+    plain = sampled(pipe, class_labels=["a"])
+    assert torch.equal(plain, sampled(pipe, class_labels=["a"], guidance_scale=1.0))
+    refused: list[Callable[[], Any]] = [
+        lambda: sampled(pipe, class_labels=["a"], guidance_scale=3.0),
+        lambda: pipe.model.features(torch.zeros(1, 3, 16, 16), 1, 0.5),
+        lambda: pipe.model.null(2),
+        lambda: open_teacher(str(run / "pipeline"), 3.0),
+    ]
+    for call_it in refused:
+        with pytest.raises(UserError, match="was trained without --condition-dropout"):
+            call_it()
+
+    made: list[Any] = []
+
+    def make(**settings: Any) -> Any:
+        made.append(LatentFlowPipeline(**settings))
+        return made[-1]
+
+    monkeypatch.setattr(trained_model, "LatentFlowPipeline", make)
+    tuned = [half_labelled, "--condition", "class", "--missing-caption", "skip", "--prior-samples", 0]
+    tuned += ["--init-from", run / "pipeline", "--dry-run", "-o", tmp_path / "tuned"]
+    said = call(cache, *line, "--missing-caption", "empty", "--dry-run", "-o", tmp_path / "other")
+    assert "leads away from the images without a condition alone" in said
+    call(cache, *tuned)
+    call(cache, *tuned, "--condition-dropout", 0)
+    assert [(pipe.model.trained_null, pipe.usual_guidance) for pipe in made] == [
+        (True, 4.0),
+        (True, 4.0),
+        (False, 1.0),
+    ]
 
 
 def test_a_run_of_balanced_classes_resumes_exactly(half_labelled: Path, tmp_path: Path) -> None:

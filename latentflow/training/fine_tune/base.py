@@ -157,7 +157,12 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
 def kept_guidance(checkpoint: str) -> dict[str, Any]:
     """Return the settings of a checkpoint's guidance, which a fine-tune of it keeps."""
     config = _pipeline_config(checkpoint)
-    return {name: config[name] for name in ("guidance_channels", "usual_guidance") if name in config}
+    names = (
+        ("guidance_channels", "usual_guidance")
+        if config.get("trained_null", True)
+        else ("guidance_channels",)
+    )
+    return {name: config[name] for name in names if name in config}
 
 
 def lost_guidance(flow: FlowConfig, checkpoint: str, given: Collection[str]) -> float:

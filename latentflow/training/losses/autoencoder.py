@@ -27,6 +27,7 @@ from ..loop.data_order import Stream, seeded
 from ..loop.distributed import process_state
 from ..loop.random_numbers import RANDOM_NUMBERS, SampleRandom
 from .codebook import CodebookLoss
+from .conditioned import weighted_mean
 
 _ENOUGH_STEPS = 3000  # 64 px images are beyond 33 dB by then
 
@@ -59,7 +60,7 @@ class AutoencoderLoss(nn.Module):
 
     That of a `VQModel` decodes the codes of its latents, adds the commitment, and moves the codes when a step ends.
 
-    A batch holds ``images`` (B, 3, H, W) in [-1, 1] and ``sample_ids``.
+    A batch holds ``images`` (B, 3, H, W) in [-1, 1], ``sample_ids`` and perhaps ``weights`` (B,) of the errors.
     """
 
     def __init__(
@@ -105,8 +106,8 @@ class AutoencoderLoss(nn.Module):
             latents, of_codes = self.codes(latents, batch["sample_ids"])
             reconstruction = self.vae.decode(latents, force_not_quantize=True).sample.float()
         per_sample = self.distance(reconstruction, images)
-        loss = l1 = per_sample.mean()
-        values = {"l1": l1.detach(), "per_sample": per_sample.detach()}
+        loss = weighted_mean(per_sample, batch)
+        values = {"l1": per_sample.detach().mean(), "per_sample": per_sample.detach()}
         values |= {name: value.detach() for name, value in of_codes.items()}
         if of_codes:
             loss = loss + self._config.commitment_weight * of_codes["commitment"]

@@ -40,7 +40,7 @@ class FlowLoss(ConditionedLoss):
         seed, text_encoder, masking, control, random_numbers: see `ConditionedLoss`.
         samples: samples that the whole run uses, of which ``config.time_uniform_from`` is a share.
         samples_per_step: samples of one step, over all processes.
-        latent_variable: settings of the latent variable of a network that takes one.
+        latent_variable: that of a network that takes one.
 
     Attributes:
         density: batch -> the density of its training times.
@@ -58,7 +58,7 @@ class FlowLoss(ConditionedLoss):
         samples: int | None = None,
         samples_per_step: int = 1,
         random_numbers: str = "philox",
-        latent_variable: LatentVariableConfig | None = None,
+        latent_variable: LatentVariable | None = None,
     ) -> None:
         super().__init__(
             network,
@@ -71,7 +71,7 @@ class FlowLoss(ConditionedLoss):
         )
         self.config = config
         self.samples, self.samples_per_step = samples, samples_per_step
-        self.latent_variable = LatentVariable(latent_variable or LatentVariableConfig(), samples)
+        self.latent_variable = latent_variable or LatentVariable(LatentVariableConfig(), samples)
         self.choices = choices = config.choices()
         self.path, self.coupling = choices.path, choices.coupling
         self.density: Callable[[dict[str, Any]], Density] = lambda batch: choices.density

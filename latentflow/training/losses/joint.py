@@ -7,14 +7,15 @@ What shapes the latents is one of two terms through the network, whose weights i
   deterministic encoder); with a posterior of the encoder less its entropy (LSGM, arXiv:2106.05931, theorem 1).
 - ``encoder_alignment``, the distance of the network's features from a vision model's (REPA-E, arXiv:2504.10483).
 
-The network itself learns by the usual flow loss, of which no gradient reaches the encoder: with it latents collapse to
-a point, which is easiest to predict.
+The network itself learns by the usual flow loss, in LSGM by the rate itself, the cross entropy of the latents. No
+gradient of it reaches the encoder: with it latents collapse to a point, which is easiest to predict.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ from ...autoencoder import Autoencoder, denormalise, latent_channels, normalise
 from ...autoencoder.latents import normalised_posterior
 from ...config import AutoencoderConfig, JointConfig
 from ...errors import UserError
-from ...flow import flow_matching_loss, loss_factor
+from ...flow import Path, flow_matching_loss, loss_factor
 from ...flow.weightings import Likelihood
 from ..loop.distributed import process_state
 from ..loop.random_numbers import SampleRandom
 from .alignment import AlignedFlowLoss
 from .autoencoder import AutoencoderLoss, frozen
+from .conditioned import weighted_mean
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,25 @@ log = logging.getLogger(__name__)
 COLLAPSED = 0.1
 _CHECK_EVERY = 50  # steps
 _EPS, _MOMENTUM = 1e-4, 0.1  # of the batch norm, as in REPA-E
+
+
+@dataclass(frozen=True)
+class RateTimes:
+    """Times at which a rate is estimated: the density of their log-SNR is even from 0 to ``last``, and falls as
+    e^lambda below, as the integral of the rate does."""
+
+    path: Path
+    last: float
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return the times (B,) of uniform numbers u."""
+        place = (1 + self.last) * u
+        return self.path.inverse_log_snr(torch.where(place < 1, place.log(), place - 1))
+
+    def slope(self, u: Tensor) -> Tensor:
+        """Return dt/du (B,)."""
+        of_log_snr = (1 + self.last) / ((1 + self.last) * u).clamp(max=1)
+        return of_log_snr / self.path.d_log_snr(self.quantile(u))
 
 
 class JointFlowLoss(AlignedFlowLoss):
@@ -48,8 +69,12 @@ class JointFlowLoss(AlignedFlowLoss):
     _autoencoder: tuple[JointAutoencoderLoss]
 
     def learn_from(self, autoencoder: JointAutoencoderLoss) -> None:
-        """Take the latents from this loss, which is called before this one in each step."""
+        """Take the latents from this loss, which is called before this one in each step; of LSGM the times as well."""
         self._autoencoder = (autoencoder,)  # in a tuple: not a submodule
+        if autoencoder.joint.joint == "lsgm":
+            times = RateTimes(self.path, autoencoder.joint.log_snr)
+            self.density = lambda batch: times
+            self.choices = self.choices._replace(weighting=Likelihood())
         self._features: dict[str, Tensor] = {}  # of the vision model, for the images of the step
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -61,15 +86,11 @@ class JointFlowLoss(AlignedFlowLoss):
 
         It is the KL divergence of the noised latent from the flow's distribution, or more: 1/2 int E |noise - predicted
         noise|^2 d lambda from -infinity to ``last``, estimated at one log-SNR (Kingma et al. 2021, arXiv:2107.00630,
-        section 4). Its density is even above 0 and falls as e^lambda below, as the integral does.
+        section 4).
         """
-        place = (1 + last) * random.uniform()
-        log_snr = torch.where(place < 1, place.log(), place - 1)
-        slope = (1 + last) / place.clamp(max=1)  # d lambda / du
-        t = self.path.inverse_log_snr(log_snr)
-        factor = loss_factor(
-            Likelihood(), self.path, self.config.prediction, t, slope / self.path.d_log_snr(t)
-        )
+        times, u = RateTimes(self.path, last), random.uniform()
+        t = times.quantile(u)
+        factor = loss_factor(Likelihood(), self.path, self.config.prediction, t, times.slope(u))
         x0 = random.normal(latents.shape[1:])
         sample = self.path.sample(x0, latents, t.to(latents.dtype))
         output = self.network(self.path.scale_input(sample.xt, sample.t), sample.t, self.condition(batch))
@@ -111,6 +132,7 @@ class JointAutoencoderLoss(AutoencoderLoss):
         discriminator, random_numbers: see `AutoencoderLoss`.
 
     Attributes:
+        joint: which term, and its weight.
         spread: standard deviation of the raw latents over the images, the mean over their elements: a moving average.
         first_spread: that of the first batch.
     """
@@ -130,7 +152,7 @@ class JointAutoencoderLoss(AutoencoderLoss):
     ) -> None:
         # Another key than the flow's, which draws other numbers for the same samples.
         super().__init__(vae, config, seed ^ 0x4A4F494E, discriminator, random_numbers)
-        self._joint, self._flow = joint, (flow,)  # in a tuple: not a submodule
+        self.joint, self._flow = joint, (flow,)  # in a tuple: not a submodule
         self.norm: nn.BatchNorm2d | None = None
         if joint.joint == "alignment":
             self.norm = nn.BatchNorm2d(latent_channels(vae), _EPS, _MOMENTUM, affine=False)
@@ -157,13 +179,13 @@ class JointAutoencoderLoss(AutoencoderLoss):
         flow = self._flow[0]
         with frozen(flow):
             if self.norm is not None:
-                distance = flow.encoder_alignment(latents, batch, random).mean()
-                return self._joint.weight * distance, {"encoder_alignment": distance.detach()}
-            rate = flow.rate(latents, batch, random, self._joint.log_snr)
+                distance = weighted_mean(flow.encoder_alignment(latents, batch, random), batch)
+                return self.joint.weight * distance, {"encoder_alignment": distance.detach()}
+            rate = flow.rate(latents, batch, random, self.joint.log_snr)
         if std is not None:  # the entropy that the posterior has beyond that of the noise alone
             rate = rate - 0.5 * (std / self._noise).square().log1p().flatten(1).sum(1)
-        information = rate.mean() / batch["images"][0].numel()
-        return self._joint.weight * information, {"rate": information.detach()}
+        information = weighted_mean(rate, batch) / batch["images"][0].numel()
+        return self.joint.weight * information, {"rate": information.detach()}
 
     def as_latents(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return ``latents`` for a batch, those of the step or, in validation, of its images; ``pixels`` if needed."""
@@ -205,10 +227,10 @@ class JointAutoencoderLoss(AutoencoderLoss):
     @property
     def _noise(self) -> float:
         """The noise of normalised latents: sigma / alpha at the log-SNR where the flow's noise levels end."""
-        return math.exp(-0.5 * self._joint.log_snr)
+        return math.exp(-0.5 * self.joint.log_snr)
 
     def _collapse(self) -> UserError | None:
-        return collapse(self.spread, self.first_spread, self._joint)
+        return collapse(self.spread, self.first_spread, self.joint)
 
     def _encode(self, images: Tensor, random: SampleRandom) -> tuple[Tensor, Tensor | None]:
         """Return what the decoder learns from, raw; and the KL divergence to N(0, I) where it is a loss (alignment)."""

@@ -26,11 +26,14 @@ class LatentVariable:
     Args:
         config: beta, and the share of the run over which it rises.
         samples: of the whole run; None: it does not rise.
+        learnt: nor does it in a run that begins with a latent variable that has learnt under it.
     """
 
-    def __init__(self, config: LatentVariableConfig, samples: int | None) -> None:
+    def __init__(
+        self, config: LatentVariableConfig, samples: int | None = None, *, learnt: bool = False
+    ) -> None:
         self._beta, self._samples = config.latent_variable_beta, samples or 0
-        self._rising = config.latent_variable_warmup * self._samples
+        self._rising = 0.0 if learnt else config.latent_variable_warmup * self._samples
         self._warned = False
 
     def infer(
