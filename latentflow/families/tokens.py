@@ -36,6 +36,7 @@ class TokenModel(LatentFlowModel):
     """
 
     has_velocity, draws_tokens = False, True
+    jump_settings = "temperature", "corrector"
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)

@@ -81,6 +81,7 @@ class Capabilities:
         edit_guidance, edit_strength: usual ones of an edit.
         image_input, needs_images, has_velocity: as of a ``FlowModel``.
         control: kinds of the control images that it takes; it draws without them, unless they are its image input.
+        jump_settings: as of a ``FlowModel``.
     """
 
     text: bool
@@ -96,6 +97,7 @@ class Capabilities:
     needs_images: bool = False
     has_velocity: bool = True
     control: tuple[str, ...] = ()
+    jump_settings: tuple[str, ...] = ()
 
     @property
     def condition(self) -> bool:
@@ -161,6 +163,7 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
         edit_strength=0.6 if tokens else Capabilities.edit_strength,
         has_velocity=not tokens,
         control=tuple(kind for kind in ("image", "labels") if (network.get("control") or {}).get(kind)),
+        jump_settings=("temperature", "corrector") if tokens else (),
     )
 
 
@@ -181,6 +184,7 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         needs_images=model.needs_images,
         has_velocity=model.has_velocity,
         control=model.control_kinds,
+        jump_settings=model.jump_settings,
     )
     return replace(found, edit_guidance=model.usual_guidance) if found.edits_as_it_draws else found
 
