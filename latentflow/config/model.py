@@ -187,6 +187,8 @@ class AutoencoderConfig:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in unchanged}
 
 
+#: The prediction of logits of an autoencoder's codes, whose mean is one of the data.
+CODES = "codes"
 # Codes beyond these are more than the distances to them are worth.
 _MOST_CODES = 2**18
 # Settings that runs of earlier versions do not have, and their value in those runs.
@@ -213,7 +215,8 @@ class FlowConfig:
     path_options: dict[str, float] = field(default_factory=dict)
     """Options of the path, such as `beta_max 12`."""
     prediction: str = "velocity"
-    """Prediction of the network: velocity, data, noise or score."""
+    """Prediction of the network: velocity, data, noise or score; or codes, how likely each code of the autoencoder's
+    codebook is (Purrception, docs/guide/discrete.md; needs --autoencoder-class vq or fsq, or a VQModel as --vae)."""
     coupling: str = "independent"
     """Pairing of noise and data: independent, ot, sinkhorn, conditional-ot; with --inpainting also
     data-dependent (the flow starts from the known part of the image, with noise in the hole only). ot, sinkhorn and
@@ -268,6 +271,11 @@ class FlowConfig:
             raise UserError(
                 f"direction_weight with prediction '{self.prediction}'",
                 "Only velocities have a direction to learn.",
+            )
+        if self.prediction == CODES and (self.weighting or self.contrastive_weight):
+            raise UserError(
+                f"{'--weighting' if self.weighting else '--contrastive-weight'} with --prediction {CODES}",
+                "Leave it out: codes are learned by cross-entropy, not by squared errors.",
             )
         if not 0.0 <= self.contrastive_weight < 1.0:
             raise UserError(
@@ -324,10 +332,9 @@ class FlowConfig:
 
     def choices(self) -> Choices:
         """Return the entries of the tables that this config names."""
-        from ..flow import COUPLINGS, OBJECTIVES, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS, make
+        from ..flow import COUPLINGS, OBJECTIVES, PATHS, TIME_DENSITIES, WEIGHTINGS, make
 
-        if self.prediction not in PREDICTIONS:
-            raise unknown("prediction", self.prediction, PREDICTIONS)
+        check_prediction(self.prediction)
         weighting = None
         if self.weighting is not None:
             weighting = make(WEIGHTINGS, self.weighting, "weighting", **self.weighting_options)
@@ -421,6 +428,18 @@ class AlignmentConfig:
             raise UserError(
                 f"alignment_weight {self.alignment_weight}", "Use more than 0, or no --alignment."
             )
+
+
+def check_prediction(name: str) -> None:
+    """Refuse what is no prediction of a network.
+
+    Raises:
+        UserError: it is none; the nearest is named.
+    """
+    from ..flow import PREDICTIONS
+
+    if name not in (*PREDICTIONS, CODES):
+        raise unknown("prediction", name, [*PREDICTIONS, CODES])
 
 
 def changed(config: Any) -> set[str]:

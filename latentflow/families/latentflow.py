@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .. import flow
 from ..autoencoder import latent_channels, mask_channels, masked_condition
-from ..errors import UserError, lookup, unknown
-from ..flow import CONSISTENCY_STEPS, COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, CondOT, make
+from ..config import CODES, check_prediction
+from ..errors import UserError, lookup
+from ..flow import CONSISTENCY_STEPS, COUPLINGS, PATHS, TIME_DENSITIES, CondOT, make
 from ..flow.tensors import require_finite
 from ..models import Condition, ControlInputs, DiT, encode_text
 from ..models.text import START
@@ -44,19 +45,22 @@ class LatentFlowModel(ControlledModel):
         UserError: the pipeline's settings are none, or do not belong together.
     """
 
-    def __new__(cls, pipeline: Any = None) -> LatentFlowModel:  # None: a copy is made
-        """Return a model of tokens for a pipeline that has such a network."""
-        if pipeline is not None and pipeline.config.get("token_path") is not None:
-            from .tokens import TokenModel  # which derives from this class
+    #: further arguments of the network's calls
+    network_options: Mapping[str, Any] = {}
 
-            cls = TokenModel
+    def __new__(cls, pipeline: Any = None) -> LatentFlowModel:  # None: a copy is made
+        """Return a model of tokens, or of codes, for a pipeline that has such a network."""
+        config = {} if pipeline is None else pipeline.config
+        if config.get("token_path") is not None or config.get("prediction") == CODES:
+            from .tokens import CodeModel, TokenModel  # which derive from this class
+
+            cls = CodeModel if config.get("token_path") is None else TokenModel
         return super().__new__(cls)
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         config = pipeline.config
-        if config.prediction not in PREDICTIONS:
-            raise unknown("prediction", config.prediction, PREDICTIONS)
+        check_prediction(config.prediction)
         lookup(COUPLINGS, config.coupling, "coupling")
         self.prediction, self.coupling = config.prediction, config.coupling
         self.path = make(PATHS, config.path, "path", **dict(config.path_options or {}))
@@ -408,7 +412,7 @@ class LatentFlowModel(ControlledModel):
             sizes = torch.tensor([[*drawn, 0, 0, *drawn]] * len(x), dtype=torch.float32, device=x.device)
             condition = replace(condition, sizes=sizes)
         interval = {} if end is None or not self.few_steps.average else {"end": end}
-        output: Tensor = self.network(x, t, condition, **interval)
+        output: Tensor = self.network(x, t, condition, **interval, **self.network_options)
         return output
 
     @torch.no_grad()

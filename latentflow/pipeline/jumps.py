@@ -36,7 +36,8 @@ class JumpSettings(NamedTuple):
         if given:
             raise UserError(
                 f"{given[0]} is {getattr(self, given[0]):g}, and this checkpoint draws no tokens",
-                "Leave it out: it is of checkpoints that were trained with --tokens.",
+                "Leave it out: it is of checkpoints that were trained with --tokens"
+                f"{' or --prediction codes' if given[0] == 'temperature' else ''}.",
             )
 
 

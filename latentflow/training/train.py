@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..autoencoder import Autoencoder, build_autoencoder, has_statistics
-from ..config import RunConfig
+from ..config import CODES, RunConfig
 from ..errors import UserError
 from ..pipeline.adapter_files import weights_hash
 from .data import (
@@ -85,9 +85,11 @@ def train(
     )
     source, training, validation = splits.source, splits.training, splits.validation
     refuse_renumbered_classes(output / "pipeline", source)
-    if config.tokens.tokens and source.precomputed:
+    of_codes = config.flow.prediction == CODES
+    if (config.tokens.tokens or of_codes) and source.precomputed:
+        flag = f"--prediction {CODES}" if of_codes else "--tokens"
         raise UserError(
-            f"--tokens with {source.name}, whose latents are cached without their tokens",
+            f"{flag} with {source.name}, whose latents are cached without their tokens",
             "Give the images themselves: their tokens are cached on the way.",
         )
     config.loop.check_validated(len(validation) > 0)
