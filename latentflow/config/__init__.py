@@ -17,14 +17,12 @@ from .inference import TokenSamplingConfig as TokenSamplingConfig
 from .joint import JointConfig as JointConfig
 from .latent_variable import LatentVariableConfig as LatentVariableConfig
 from .loop import LoopConfig as LoopConfig
-from .model import CODES as CODES
 from .model import AlignmentConfig as AlignmentConfig
 from .model import AutoencoderConfig as AutoencoderConfig
 from .model import FlowConfig as FlowConfig
 from .model import NetworkConfig as NetworkConfig
 from .model import RoutingConfig as RoutingConfig
 from .model import TextConfig as TextConfig
-from .model import check_prediction as check_prediction
 from .run import PRESETS as PRESETS
 from .run import AdapterConfig as AdapterConfig
 from .run import DataConfig as DataConfig

@@ -187,8 +187,6 @@ class AutoencoderConfig:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in unchanged}
 
 
-#: The prediction of logits of an autoencoder's codes, whose mean is one of the data.
-CODES = "codes"
 # Codes beyond these are more than the distances to them are worth.
 _MOST_CODES = 2**18
 # Settings that runs of earlier versions do not have, and their value in those runs.
@@ -272,9 +270,9 @@ class FlowConfig:
                 f"direction_weight with prediction '{self.prediction}'",
                 "Only velocities have a direction to learn.",
             )
-        if self.prediction == CODES and (self.weighting or self.contrastive_weight):
+        if self.predicts_codes and (self.weighting or self.contrastive_weight):
             raise UserError(
-                f"{'--weighting' if self.weighting else '--contrastive-weight'} with --prediction {CODES}",
+                f"{'--weighting' if self.weighting else '--contrastive-weight'} with --prediction codes",
                 "Leave it out: codes are learned by cross-entropy, not by squared errors.",
             )
         if not 0.0 <= self.contrastive_weight < 1.0:
@@ -289,6 +287,11 @@ class FlowConfig:
             self._check_average(choices)
         if self.weighting_options and self.weighting is None:
             raise UserError("weighting_options are given without a weighting", "Name one with --weighting.")
+
+    @property
+    def predicts_codes(self) -> bool:
+        """Return True if the network predicts logits of an autoencoder's codes, whose mean is that of the data."""
+        return self.prediction == "codes"
 
     def _check_average(self, choices: Choices) -> None:
         """Refuse what average velocities cannot be combined with."""
@@ -332,9 +335,10 @@ class FlowConfig:
 
     def choices(self) -> Choices:
         """Return the entries of the tables that this config names."""
-        from ..flow import COUPLINGS, OBJECTIVES, PATHS, TIME_DENSITIES, WEIGHTINGS, make
+        from ..flow import COUPLINGS, OBJECTIVES, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS, make
 
-        check_prediction(self.prediction)
+        if not self.predicts_codes and self.prediction not in PREDICTIONS:
+            raise unknown("prediction", self.prediction, [*PREDICTIONS, "codes"])
         weighting = None
         if self.weighting is not None:
             weighting = make(WEIGHTINGS, self.weighting, "weighting", **self.weighting_options)
@@ -428,18 +432,6 @@ class AlignmentConfig:
             raise UserError(
                 f"alignment_weight {self.alignment_weight}", "Use more than 0, or no --alignment."
             )
-
-
-def check_prediction(name: str) -> None:
-    """Refuse what is no prediction of a network.
-
-    Raises:
-        UserError: it is none; the nearest is named.
-    """
-    from ..flow import PREDICTIONS
-
-    if name not in (*PREDICTIONS, CODES):
-        raise unknown("prediction", name, [*PREDICTIONS, CODES])
 
 
 def changed(config: Any) -> set[str]:

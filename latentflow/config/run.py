@@ -20,7 +20,6 @@ from .joint import JointConfig
 from .latent_variable import LatentVariableConfig
 from .loop import LoopConfig
 from .model import (
-    CODES,
     AlignmentConfig,
     AutoencoderConfig,
     FlowConfig,
@@ -274,7 +273,7 @@ class RunConfig:
             self._check_joint()
         if self.tokens.tokens:
             self._check_tokens()
-        elif self.flow.prediction == CODES:
+        elif self.flow.predicts_codes:
             self._check_codes()
         if self.adapter.lora_rank and self.loop.ema_lengths:
             raise UserError(
@@ -300,7 +299,7 @@ class RunConfig:
         others = {
             "--init-from": bool(self.init_from),
             "--tokens": self.tokens.tokens,
-            f"--prediction {CODES}": self.flow.prediction == CODES,
+            "--prediction codes": self.flow.predicts_codes,
             "--latents-as-is": self.latents_as_is,
             "--control": bool(self.control.control),
             "--latent-variable": self.latent_variable.latent_variable is not None,
@@ -332,7 +331,7 @@ class RunConfig:
 
     def _check_codes(self) -> None:
         """Refuse what does not go with the prediction of codes."""
-        flag, network = f"--prediction {CODES}", self.network
+        flag, network = "--prediction codes", self.network
         self._check_codebook(flag)
         unfit = {
             "--network unet": network.network != "dit",

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from .. import flow
 from ..autoencoder import latent_channels, mask_channels, masked_condition
-from ..config import CODES, check_prediction
-from ..errors import UserError, lookup
-from ..flow import CONSISTENCY_STEPS, COUPLINGS, PATHS, TIME_DENSITIES, CondOT, make
+from ..errors import UserError, lookup, unknown
+from ..flow import CONSISTENCY_STEPS, COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, CondOT, make
 from ..flow.tensors import require_finite
 from ..models import Condition, ControlInputs, DiT, encode_text
 from ..models.text import START
@@ -51,7 +50,7 @@ class LatentFlowModel(ControlledModel):
     def __new__(cls, pipeline: Any = None) -> LatentFlowModel:  # None: a copy is made
         """Return a model of tokens, or of codes, for a pipeline that has such a network."""
         config = {} if pipeline is None else pipeline.config
-        if config.get("token_path") is not None or config.get("prediction") == CODES:
+        if config.get("token_path") is not None or config.get("prediction") == "codes":
             from .tokens import CodeModel, TokenModel  # which derive from this class
 
             cls = CodeModel if config.get("token_path") is None else TokenModel
@@ -60,7 +59,8 @@ class LatentFlowModel(ControlledModel):
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         config = pipeline.config
-        check_prediction(config.prediction)
+        if config.prediction not in (known := (*PREDICTIONS, "codes")):
+            raise unknown("prediction", config.prediction, known)
         lookup(COUPLINGS, config.coupling, "coupling")
         self.prediction, self.coupling = config.prediction, config.coupling
         self.path = make(PATHS, config.path, "path", **dict(config.path_options or {}))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import CODES, SamplingConfig
+from ..config import SamplingConfig
 from ..errors import UserError, few, finite, plural, printable, whole
 from ..utils.files import (
     check_types,
@@ -150,7 +150,7 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
         check_types(file, config, _TYPES)
     names = (pipe.get("id2label") or {}).values()
     folded, guidance = pipe.get("folded_guidance", 1.0) != 1.0, 2.0 if tokens else Capabilities.guidance
-    jumps = ("temperature", "corrector")[: 2 if tokens else pipe.get("prediction") == CODES]
+    jumps = ("temperature", "corrector")[: 2 if tokens else pipe.get("prediction") == "codes"]
     if pipe.get("usual_guidance") is not None and not folded:
         guidance = pipe["usual_guidance"]
     return Capabilities(

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..autoencoder import codebook, downscale_factor, latent_channels
 from ..autoencoder.latents import check_statistics
-from ..config import CODES
 from ..errors import UserError, reason, with_article
 from ..families import FAMILIES, FlowModel, family_of
 from ..families.few_steps import FewSteps
@@ -145,9 +144,9 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
                 "A network of tokens has one, another has none. Restore model_index.json.",
             )
         has_logits = isinstance(transformer, MODELS["dit"]) and transformer.config["out_channels"] is not None
-        if prediction == CODES and not (transformer is None or has_logits):
+        if prediction == "codes" and not (transformer is None or has_logits):
             raise UserError(
-                f"a {type(transformer).__name__} without logits, and prediction '{CODES}'",
+                f"a {type(transformer).__name__} without logits, and prediction 'codes'",
                 "Restore model_index.json, or the network's config.json.",
             )
         components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..autoencoder import Autoencoder, build_autoencoder, has_statistics
-from ..config import CODES, RunConfig
+from ..config import RunConfig
 from ..errors import UserError
 from ..pipeline.adapter_files import weights_hash
 from .data import (
@@ -85,9 +85,9 @@ def train(
     )
     source, training, validation = splits.source, splits.training, splits.validation
     refuse_renumbered_classes(output / "pipeline", source)
-    of_codes = config.flow.prediction == CODES
+    of_codes = config.flow.predicts_codes
     if (config.tokens.tokens or of_codes) and source.precomputed:
-        flag = f"--prediction {CODES}" if of_codes else "--tokens"
+        flag = "--prediction codes" if of_codes else "--tokens"
         raise UserError(
             f"{flag} with {source.name}, whose latents are cached without their tokens",
             "Give the images themselves: their tokens are cached on the way.",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..autoencoder import Autoencoder, codebook, downscale_factor, latent_channels, mask_channels
-from ..config import CODES, LatentVariableConfig, NetworkConfig, RunConfig, TextConfig
+from ..config import LatentVariableConfig, NetworkConfig, RunConfig, TextConfig
 from ..data import Source
 from ..errors import UserError, few
 from ..families import FlowModel
@@ -126,7 +126,7 @@ def build(
             intervals=recipe.sampling.average,
             tokens=tokens,
             tied=config.tokens.tied_logits,
-            codes=len(codebook(vae)) if flow.prediction == CODES else None,
+            codes=len(codebook(vae)) if flow.predicts_codes else None,
             latent_variable=config.latent_variable,
         )
     model = LatentFlowPipeline(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...autoencoder import downscale_factor, load_autoencoder
-from ...config import CODES, FineTuningConfig, FlowConfig
+from ...config import FineTuningConfig, FlowConfig
 from ...data import Source
 from ...data.labels import Labels
 from ...errors import UserError, few, reason, with_article
@@ -190,13 +190,13 @@ def _pipeline_config(checkpoint: str) -> dict[str, Any]:
     with _starting(checkpoint):
         config = LatentFlowPipeline.read_index(LatentFlowPipeline.local_folder(checkpoint))
     tokens = config.get("token_path") is not None
-    if tokens or config.get("prediction") == CODES:
+    if tokens or config.get("prediction") == "codes":
         raise _of_codes(checkpoint, tokens)
     return config
 
 
 def _of_codes(checkpoint: str, tokens: bool) -> UserError:
-    what, flag = ("draws tokens", "--tokens") if tokens else ("predicts codes", f"--prediction {CODES}")
+    what, flag = ("draws tokens", "--tokens") if tokens else ("predicts codes", "--prediction codes")
     return UserError(
         f"{checkpoint} {what}: such models are neither fine-tuned nor distilled",
         f"Train one from scratch: latentflow train DATA {flag} --vae CHECKPOINT, with the same tokenizer.",
