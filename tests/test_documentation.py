@@ -119,7 +119,7 @@ def flags_of_command(command: str) -> frozenset[str]:
 #: flag, or command and flag -> the table that its values are of, and further ones
 TABLES_OF_FLAGS: dict[str, list[str]] = {
     "path": [*flow.PATHS],
-    "prediction": [*flow.PREDICTIONS],
+    "prediction": [*flow.PREDICTIONS, "codes"],
     "coupling": [*flow.COUPLINGS],
     "weighting": [*flow.WEIGHTINGS],
     "time-density": [*flow.TIME_DENSITIES],

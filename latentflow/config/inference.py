@@ -96,7 +96,7 @@ class TokenSamplingConfig(SamplingConfig):
     """Sampling of images, also from checkpoints of tokens."""
 
     temperature: float = 1.0
-    """Checkpoints of tokens: below 1 likely tokens are drawn more often, above 1 less often."""
+    """Checkpoints of tokens, or that predict codes: below 1 likely tokens are drawn more often, above 1 less often."""
     corrector: float = 0.0
     """Checkpoints of tokens: how many times each token is drawn again on the way; 1 to 5 can mend what few steps got
     wrong."""

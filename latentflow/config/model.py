@@ -213,7 +213,8 @@ class FlowConfig:
     path_options: dict[str, float] = field(default_factory=dict)
     """Options of the path, such as `beta_max 12`."""
     prediction: str = "velocity"
-    """Prediction of the network: velocity, data, noise or score."""
+    """Prediction of the network: velocity, data, noise or score; or codes, how likely each code of the autoencoder's
+    codebook is (Purrception, docs/guide/discrete.md; needs --autoencoder-class vq or fsq, or a VQModel as --vae)."""
     coupling: str = "independent"
     """Pairing of noise and data: independent, ot, sinkhorn, conditional-ot; with --inpainting also
     data-dependent (the flow starts from the known part of the image, with noise in the hole only). ot, sinkhorn and
@@ -270,6 +271,11 @@ class FlowConfig:
                 f"direction_weight with prediction '{self.prediction}'",
                 "Only velocities have a direction to learn.",
             )
+        if self.predicts_codes and (self.weighting or self.contrastive_weight):
+            raise UserError(
+                f"{'--weighting' if self.weighting else '--contrastive-weight'} with --prediction codes",
+                "Leave it out: codes are learned by cross-entropy, not by squared errors.",
+            )
         if not 0.0 <= self.contrastive_weight < 1.0:
             raise UserError(
                 f"contrastive_weight {self.contrastive_weight}", "Use 0 to below 1; 0.05 is usual."
@@ -282,6 +288,11 @@ class FlowConfig:
             self._check_average(choices)
         if self.weighting_options and self.weighting is None:
             raise UserError("weighting_options are given without a weighting", "Name one with --weighting.")
+
+    @property
+    def predicts_codes(self) -> bool:
+        """Return True if the network predicts logits of an autoencoder's codes, whose mean is that of the data."""
+        return self.prediction == "codes"
 
     def _check_average(self, choices: Choices) -> None:
         """Refuse what average velocities cannot be combined with."""
@@ -327,8 +338,8 @@ class FlowConfig:
         """Return the entries of the tables that this config names."""
         from ..flow import COUPLINGS, OBJECTIVES, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS, make
 
-        if self.prediction not in PREDICTIONS:
-            raise unknown("prediction", self.prediction, PREDICTIONS)
+        if not self.predicts_codes and self.prediction not in PREDICTIONS:
+            raise unknown("prediction", self.prediction, [*PREDICTIONS, "codes"])
         weighting = None
         if self.weighting is not None:
             weighting = make(WEIGHTINGS, self.weighting, "weighting", **self.weighting_options)

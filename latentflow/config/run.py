@@ -19,7 +19,14 @@ from .control import ControlConfig
 from .joint import JointConfig
 from .latent_variable import LatentVariableConfig
 from .loop import LoopConfig
-from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, NetworkConfig, RoutingConfig, TextConfig
+from .model import (
+    AlignmentConfig,
+    AutoencoderConfig,
+    FlowConfig,
+    NetworkConfig,
+    RoutingConfig,
+    TextConfig,
+)
 from .tokens import TokenConfig
 
 _REPLAYED = 1000  # images: up to here the model's own samples are mixed in by default
@@ -266,6 +273,8 @@ class RunConfig:
             self._check_joint()
         if self.tokens.tokens:
             self._check_tokens()
+        elif self.flow.predicts_codes:
+            self._check_codes()
         if self.adapter.lora_rank and self.loop.ema_lengths:
             raise UserError(
                 "--ema-lengths with --lora-rank: averages of another length are not made for adapters",
@@ -290,6 +299,7 @@ class RunConfig:
         others = {
             "--init-from": bool(self.init_from),
             "--tokens": self.tokens.tokens,
+            "--prediction codes": self.flow.predicts_codes,
             "--latents-as-is": self.latents_as_is,
             "--control": bool(self.control.control),
             "--latent-variable": self.latent_variable.latent_variable is not None,
@@ -311,20 +321,39 @@ class RunConfig:
 
     def _check_tokens(self) -> None:
         """Refuse what does not go with tokens."""
-        if self.init_from:
-            raise UserError(
-                "--init-from with --tokens: models of tokens are trained from scratch",
-                "Leave out one of the two.",
-            )
         others = {
             "control": bool(self.control.control),
             "latents-as-is": self.latents_as_is,
             "latent-variable": self.latent_variable.latent_variable is not None,
         }
+        self._check_codebook("--tokens")
         self.tokens.refuse_unfit(self.flow, self.network, others, (self.routing, self.alignment))
+
+    def _check_codes(self) -> None:
+        """Refuse what does not go with the prediction of codes."""
+        flag, network = "--prediction codes", self.network
+        self._check_codebook(flag)
+        unfit = {
+            "--network unet": network.network != "dit",
+            "--patch-size": network.patch_size not in (None, 1),
+            "--route-share": self.routing.route_share > 0,
+            "--alignment": self.alignment.alignment is not None,
+        }
+        for other, given in unfit.items():
+            if given:
+                raise UserError(
+                    f"{other} with {flag}", "Leave it out: a transformer predicts the code of each latent."
+                )
+
+    def _check_codebook(self, flag: str) -> None:
+        """Refuse a checkpoint to start from, and an autoencoder without codes, for what ``flag`` trains."""
+        if self.init_from:
+            raise UserError(
+                f"--init-from with {flag}: such models are trained from scratch", "Leave out one of the two."
+            )
         if not self.vae and not self.autoencoder.has_codebook:
             raise UserError(
-                f"--tokens with --autoencoder-class {self.autoencoder.autoencoder_class}, whose latents are no tokens",
+                f"{flag} with --autoencoder-class {self.autoencoder.autoencoder_class}, whose latents are no tokens",
                 "Add --autoencoder-class vq (or fsq), or name a VQModel: --vae.",
             )
 

@@ -37,6 +37,9 @@ class TokenConfig:
     """Weighting of the times: constant, likelihood, or capped (likelihood, but at most 5). Default: constant with
     cross-entropy, likelihood with generalised-kl."""
 
+    tied_logits: bool = True
+    """Logits are products with the embeddings of the tokens (--no-tied-logits: they have a layer of their own)."""
+
     def __post_init__(self) -> None:
         if not self.tokens:
             if given := sorted(changed(self)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -45,19 +45,23 @@ class LatentFlowModel(ControlledModel):
         UserError: the pipeline's settings are none, or do not belong together.
     """
 
-    def __new__(cls, pipeline: Any = None) -> LatentFlowModel:  # None: a copy is made
-        """Return a model of tokens for a pipeline that has such a network."""
-        if pipeline is not None and pipeline.config.get("token_path") is not None:
-            from .tokens import TokenModel  # which derives from this class
+    #: further arguments of the network's calls
+    network_options: Mapping[str, Any] = {}
 
-            cls = TokenModel
+    def __new__(cls, pipeline: Any = None) -> LatentFlowModel:  # None: a copy is made
+        """Return a model of tokens, or of codes, for a pipeline that has such a network."""
+        config = {} if pipeline is None else pipeline.config
+        if config.get("token_path") is not None or config.get("prediction") == "codes":
+            from .tokens import CodeModel, TokenModel  # which derive from this class
+
+            cls = CodeModel if config.get("token_path") is None else TokenModel
         return super().__new__(cls)
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         config = pipeline.config
-        if config.prediction not in PREDICTIONS:
-            raise unknown("prediction", config.prediction, PREDICTIONS)
+        if config.prediction not in (known := (*PREDICTIONS, "codes")):
+            raise unknown("prediction", config.prediction, known)
         lookup(COUPLINGS, config.coupling, "coupling")
         self.prediction, self.coupling = config.prediction, config.coupling
         self.path = make(PATHS, config.path, "path", **dict(config.path_options or {}))
@@ -436,7 +440,7 @@ class LatentFlowModel(ControlledModel):
             sizes = torch.tensor([[*drawn, 0, 0, *drawn]] * len(x), dtype=torch.float32, device=x.device)
             condition = replace(condition, sizes=sizes)
         interval = {} if end is None or not self.few_steps.average else {"end": end}
-        output: Tensor = self.network(x, t, condition, **interval)
+        output: Tensor = self.network(x, t, condition, **interval, **self.network_options)
         return output
 
     @torch.no_grad()

@@ -78,6 +78,8 @@ class FlowModel(OpeningMixin, ImageInputMixin, LatentVariableMixin, ABC):
     has_velocity: bool = True
     #: its latents are tokens (B, h, w)
     draws_tokens: bool = False
+    #: settings of the draw of tokens that it takes, of temperature and corrector
+    jump_settings: tuple[str, ...] = ()
 
     def __init__(self, pipeline: Any, **family_options: Any) -> None:
         if family_options:

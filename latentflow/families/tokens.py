@@ -1,17 +1,22 @@
-"""latentflow's own checkpoints of tokens: a ``TokenDiT``, which jumps from token to token and has no velocity."""
+"""latentflow's own checkpoints of an autoencoder's codes.
+
+Of tokens: a ``TokenDiT``, which jumps from token to token and has no velocity. Of codes in the space of their
+embeddings: a ``DiT`` whose channels are logits of the codes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import flow
-from ..autoencoder import detokenize, filled, tokenize
+from ..autoencoder import codebook, detokenize, filled, tokenize
 from ..errors import UserError
-from ..flow.discrete import Posterior, guide_batched
+from ..flow.discrete import Codebook, Posterior, guide_batched
 from ..flow.discrete.table import mixture_path
 from ..flow.tensors import uniform_like
 from ..models import settings_of
@@ -36,6 +41,7 @@ class TokenModel(LatentFlowModel):
     """
 
     has_velocity, draws_tokens = False, True
+    jump_settings = "temperature", "corrector"
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -144,3 +150,44 @@ class TokenModel(LatentFlowModel):
         """
         require_velocity(self)
         raise AssertionError
+
+
+class CodeModel(LatentFlowModel):
+    """The flow model of checkpoints whose network predicts codes: Purrception, Matisan et al. 2025 (arXiv:2510.01478).
+
+    Latents are embeddings of the autoencoder's codes, on an ordinary path. The mean embedding under the network's
+    posterior is a prediction of the data, and so a velocity for every solver, guidance, edit and inpainting method.
+
+    Attributes:
+        temperature: divides the logits; below 1 likely codes count more.
+    """
+
+    jump_settings = ("temperature",)
+    network_options: Mapping[str, Any] = {"all_channels": True}
+    temperature = 1.0
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self.prediction = "data"
+
+    @cached_property
+    def codes(self) -> Codebook:
+        """The codes of the autoencoder, as latents.
+
+        Raises:
+            UserError: no autoencoder is loaded, or it has none.
+        """
+        with self.steady_vae() as vae:
+            return Codebook(codebook(vae))
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings (B, E, h, w) of the codes of images, and None; see `FlowModel.encode`."""
+        with self.steady_vae() as vae:
+            return self.codes.embed(tokenize(vae, images)), None
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: Any, end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Return the mean embedding of the codes, float32 or better; see `FlowModel.predict`."""
+        logits = super().predict(x, t, condition, end, guidance_scale)
+        return self.codes.mean(logits.movedim(1, -1), self.temperature)

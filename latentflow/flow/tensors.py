@@ -74,6 +74,11 @@ def per_row(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(values.shape + (1,) * (x.ndim - 1)) if values.ndim else values
 
 
+def by_row(x: Tensor) -> Tensor:
+    """Return the elements of each row of ``x`` (B, ...): (B, N), where a row of (B,) has one."""
+    return x[..., None].flatten(1)
+
+
 def with_time_rows(velocity: Velocity) -> Velocity:
     """Wrap ``velocity`` so that a network may be passed as it is.
 

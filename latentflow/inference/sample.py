@@ -81,6 +81,7 @@ class Capabilities:
         edit_guidance, edit_strength: usual ones of an edit.
         image_input, needs_images, has_velocity: as of a ``FlowModel``.
         control: kinds of the control images that it takes; it draws without them, unless they are its image input.
+        jump_settings: as of a ``FlowModel``.
     """
 
     text: bool
@@ -96,6 +97,7 @@ class Capabilities:
     needs_images: bool = False
     has_velocity: bool = True
     control: tuple[str, ...] = ()
+    jump_settings: tuple[str, ...] = ()
 
     @property
     def condition(self) -> bool:
@@ -148,6 +150,7 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
         check_types(file, config, _TYPES)
     names = (pipe.get("id2label") or {}).values()
     folded, guidance = pipe.get("folded_guidance", 1.0) != 1.0, 2.0 if tokens else Capabilities.guidance
+    jumps = ("temperature", "corrector")[: 2 if tokens else pipe.get("prediction") == "codes"]
     if pipe.get("usual_guidance") is not None and not folded:
         guidance = pipe["usual_guidance"]
     return Capabilities(
@@ -161,6 +164,7 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
         edit_strength=0.6 if tokens else Capabilities.edit_strength,
         has_velocity=not tokens,
         control=tuple(kind for kind in ("image", "labels") if (network.get("control") or {}).get(kind)),
+        jump_settings=jumps,
     )
 
 
@@ -181,6 +185,7 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         needs_images=model.needs_images,
         has_velocity=model.has_velocity,
         control=model.control_kinds,
+        jump_settings=model.jump_settings,
     )
     return replace(found, edit_guidance=model.usual_guidance) if found.edits_as_it_draws else found
 

@@ -211,7 +211,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
     Args:
         in_channels: channels of the latent, and of the velocity.
         out_channels: channels that the network computes; those beyond ``in_channels`` (SiT's learned sigma)
-            are not returned. None = ``in_channels``.
+            are not returned, unless a call asks for all. None = ``in_channels``.
         patch_size: side of the square of latent pixels that is one token.
         width, depth, heads: of the transformer.
         mlp_ratio: hidden width of the feed-forward part over ``width`` (SwiGLU takes two thirds of it).
@@ -342,6 +342,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         route: Route | None = None,
         features: int | None = None,
         only_features: bool = False,
+        all_channels: bool = False,
     ) -> Tensor | Transformer2DModelOutput | WithFeatures:
         """Return the velocity at ``x`` and time ``t``.
 
@@ -355,6 +356,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
             route: let some tokens skip the middle blocks (training only).
             features: also return the tokens after this many blocks, 1 .. ``depth``; see `WithFeatures`.
             only_features: stop after those blocks.
+            all_channels: return all ``out_channels``: of a network that predicts codes their logits.
 
         Returns:
             (B, in_channels, H, W), in the type of ``x``.
@@ -400,7 +402,8 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
                 if only_features:
                     return WithFeatures(None, seen)
         patches = self.final_layer(tokens[:, registers:], c)
-        velocity = unpatchify(patches, patch, height, width)[:, : x.shape[1]].to(x.dtype)
+        velocity = unpatchify(patches, patch, height, width).to(x.dtype)
+        velocity = velocity if all_channels else velocity[:, : x.shape[1]]
         if features is not None:
             return WithFeatures(velocity, seen)
         return Transformer2DModelOutput(sample=velocity) if return_dict else velocity

@@ -80,7 +80,8 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         path: the probability path that the network was trained on, a key of ``latentflow.flow.PATHS``. It is sampled
             on the straight path all the same.
         path_options: settings of that path, such as {"beta_max": 12.0}.
-        prediction: what the network predicts: "velocity", "data", "noise" or "score".
+        prediction: what the network predicts: "velocity", "data", "noise" or "score"; or "codes", logits of the
+            autoencoder's codes.
         coupling: the coupling that it was trained with, a key of ``latentflow.flow.COUPLINGS``. "data-dependent" means
             that inpainting starts from the known latents, with noise in the hole only (arXiv:2310.03725).
         average: the network predicts average velocities (arXiv:2505.13447): by default they lead from time to time of
@@ -143,6 +144,12 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
             raise UserError(
                 f"a {type(transformer).__name__} with token_path {token_path}",
                 "A network of tokens has one, another has none. Restore model_index.json.",
+            )
+        has_logits = isinstance(transformer, MODELS["dit"]) and transformer.config["out_channels"] is not None
+        if prediction == "codes" and not (transformer is None or has_logits):
+            raise UserError(
+                f"a {type(transformer).__name__} without logits, and prediction 'codes'",
+                "Restore model_index.json, or the network's config.json.",
             )
         components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
         self.register_modules(vae=vae, transformer=transformer, **components)

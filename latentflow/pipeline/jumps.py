@@ -29,13 +29,15 @@ class JumpSettings(NamedTuple):
         """Refuse settings that would do nothing.
 
         Raises:
-            UserError: they are given for a model that draws no tokens.
+            UserError: they are given for a model that does not take them.
         """
         given = [name for name, value in self._asdict().items() if value != self._field_defaults[name]]
-        if given and not model.draws_tokens:
+        given = [name for name in given if name not in model.jump_settings]
+        if given:
             raise UserError(
                 f"{given[0]} is {getattr(self, given[0]):g}, and this checkpoint draws no tokens",
-                "Leave it out: it is of checkpoints that were trained with --tokens.",
+                "Leave it out: it is of checkpoints that were trained with --tokens"
+                f"{' or --prediction codes' if given[0] == 'temperature' else ''}.",
             )
 
 

@@ -18,7 +18,7 @@ from ..families.distilled import warn_of_guidance, warn_of_steps
 from ..families.few_steps import require_velocity
 from ..families.latentflow import NAMED_STEPS, LatentFlowModel
 from ..families.model import FlowModel, Generators, Rows, Size
-from ..families.tokens import TokenModel
+from ..families.tokens import CodeModel, TokenModel
 from ..flow import Solver, Velocity, integrate
 from ..flow.discrete import simulate
 from ..flow.discrete.simulate import as_logits
@@ -438,6 +438,8 @@ class RunningCall:
             model: Any = rows.model
             if model.draws_tokens:
                 return model.logits(rows, scale, negative, self.interval)
+            if isinstance(model, CodeModel):
+                model.temperature = self.pipe._jumps.temperature
             return model.velocity(rows, scale, negative, times, self.interval)
 
         def guided(x: Tensor, t: Tensor) -> Any:

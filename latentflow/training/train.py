@@ -85,9 +85,11 @@ def train(
     )
     source, training, validation = splits.source, splits.training, splits.validation
     refuse_renumbered_classes(output / "pipeline", source)
-    if config.tokens.tokens and source.precomputed:
+    of_codes = config.flow.predicts_codes
+    if (config.tokens.tokens or of_codes) and source.precomputed:
+        flag = "--prediction codes" if of_codes else "--tokens"
         raise UserError(
-            f"--tokens with {source.name}, whose latents are cached without their tokens",
+            f"{flag} with {source.name}, whose latents are cached without their tokens",
             "Give the images themselves: their tokens are cached on the way.",
         )
     config.loop.check_validated(len(validation) > 0)

@@ -20,7 +20,7 @@ from ..data import Source
 from ..data.dataset import NO_CLASS
 from ..errors import UserError, few
 from ..families import FlowModel
-from ..families.tokens import TokenModel
+from ..families.tokens import CodeModel, TokenModel
 from ..flow.discrete import MixturePath
 from ..models import (
     ControlInputs,
@@ -37,7 +37,7 @@ from ..utils.words import known_words, missing_words
 from .fine_tune.adapters import Adapter
 from .fine_tune.base import kept_guidance, open_base, refuse_other_flow
 from .loop.distributed import samples_per_step
-from .losses import ControlImages, TokenLoss, flow_loss
+from .losses import CodeLoss, ControlImages, TokenLoss, flow_loss
 from .losses.alignment import Routing, make_alignment
 from .losses.conditioned import ConditionedLoss
 from .losses.flow import Masking
@@ -131,6 +131,8 @@ def build(
             device="meta" if config.dry_run else "cpu",
             intervals=recipe.sampling.average,
             tokens=tokens,
+            tied=config.tokens.tied_logits,
+            codes=len(codebook(vae)) if flow.predicts_codes else None,
             latent_variable=config.latent_variable,
         )
     guidance = kept_guidance(config.init_from) if config.init_from else {}
@@ -178,6 +180,9 @@ def build(
             random_numbers=loop.random_numbers,
         )
         return TrainedModel(model, None, token_loss, latent_size, batch)
+    of_codes: dict[str, Any] = (
+        {"kind": CodeLoss, "codes": model.codes} if isinstance(model, CodeModel) else {}
+    )
     loss = flow_loss(
         network,
         flow,
@@ -195,6 +200,7 @@ def build(
         samples_per_step=batch,
         random_numbers=loop.random_numbers,
         latent_variable=LatentVariable(config.latent_variable, samples, learnt=learnt),
+        **of_codes,
         **recipe.loss_options,
     )
     return TrainedModel(model, adapter, loss, latent_size, batch)
@@ -211,6 +217,8 @@ def new_networks(
     device: str = "cpu",
     intervals: bool = False,
     tokens: MixturePath | None = None,
+    tied: bool = True,
+    codes: int | None = None,
     latent_variable: LatentVariableConfig | None = None,
 ) -> dict[str, Any]:
     """Build networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked images.
@@ -219,6 +227,8 @@ def new_networks(
         device: on "meta" the velocity network has shapes and no weights: enough for a plan, at no cost.
         intervals: it takes the end of an interval.
         tokens: the path of the tokens that it learns; None: latents.
+        tied: logits of the tokens share their embeddings.
+        codes: number of codes that it predicts, from latents; None: what has the shape of latents.
         latent_variable: its settings; None: it has none, or keeps that of the checkpoint.
 
     Returns:
@@ -255,14 +265,16 @@ def new_networks(
                 # The derivative by time is part of what is learned, and times 1000 makes noise of it: the plain time
                 # of continuous consistency models (arXiv:2410.11081, sec. 4.1).
                 chosen |= {"interval_conditioning": True, "time_scale": 1.0}
-            if tokens is not None:
+            if tokens is not None or codes is not None:
                 chosen["patch_size"] = 1  # each token has logits of its own
+            if codes is not None:
+                chosen["out_channels"] = codes
             settings = dit_config(network.network_preset, network.block, **arguments, **chosen)
             if tokens is None:
                 built = DiT(**settings)
             else:
                 del settings["in_channels"]
-                built = TokenDiT(tokens.vocabulary, tokens.states, transformer=settings)
+                built = TokenDiT(tokens.vocabulary, tokens.states, tied=tied, transformer=settings)
     return _components(built, encoder, tokenizer, source.classes)
 
 

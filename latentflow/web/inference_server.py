@@ -44,6 +44,8 @@ BOUNDS: dict[str, tuple[float, float, type]] = {
     "steps": (1, MOST_STEPS, int),
     "guidance": (0, MOST_GUIDANCE, float),
     "strength": (0, 1, float),
+    "temperature": (0.05, 2, float),
+    "corrector": (0, 10, float),
     "feather": (0, 32, int),
     "margin": (0, 64, int),
     "control_image_scale": (0, 10, float),
@@ -94,6 +96,7 @@ class GenerationRequest:
         lora: (name, weight) of each adapter that is used; the names are those that the server offers.
         control_image, control_labels: uploads that lead what is drawn: an image, a label map.
         control_image_scale, control_labels_scale: guidance over each of them.
+        temperature, corrector: of checkpoints that draw tokens.
 
     Raises:
         UserError: a number is outside its bounds, which are those of the page's sliders; or a text is invalid.
@@ -113,6 +116,8 @@ class GenerationRequest:
     control_labels: str | None = None
     control_image_scale: float = 1.0
     control_labels_scale: float = 1.0
+    temperature: float = 1.0
+    corrector: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.fast, bool):
@@ -447,6 +452,8 @@ class InferenceServer:
         if controls:
             settings["control_image"] = controls
             settings["control_scale"] = {kind: getattr(request, f"control_{kind}_scale") for kind in controls}
+        if kind != "LatentFlowEditPipeline":
+            settings |= {name: getattr(request, name) for name in self.capabilities.jump_settings}
         decoder = self._preview_decoder(loaded)
 
         def after_step(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def lay_out_generate(tab: Tab) -> None:
             with gr.Accordion("Advanced settings", open=False):
                 tab.add_prompt("negative_prompt", "Negative prompt", "What the image should not show")
                 tab.add_sampling()
+                tab.add_jumps()
                 tab.add_choice("solver", "Solver", "solver")
     tab.connect(lambda request, values, progress: tab.server.generate(request, progress))
 
@@ -108,6 +109,7 @@ def lay_out_inpaint(tab: Tab) -> None:
             with gr.Accordion("Advanced settings", open=False):
                 tab.add_prompt("negative_prompt", "Negative prompt", "What the area should not show")
                 tab.add_sampling(few_steps=usual.masks or not usual.has_velocity)
+                tab.add_jumps()
                 with gr.Row():
                     feather = gr.Slider(0, 32, 0, step=1, label="Mask feather (px)")
                     margin = gr.Slider(
@@ -166,6 +168,8 @@ def lay_out_edit(tab: Tab) -> None:
             with gr.Accordion("Advanced settings", open=False):
                 tab.add_prompt("negative_prompt", "Negative prompt", "What the result should not show")
                 tab.add_sampling(guidance=usual.edit_guidance, few_steps=usual.edits_as_it_draws)
+                if not usual.has_velocity:  # edits that follow one draw no tokens
+                    tab.add_jumps()
                 strength = gr.Slider(
                     0,
                     1,

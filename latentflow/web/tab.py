@@ -28,6 +28,7 @@ from ..inference.sample import Capabilities
 from .checkpoint_facts import LARGEST_WEIGHT
 from .guard import ARRIVED, MOST_KEPT, make_room
 from .inference_server import (
+    BOUNDS,
     CANVAS,
     LARGEST_SEED,
     LONGEST_PROMPT,
@@ -212,6 +213,28 @@ class Tab:
             )
         self.inputs |= {"steps": steps, "guidance": scale}
         self._follow_adapters(few_steps, default_steps)
+
+    def add_jumps(self) -> None:
+        """Add how tokens are drawn, for checkpoints that draw some."""
+        fields = {
+            "temperature": "below 1: likely tokens more often",
+            "corrector": "times that each is redrawn",
+        }
+        taken = [name for name in fields if name in self.server.capabilities.jump_settings]
+        if not taken:
+            return
+        with gr.Row():
+            for name in taken:
+                low, high, _ = BOUNDS[name]
+                self.inputs[name] = gr.Slider(
+                    low,
+                    high,
+                    getattr(GenerationRequest, name),
+                    step=0.05 if name == "temperature" else 0.5,
+                    label=name.capitalize(),
+                    info=fields[name].capitalize(),
+                    elem_id=f"{self.name}-{name}",
+                )
 
     def _usual_steps(self, capabilities: Capabilities, few_steps: bool) -> int:
         """Return the number of steps to begin with: the checkpoint's own where it has one, or the tab draws."""

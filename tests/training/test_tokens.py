@@ -39,7 +39,7 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = [folder, *TINY, "--tokens", "--random-flip", "--checkpointing-steps", 2, "--kappa", "cosine"]
     steps = ["--validation-steps", 2, "--preview-steps", 4]
     call(root / "cache", *line, *VQ, *steps, "--max-train-steps", 4, "-o", root / "run")
-    given = [*line, "--vae", root / "run" / "autoencoder" / "autoencoder", *steps]
+    given = [*line, "--vae", root / "run" / "autoencoder" / "autoencoder", *steps, "--no-tied-logits"]
     call(root / "cache", *given, "--max-train-steps", 4, "-o", root / "whole")
     call(root / "cache", *given, "--max-train-steps", 2, "-o", root / "stopped")
     call(root / "cache", *given, "--max-train-steps", 4, "-o", root / "stopped", "--allow-changes")
@@ -48,7 +48,10 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_resumed_run_equals_one_that_never_stopped(runs: Path) -> None:
     assert same_state(runs / "stopped", runs / "whole")
-    assert any(name.endswith("embedding.weight") for name in state(runs / "whole"))
+    assert {"embedding.weight", "head.weight"} <= {
+        ".".join(name.split(".")[-2:]) for name in state(runs / "whole")
+    }
+    assert opened(runs / "whole" / "pipeline").transformer.head is not None
     found = losses(runs / "whole")
     assert np.isfinite(found).all() and losses(runs / "stopped")[-1] == found[-1]
 
@@ -56,6 +59,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(runs: Path) -> None:
 def test_one_flag_trains_tokens(runs: Path) -> None:
     pipe = opened(runs / "run" / "pipeline")
     assert isinstance(pipe.model, TokenModel) and isinstance(pipe.transformer, TokenDiT)
+    assert pipe.transformer.head is None
     assert pipe.model.token_path.vocabulary == len(codebook(pipe.vae)) == 12
     assert pipe.config["token_path"]["kappa"] == "cosine" and not pipe.takes_masks
     assert list((runs / "run" / "samples").glob("*.png"))
@@ -136,6 +140,7 @@ def test_the_programs_draw_and_fill(runs: Path, folder: Path, tmp_path: Path) ->
         (["--tokens", *VQ, "--kappa", "polynomial", "--kappa-options", "degree", 0.5], "at least 1"),
         (["--tokens", *VQ, "--token-objective", "kl"], "generalised-kl"),
         (["--kappa", "cosine"], "--kappa without --tokens"),
+        (["--no-tied-logits"], "--tied-logits without --tokens"),
         (["--token-weighting", "capped"], "--token-weighting without --tokens"),
         (["--tokens", *VQ, "--init-from", "somewhere"], "--init-from with --tokens"),
     ],

@@ -44,6 +44,21 @@ def control_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def token_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 pixels, 8 x 8 tokens of 5 codes, two classes, random weights."""
+    import torch
+
+    from ..pipeline.test_tokens import TokenDiT, pipeline
+
+    folder, pipe = tmp_path_factory.mktemp("tokens") / "pipeline", pipeline(network=TokenDiT)
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.normal_(std=0.2)
+    pipe.save_pretrained(folder)
+    return folder
+
+
 #: A class whose name would be a program in the page.
 MARKUP = "</script><script>alert(1)</script>"
 

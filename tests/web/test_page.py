@@ -58,11 +58,15 @@ def checkpoint(
         (checkpoint(classes=("apple", "hat")), {"Class", "Source class", "Guidance scale"}),
         (checkpoint(), set()),
         (
+            checkpoint(classes=("hat",), has_velocity=False, jump_settings=("temperature", "corrector")),
+            {"Class", "Guidance scale", "Temperature", "Corrector"},
+        ),
+        (
             checkpoint(control=("image", "labels")),
             {f"{kind}{end}" for kind in ("Control image", "Label map") for end in ("", " scale")},
         ),
     ],
-    ids=["captions", "classes", "unconditional", "control"],
+    ids=["captions", "classes", "unconditional", "tokens", "control"],
 )
 def test_the_page_asks_for_what_the_checkpoint_takes(server, shown) -> None:
     blocks = page.build(server).blocks.values()

@@ -500,3 +500,45 @@ def refuse_without_password(client: httpx.Client) -> None:
         login = {"username": "anna", "password": password}
         assert client.post(f"{root}/login", data=login).status_code == status
     assert client.get(f"{root}/config").status_code == 200
+
+
+def test_tokens_are_drawn_by_the_settings_that_the_page_has_for_them(token_checkpoint, tmp_path) -> None:
+    from latentflow import LatentFlowPipeline
+    from latentflow.inference.sample import sample_images
+
+    pipe = LatentFlowPipeline.from_pretrained(token_checkpoint)
+    with serving(InferenceServer(str(token_checkpoint), "cpu"), tmp_path / "uploads") as client:
+        image = upload(client, "a.png", encoded(Image.new("RGB", (16, 16), "red")))
+        strokes = {
+            "background": None,
+            "layers": [upload(client, "s.png", encoded(Image.new("RGBA", (16, 16), "white")))],
+        }
+
+        def pixels(tab: str = "generate", **values: Any) -> bytes:
+            asked = {"class_label": "hat", "seed": 5, "new_seed": False, "steps": 2, **values}
+            state, data = ask(client, tab, **asked)
+            assert state == "complete", data
+            return Image.open(io.BytesIO(client.get(data[0][0]["image"]["url"]).content)).tobytes()
+
+        jumps = {"temperature": 0.3, "corrector": 2.0}
+        expected = sample_images(
+            pipe,
+            [{"class_labels": 1}],
+            5,
+            num_inference_steps=2,
+            guidance_scale=2.0,
+            solver="halton",
+            **jumps,
+        )
+        assert pixels(solver="halton", **jumps) == expected[0].tobytes()
+        for tab, given in (
+            ("generate", {}),
+            ("inpaint", {"image": image, "strokes": strokes | {"composite": None}}),
+            ("edit", {"image": image}),
+        ):
+            results = {
+                pixels(tab, **given, **some) for some in ({}, {"temperature": 0.3}, {"corrector": 5.0})
+            }
+            assert len(results) == 3
+        state, data = ask(client, class_label="hat", temperature=0)
+        assert state == "error" and "temperature" in str(data)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..tensors import compute_dtype, per_row, time_dtype
 
 #: Elements that are read at a time: a share of the tensor, but not less than a piece that is worth a call.
-SHARE, LEAST = 128, 2**16
+SHARE, LEAST = 256, 2**16
 
 
 class Draw(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import whole
 from ..solvers.integrate import Progress, progress_over
-from ..tensors import Generators, time_dtype, uniform_like, with_time_rows
+from ..tensors import Generators, by_row, time_dtype, uniform_like, with_time_rows
 from .objectives import cross_entropy, generalised_kl_parts, mixture_of
 from .paths import DiscretePath, DiscreteSample
 from .simulate import Posterior, as_logits, check_logits
@@ -64,8 +64,8 @@ def likelihood_bound(
     total = torch.zeros(len(x1), dtype=time_dtype(x1.device), device=x1.device)
     for index in progress_over(progress, range(count)):
         u = uniform_like(x1, generator, 2)
-        v = _LAST + (1.0 - _LAST) * (index + 1.0 - u[0].flatten(1)[:, 0]) / count
+        v = _LAST + (1.0 - _LAST) * (index + 1.0 - by_row(u[0])[:, 0]) / count
         keep, move = generalised_kl_parts(*evaluated(v, u[1], index), mixture)
-        total += (keep + move).flatten(1).sum(1) * (1.0 - _LAST) * 2.0 / v
+        total += by_row(keep + move).sum(1) * (1.0 - _LAST) * 2.0 / v
     last = evaluated(torch.full_like(total, _LAST), uniform_like(x1, generator, 1)[0], count)
     return total / count + cross_entropy(*last, path=mixture) * x1.shape[1:].numel()

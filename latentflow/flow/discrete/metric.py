@@ -110,8 +110,9 @@ class MetricPath(DiscretePath):
         def growth(i: Tensor) -> Tensor:
             distance = self.distances(data[i])
             p, p_next = (self._softmax(distance, time) for time in (before, after))
-            stays[i] = (p_next / p).gather(1, flat[i, None])[:, 0].nan_to_num(nan=1.0).clamp(max=1.0)
-            return (p_next - p).clamp_(min=0.0)
+            here, after_here = (value.gather(1, flat[i, None])[:, 0] for value in (p, p_next))
+            stays[i] = (after_here / here).nan_to_num(nan=1.0).clamp(max=1.0)
+            return p_next.sub_(p).clamp_(min=0.0)
 
         rows = torch.arange(len(flat), device=x.device)
         target = draw_by_rows(growth, rows, self.vocabulary, uniform.flatten()).place

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ..tensors import compute_dtype, time_dtype
+from ..tensors import by_row, compute_dtype, time_dtype
 from ..times import check_positive
 from .categorical import Logits
 from .paths import DiscretePath, DiscreteSample, MixturePath
@@ -166,7 +166,7 @@ def _log_posterior(logits: Tensor, sample: DiscreteSample, path: DiscretePath) -
 
 def weighted_mean(loss: Tensor, weight: Tensor) -> Tensor:
     """Return the means (B,) of a loss (B, ...) over its positions, times one factor or (B,); ValueError for others."""
-    rows = loss.flatten(1).mean(1)
+    rows = by_row(loss).mean(1)
     if weight.ndim > 1 or (weight.ndim and weight.shape != rows.shape):
         raise ValueError(f"the weight has shape {tuple(weight.shape)}: pass one per row, {tuple(rows.shape)}")
     return weight.to(rows) * rows

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError, finite
-from ..tensors import time_dtype, uniform_like
+from ..tensors import by_row, time_dtype, uniform_like
 from .categorical import Draw
 from .samplers import Field, Sampler, SamplerOptions, Step, draw_data, redraw
 
@@ -100,7 +100,7 @@ def _by_order(start: Callable[[SamplerOptions], Places], order: int) -> Sampler:
         def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
             nonlocal begun
             masked = ~path.known(x)
-            count = masked.flatten(1).sum(1)
+            count = by_row(masked).sum(1)
             if begun is None:
                 begun = count, _remainder(options, t)
             rest = _remainder(options, t_next)
@@ -109,7 +109,7 @@ def _by_order(start: Callable[[SamplerOptions], Places], order: int) -> Sampler:
             x1, drawn = draw_data(field(x, t), x, u[0], options)
             if t_next == 1.0:
                 return x1
-            place = places(x, masked, drawn, rest).masked_fill(~masked, torch.inf).flatten(1)
+            place = by_row(places(x, masked, drawn, rest).masked_fill(~masked, torch.inf))
             rank = place.argsort(dim=1, stable=True).argsort(dim=1)
             lifted = (rank < (count - wanted)[:, None]).reshape(x.shape) & masked
             return redraw(torch.where(lifted, x1, x), x1, t, t_next, u[1:], options)

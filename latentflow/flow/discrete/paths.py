@@ -157,9 +157,11 @@ def check_tokens(x: Tensor, states: int, what: str) -> None:
     """Refuse a tensor that holds no tokens.
 
     Raises:
-        UserError: it is not int64; or, where it is on the CPU, holds numbers outside of [0, states) (a GPU would have
-            to be waited for).
+        UserError: it is a single number, or not int64; or, where it is on the CPU, holds numbers outside of [0, states)
+            (a GPU would have to be waited for).
     """
+    if not x.ndim:
+        raise UserError(f"{what} is a single token", "Pass a batch of them, (B, ...): for one row `x[None]`.")
     if x.dtype != torch.int64:
         raise UserError(f"{what} has dtype {x.dtype}", "Tokens are whole numbers: pass int64 (`.long()`).")
     if x.numel() and x.device.type == "cpu":

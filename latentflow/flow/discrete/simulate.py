@@ -40,7 +40,7 @@ def simulate(
 ) -> Tensor:
     """Follow the jump process of ``path`` under ``posterior`` from ``times[0]`` to ``times[-1]``.
 
-    Beyond the posterior's logits a step takes memory for a few numbers per token, and for one part in 128 of the
+    Beyond the posterior's logits a step takes memory for a few numbers per token, and for one part in 256 of the
     logits at a time.
 
     Args:

@@ -16,6 +16,7 @@ from ...data import Source
 from ...data.labels import Labels
 from ...errors import UserError, few, reason, with_article
 from ...families import FlowModel
+from ...families.tokens import CodeModel, TokenModel
 from ...flow import OBJECTIVES
 from ...models import MODELS, ControlInputs, DiT, UNet
 from ...pipeline.generate import LatentFlowPipeline
@@ -34,8 +35,8 @@ def open_base(checkpoint: str) -> FlowModel:
     quiet_libraries()
     with _starting(checkpoint):
         model = FlowModel.from_pretrained(checkpoint)
-    if model.draws_tokens:
-        raise _of_tokens(checkpoint)
+    if isinstance(model, TokenModel | CodeModel):
+        raise _of_codes(checkpoint, model.draws_tokens)
     if not isinstance(model.network, DiT | UNet):
         kind = type(model.network).__name__
         raise UserError(
@@ -193,15 +194,17 @@ def _plain(name: str) -> str:
 def _pipeline_config(checkpoint: str) -> dict[str, Any]:
     with _starting(checkpoint):
         config = LatentFlowPipeline.read_index(LatentFlowPipeline.local_folder(checkpoint))
-    if config.get("token_path") is not None:
-        raise _of_tokens(checkpoint)
+    tokens = config.get("token_path") is not None
+    if tokens or config.get("prediction") == "codes":
+        raise _of_codes(checkpoint, tokens)
     return config
 
 
-def _of_tokens(checkpoint: str) -> UserError:
+def _of_codes(checkpoint: str, tokens: bool) -> UserError:
+    what, flag = ("draws tokens", "--tokens") if tokens else ("predicts codes", "--prediction codes")
     return UserError(
-        f"{checkpoint} draws tokens: such models are neither fine-tuned nor distilled",
-        "Train one from scratch: latentflow train DATA --tokens --vae CHECKPOINT, with the same tokenizer.",
+        f"{checkpoint} {what}: such models are neither fine-tuned nor distilled",
+        f"Train one from scratch: latentflow train DATA {flag} --vae CHECKPOINT, with the same tokenizer.",
     )
 
 

@@ -15,6 +15,7 @@ from .alignment import AlignedFlowLoss, Alignment, Routing
 from .average_velocity import AverageVelocityLoss, ProgressiveLoss
 from .control import ControlImages as ControlImages
 from .flow import FlowLoss, Masking
+from .tokens import CodeLoss as CodeLoss
 from .tokens import TokenLoss as TokenLoss
 
 #: the losses of objectives that need more than `AverageVelocityLoss`

@@ -99,9 +99,14 @@ class FlowLoss(ConditionedLoss):
         x0 = self.pair(x0, x1, condition, batch)  # the coupling
         sample = self.path.sample(x0, x1, t.to(x1.dtype))
         condition, rate = self.latent_variable.infer(self.network, condition, sample, random)
-        output = self.network(self.path.scale_input(sample.xt, sample.t), sample.t, condition)
+        output = self.output(sample, condition)
         error = self.error(output, sample, self.weight(t, u, density), batch)
         return self.total(error, rate, batch) | {"per_sample": error.detach(), "t": t}
+
+    def output(self, sample: PathSample, condition: Condition) -> Tensor:
+        """Return what the network makes of a sample."""
+        found: Tensor = self.network(self.path.scale_input(sample.xt, sample.t), sample.t, condition)
+        return found
 
     def total(self, error: Tensor, rate: Tensor | None, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return ``loss`` of errors (B,) and of what latent variables tell (B,), if any, whose mean is ``kl``."""

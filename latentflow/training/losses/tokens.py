@@ -1,15 +1,20 @@
-"""The loss of discrete flow matching: what one training step of a network of tokens minimises."""
+"""The losses of networks that learn an autoencoder's codes: as tokens, or in the space of their embeddings."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...config import TokenConfig
-from ...flow.discrete import OBJECTIVES, MixturePath
+from ...flow import PathSample
+from ...flow.discrete import OBJECTIVES, Codebook, MixturePath
+from ...flow.discrete.codebook import nearest
+from ...models import Condition
 from .conditioned import ConditionedLoss, weighted_mean
+from .flow import FlowLoss
 
 
 class TokenLoss(ConditionedLoss):
@@ -49,3 +54,30 @@ class TokenLoss(ConditionedLoss):
         weight = None if self.weighting is None else self.weighting(self.path, t)
         error = self.objective(logits, sample, path=self.path, weight=weight)
         return {"loss": weighted_mean(error, batch), "per_sample": error.detach(), "t": t}
+
+
+class CodeLoss(FlowLoss):
+    """The loss of a network that predicts codes: cross-entropy at a point of an ordinary path.
+
+    Purrception, Matisan et al. 2025 (arXiv:2510.01478). ``latents`` of a batch (B, E, h, w) are embeddings of codes.
+
+    Args:
+        codes: of the autoencoder.
+    """
+
+    def __init__(self, *arguments: Any, codes: Codebook, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register_buffer("codes", codes.embeddings, persistent=False)  # the autoencoder has them
+
+    def output(self, sample: PathSample, condition: Condition) -> Tensor:
+        """Return logits of the codes, (B, V, h, w)."""
+        noisy = self.path.scale_input(sample.xt, sample.t)
+        logits: Tensor = self.network(noisy, sample.t, condition, all_channels=True)
+        return logits
+
+    def error(
+        self, output: Tensor, sample: PathSample, weight: Tensor | None, batch: dict[str, Any]
+    ) -> Tensor:
+        assert isinstance(self.codes, Tensor)
+        tokens = nearest(sample.x1, self.codes)
+        return F.cross_entropy(output.float(), tokens, reduction="none").flatten(1).mean(1)

@@ -13,6 +13,7 @@ from latentflow.flow.discrete import (
     SAMPLERS,
     LinearKappa,
     Logits,
+    MetricPath,
     MixturePath,
     UniformSource,
     guidance,
@@ -151,6 +152,16 @@ def test_a_step_takes_little_more_than_its_logits(sampler: str) -> None:
     x = path.start(torch.rand(BATCH, TOKENS, generator=seeded(), dtype=torch.float64))
     options = {"path": path, "corrector": 1.0, "generator": seeded()}
     plain = peak_bytes(lambda: simulate(new_logits, x, [0.0, 0.5], sampler, **options))
+    assert LOGITS <= plain < 1.2 * LOGITS
+
+
+@pytest.mark.parametrize("sampler", ["exact", "euler"])
+def test_a_step_on_a_metric_path_takes_little_more_than_its_logits(sampler: str) -> None:
+    generator = seeded()
+    path = MetricPath(torch.randn(VOCABULARY, 4, generator=generator))
+    x = path.start(torch.rand(BATCH, TOKENS, generator=generator, dtype=torch.float64))
+    options = {"path": path, "corrector": 1.0, "generator": generator}
+    plain = peak_bytes(lambda: simulate(new_logits, x, [0.2, 0.5], sampler, **options))
     assert LOGITS <= plain < 1.2 * LOGITS
 
 

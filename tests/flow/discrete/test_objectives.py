@@ -116,6 +116,11 @@ def test_the_likelihood_bound_is_the_likelihood_of_one_masked_token(kappa: str) 
     mean, error = bound.reshape(VOCABULARY, 50).mean(1), bound.reshape(VOCABULARY, 50).std(1) / 50**0.5
     assert ((mean + q.log()).abs() < 4 * error).all() and (error < 0.03 * mean).all()
     assert float((q * mean).sum()) == pytest.approx(float(-(q * q.log()).sum()), rel=0.02)
+    rows = {"samples": 4, "generator": [seeded(row) for row in range(200)]}
+    again = likelihood_bound(Exact(path, q), x1, path, **rows)
+    rows["generator"] = [seeded(row) for row in range(200)]
+    without_axis = likelihood_bound(lambda x, t: Exact(path, q)(x[:, None], t)[:, 0], x1[:, 0], path, **rows)
+    torch.testing.assert_close(without_axis, again)
     bits = bits_per_dim(-bound, 1)
     torch.testing.assert_close(bits, bound / torch.log(torch.tensor(2.0, dtype=torch.float64)))
 
@@ -158,6 +163,11 @@ def test_losses_broadcast_over_images_of_tokens_and_times_of_rows() -> None:
         for row in range(3):
             alone = DiscreteSample(*(value[row : row + 1] for value in sample))
             torch.testing.assert_close(objective(logits[row : row + 1], alone, path=path)[0], loss[row])
+        # rows of a single token need no axis for it
+        one = DiscreteSample(sample.xt[:, 0, 0], x1[:, 0, 0], t)
+        same = DiscreteSample(one.xt[:, None], one.x1[:, None], t)
+        expected = objective(logits[:, 0, :1], same, path=path)
+        torch.testing.assert_close(objective(logits[:, 0, 0], one, path=path), expected)
 
 
 def test_with_masks_cross_entropy_under_the_likelihood_weighting_is_generalised_kl() -> None:

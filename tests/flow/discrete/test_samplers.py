@@ -262,6 +262,19 @@ def test_each_generator_alone_decides_its_row(sampler: str, kind: str) -> None:
     assert not torch.equal(together, run(list(range(5)), first=10))
 
 
+@pytest.mark.parametrize(("sampler", "kind"), CASES)
+def test_rows_of_a_single_token_need_no_axis_for_it(sampler: str, kind: str) -> None:
+    path, u = KINDS[kind], torch.rand(6, generator=seeded(), dtype=torch.float64)
+
+    def run(start: Tensor) -> Tensor:
+        return simulate(
+            lambda x, t: torch.zeros(*x.shape, VOCABULARY), start, [0.0, 0.4, 1.0], sampler, path=path,
+            corrector=1.0, generator=[seeded(row) for row in range(6)],
+        )  # fmt: skip
+
+    assert torch.equal(run(path.start(u)), run(path.start(u[:, None]))[:, 0])
+
+
 def test_callbacks_progress_and_modules() -> None:
     path = MixturePath(4)
 
@@ -350,6 +363,7 @@ def call(posterior=None, x=None, times=(0, 0.5, 1), sampler="exact", path=None, 
             "x where it is known holds tokens from 4 to 4",
         ),
         ({"x": torch.zeros(2, 3)}, "(?s)float32.*int64"),
+        ({"x": torch.tensor(0)}, "x is a single token"),
         ({"sampler": "eular"}, "did you mean 'euler'"),
         ({"sampler": "halton"}, "(?s)'halton' decides which masks.*has none"),
         ({"sampler": confidence()}, "the sampler decides which masks"),
