@@ -660,7 +660,7 @@ def test_words_that_the_checkpoint_does_not_know_are_a_note(
 class _TwoPoints:
     """The exact velocity of points at -1 and 1, whose captions tell which."""
 
-    has_velocity = True
+    has_velocity, trained_null = True, True
     encoded = 0
 
     def encode(self, images: Tensor) -> Tensor:
