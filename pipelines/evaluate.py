@@ -222,8 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_velocity(model)
         if model.latent_variable != "image":  # of which there is a bound
             require_density(model)
-    if not model.trained_null and (config.other is not None or guidance != 1.0):
-        model.null(1)  # refuses: both need it
+    if config.other is not None or guidance != 1.0:
+        model.require_null()
     other = None if config.other is None else open_other(config.other, settings)
     if config.attributes and kind == "nothing":
         raise UserError("--attributes needs a checkpoint that takes captions or classes", "Leave it out.")

@@ -19,14 +19,7 @@ from .control import ControlConfig
 from .joint import JointConfig
 from .latent_variable import LatentVariableConfig
 from .loop import LoopConfig
-from .model import (
-    AlignmentConfig,
-    AutoencoderConfig,
-    FlowConfig,
-    NetworkConfig,
-    RoutingConfig,
-    TextConfig,
-)
+from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, NetworkConfig, RoutingConfig, TextConfig
 from .tokens import TokenConfig
 
 _REPLAYED = 1000  # images: up to here the model's own samples are mixed in by default

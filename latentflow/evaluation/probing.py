@@ -152,8 +152,9 @@ def _bits(sampler: Sampler, part: ImageSet, without_condition: bool) -> Tensor:
             x1 = model.encode(part.images[each].to(model.device)).float()
             rows = model.null(len(x1)) if without_condition else sampler.rows(part.captions[each])
             generator = [seeded(sampler.seed, PROBES, start + i) for i in range(len(x1))]
-            told = 0.0 if model.latent_variable is None else model.infer(x1).rate()
+            rate: Tensor | float = 0.0
             if model.latent_variable is not None:
+                rate = model.infer(x1).rate()
                 rows = model.with_latent_variable(rows, generator, x1)
         logp = log_likelihood(
             model.velocity(rows, 1.0),
@@ -163,8 +164,7 @@ def _bits(sampler: Sampler, part: ImageSet, without_condition: bool) -> Tensor:
             times=torch.linspace(1.0, 0.0, STEPS + 1).tolist(),
             generator=generator,
         )
-        logp = logp - told
-        bits.append(bits_per_dim(logp.cpu().double(), x1.shape[1:]))
+        bits.append(bits_per_dim((logp - rate).cpu().double(), x1.shape[1:]))
     return torch.cat(bits)
 
 

@@ -192,18 +192,6 @@ class LatentFlowModel(ControlledModel):
         self.check_condition(class_labels=labels)
         return self.rows(self.class_ids(labels))
 
-    def require_null(self) -> None:
-        """Refuse what needs the null, if the network has not learnt it.
-
-        Raises:
-            UserError: it has not.
-        """
-        if not self.trained_null:
-            raise UserError(
-                "this checkpoint was trained without --condition-dropout, and cannot draw without its condition",
-                "Give every image a condition, and no guidance (a scale of 1) or one with a negative prompt.",
-            )
-
     def null(self, n: int) -> Rows:
         """Return ``n`` rows without a condition: the learned null of a network that takes one.
 

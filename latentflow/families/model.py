@@ -423,6 +423,18 @@ class FlowModel(OpeningMixin, ImageInputMixin, LatentVariableMixin, ABC):
         """Return the shift of the time grid, see ``latentflow.flow.time_grid``; 1 is none."""
         return 1.0
 
+    def require_null(self) -> None:
+        """Refuse what needs the null, if the network has not learnt it.
+
+        Raises:
+            UserError: it has not.
+        """
+        if not self.trained_null:
+            raise UserError(
+                "this checkpoint was trained without --condition-dropout, and cannot draw without its condition",
+                "Give every image a condition, and no guidance (a scale of 1) or one with a negative prompt.",
+            )
+
     def guidance(self, scale: float | None) -> float:
         """Return the guidance scale that is used where ``scale`` is asked for; None is `usual_guidance`."""
         return self.usual_guidance if scale is None else scale

@@ -150,7 +150,9 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
         check_types(file, config, _TYPES)
     names = (pipe.get("id2label") or {}).values()
     folded, guidance = pipe.get("folded_guidance", 1.0) != 1.0, 2.0 if tokens else Capabilities.guidance
-    jumps = ("temperature", "corrector")[: 2 if tokens else pipe.get("prediction") == "codes"]
+    jumps: tuple[str, ...] = ("temperature", "corrector") if tokens else ()
+    if pipe.get("prediction") == "codes":
+        jumps = ("temperature",)
     if pipe.get("usual_guidance") is not None and not folded:
         guidance = pipe["usual_guidance"]
     return Capabilities(

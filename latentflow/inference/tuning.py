@@ -101,7 +101,7 @@ def tune_samplers(
     spans = {(float(grid[0]), float(grid[-1])): grid for grid in grids.values()}
     total = len(spans) * ((count + held_out) * FINE + held_out * 2 * HEUN_STEPS)
     total += sum(cost(number, images, rounds) + held_out * 2 * number for number in grids)
-    heun, found = model.time_grid(HEUN_STEPS, height, width), {}
+    heun, network, found = model.time_grid(HEUN_STEPS, height, width), fingerprint(model.network), {}
     bar = progress_bar(total=total, desc="evaluations")
     with torch.no_grad(), bar:
         for span, times in spans.items():
@@ -120,7 +120,6 @@ def tune_samplers(
                 for name, parts in errors.items():
                     figures[f"{name}_mean"] = float(torch.cat(parts).mean())
                     figures[f"{name}_median"] = float(torch.cat(parts).median())
-                network = fingerprint(model.network)
                 found[number] = TunedSolver(numbers, scale, height, width, network, figures)
     return [found[number] for number in grids]
 

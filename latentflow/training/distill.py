@@ -131,8 +131,8 @@ def open_teacher(checkpoint: str, guidance: float | None) -> Teacher:
         raise UserError(
             f"--guidance {guidance:g}: {checkpoint} has no classes or captions to follow", "Leave it out."
         )
-    if guidance != 1.0 and not model.trained_null:
-        model.null(1)  # refuses
+    if guidance != 1.0:
+        model.require_null()
     if learned not in (1.0, guidance):
         raise UserError(
             f"--guidance {guidance:g}: guidance {learned:g} is already in the weights of {checkpoint}",

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from latentflow import LatentFlowPipeline
 from latentflow.cli import run
+from latentflow.data.sources.shapes import train_source
 
 from .forking import run_ranks
 
@@ -31,6 +32,14 @@ TINY = shlex.split(
     "--heads 1 --text-width 16 --text-depth 1 --text-heads 1 --train-batch-size 4 --lr-warmup-steps 2 "
     "--learning-rate 0.002 --log-steps 1"
 )
+
+
+def shapes_folder(root: Path) -> Path:
+    """Fill a folder with a dozen shapes of 16 pixels, each with its caption in a text file beside it."""
+    for number, example in enumerate(train_source().examples[:240:20]):
+        example.open().resize((16, 16)).save(root / f"{number:02d}.png")
+        (root / f"{number:02d}.txt").write_text(str(example.text))
+    return root
 
 
 def environment(cache: Path) -> dict[str, str]:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from latentflow import LatentFlowPipeline
 from latentflow.autoencoder import codebook, tokenize
-from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.families.tokens import CodeModel
 from latentflow.flow import SOLVERS
@@ -21,7 +20,7 @@ from latentflow.inference.sample import model_capabilities, read_capabilities
 from latentflow.models import DiT
 
 from ..pipeline.test_tokens import tokenizer
-from .command import TINY, call, losses, opened, same_state, sampled
+from .command import TINY, call, losses, opened, same_state, sampled, shapes_folder
 
 CODES, V = ("--prediction", "codes"), 12
 VQ = ("--autoencoder-class", "vq", "--codebook-size", V, "--codebook-width", 3)
@@ -29,11 +28,7 @@ VQ = ("--autoencoder-class", "vq", "--codebook-size", V, "--codebook-width", 3)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("shapes")
-    for number, example in enumerate(train_source().examples[:240:20]):
-        example.open().resize((16, 16)).save(root / f"{number:02d}.png")
-        (root / f"{number:02d}.txt").write_text(str(example.text))
-    return root
+    return shapes_folder(tmp_path_factory.mktemp("shapes"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from latentflow.autoencoder import build_autoencoder, decode, encode, load_autoencoder
 from latentflow.config import AlignmentConfig, AutoencoderConfig, FlowConfig, JointConfig
-from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.models import DiT
 from latentflow.training.losses import flow_loss, joint
@@ -24,7 +23,7 @@ from latentflow.training.losses.joint import JointAutoencoderLoss, JointFlowLoss
 from latentflow.training.unfinished import keep_initial, unfinished_pipeline
 
 from ..models.tiny import perturb, save_dinov2
-from .command import TINY, call, losses, opened, same_state, sampled
+from .command import TINY, call, losses, opened, same_state, sampled, shapes_folder
 
 pytestmark = pytest.mark.usefixtures("no_memorisation")
 
@@ -275,11 +274,7 @@ UNIFIED = ("--joint", "unified")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("shapes")
-    for number, example in enumerate(train_source().examples[:240:20]):
-        example.open().resize((16, 16)).save(root / f"{number:02d}.png")
-        (root / f"{number:02d}.txt").write_text(str(example.text))
-    return root
+    return shapes_folder(tmp_path_factory.mktemp("shapes"))
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,10 @@ from PIL import Image
 
 from latentflow import LatentFlowInpaintPipeline
 from latentflow.autoencoder import codebook, tokenize
-from latentflow.data.sources.shapes import train_source
 from latentflow.families.tokens import TokenModel
 from latentflow.models import TokenDiT
 
-from .command import TINY, call, losses, opened, same_state, sampled, state
+from .command import TINY, call, losses, opened, same_state, sampled, shapes_folder, state
 
 VQ = ("--autoencoder-class", "vq", "--codebook-size", 12, "--codebook-width", 4)
 
@@ -24,10 +23,7 @@ VQ = ("--autoencoder-class", "vq", "--codebook-size", 12, "--codebook-width", 4)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dozen captioned shapes; one has a mask, which tokens do not need."""
-    root = tmp_path_factory.mktemp("shapes")
-    for number, example in enumerate(train_source().examples[:240:20]):
-        example.open().resize((16, 16)).save(root / f"{number:02d}.png")
-        (root / f"{number:02d}.txt").write_text(str(example.text))
+    root = shapes_folder(tmp_path_factory.mktemp("shapes"))
     Image.new("L", (16, 16), 255).save(root / "03-mask.png")
     return root
 
