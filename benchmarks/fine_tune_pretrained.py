@@ -148,6 +148,7 @@ class Setting:
 
     Attributes:
         precision: bfloat16, float32 or nf4 (which computes in bfloat16).
+        inpainting: ours learns to fill masks as well, through input channels of its own.
     """
 
     precision: str
@@ -155,6 +156,7 @@ class Setting:
     side: int
     rank: int
     batch: int
+    inpainting: bool = False
 
     def __str__(self) -> str:
         checkpointing = "with" if self.checkpointing else "without"
@@ -172,7 +174,7 @@ class Setting:
             f"--lr-warmup-steps 1 --condition-dropout 0 --mixed-precision {mixed} --validation 0 --preview-steps 0 "
             "--max-train-steps 100000 --checkpointing-steps 100000"
         )
-        flags = ["--gradient-checkpointing"] * self.checkpointing
+        flags = ["--gradient-checkpointing"] * self.checkpointing + ["--inpainting"] * self.inpainting
         return [*line.split(), *flags, *(["--quantize", "nf4"] if self.precision == "nf4" else [])]
 
     def theirs(self, work: Path, output: Path) -> list[str]:
