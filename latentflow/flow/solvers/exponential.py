@@ -74,7 +74,8 @@ def exponential_adams(options: SolverOptions, *, limited: bool = True) -> Step:
     Where steps are too long for that, a slope says little about the next step, and D swings to and fro, which slopes
     would magnify. So each row falls back towards the first order (DDIM), which is stable with steps twice as long:
 
-    - m slope is at most a quarter as long as hypot((alpha' - alpha) |D_n|, (sigma' - sigma) |N_n|);
+    - m slope is at most a quarter as long as h hypot(|D_n|, |N_n|), with h the root mean square of alpha' - alpha and
+      sigma' - sigma: on the straight path that is the length of the step, if D_n and N_n are perpendicular;
     - where slopes turn against the ones before, twice in a row, a slope counts for no more than max(0, 1 + 2 c), with
       c < 0 the larger of the two latest cosines between successive slopes.
 
@@ -108,9 +109,8 @@ def exponential_adams(options: SolverOptions, *, limited: bool = True) -> Step:
                 turns.extend(_cosine(slope, last) for last in slopes)
                 slopes[:] = [slope]
                 del turns[:-2]
-                length = torch.hypot(
-                    (alpha_next - alpha) * _length(ends[0]), (sigma_next - sigma) * _length(ends[1])
-                )
+                way = math.hypot(alpha_next - alpha, sigma_next - sigma) / math.sqrt(2.0)
+                length = way * torch.hypot(_length(ends[0]), _length(ends[1]))
                 share = _LONGEST_CORRECTION * length / _length(m * slope)
                 if len(turns) == 2:
                     share = torch.minimum(share, (1.0 + 2.0 * torch.maximum(*turns)).clamp(min=0.0))
