@@ -26,7 +26,7 @@ from ..autoencoder import (
 )
 from ..autoencoder.losses import PatchDiscriminator
 from ..config import AutoencoderConfig, DataConfig, LoopConfig
-from ..data import Source, cached_pixels, pixels_to_images, to_pil
+from ..data import Source, cached_pixels, fingerprint, pixels_to_images, to_pil
 from ..errors import UserError, check_resolution
 from ..metrics import psnr, ssim
 from ..utils.files import restore_permissions
@@ -138,7 +138,7 @@ def train_autoencoder(
             export_to=output / "autoencoder",
         ),
         description={
-            "autoencoder": describe(config, init_from, decoder_only=decoder_only),
+            "autoencoder": describe(config, None if init_from is None else vae, decoder_only=decoder_only),
             "resolution": data.resolution,
             "data": training.fingerprint(),
             "data_order": training.order(),
@@ -173,11 +173,11 @@ def trainable_autoencoder(name: str, output: Path, resolution: int, *, decoder_o
     return vae
 
 
-def describe(config: AutoencoderConfig, init_from: str | None, *, decoder_only: bool) -> dict[str, Any]:
-    """Return what must not change when the run is resumed."""
-    if init_from is None:
+def describe(config: AutoencoderConfig, start: Autoencoder | None, *, decoder_only: bool) -> dict[str, Any]:
+    """Return what must not change when the run is resumed. Of ``start`` these are its weights, wherever they lie."""
+    if start is None:
         return config.describe()
-    return config.describe() | {"init_from": init_from, "decoder_only": decoder_only}
+    return config.describe() | {"init_from": fingerprint(start), "decoder_only": decoder_only}
 
 
 def autoencoder_loop(config: AutoencoderConfig, loop: LoopConfig) -> LoopConfig:

@@ -346,8 +346,14 @@ def test_an_autoencoder_is_trained_on_whole_and_measured_anew(tmp_path: Path) ->
     assert new.config.latents_mean != old.config.latents_mean
     changed = [not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True)]
     assert sum(changed) > 0.9 * len(changed)
-    call(tmp_path, *line, "--autoencoder-steps", 6, file="autoencoder")  # goes on
+    moved = [*line[:-3], before.rename(tmp_path / "moved"), *line[-2:]]
+    call(tmp_path, *moved, "--autoencoder-steps", 6, file="autoencoder")  # goes on
     assert [row["step"] for row in read_metrics(tmp_path / "run")][-1] == 6
+    with torch.no_grad():
+        next(old.parameters()).add_(0.1)
+    old.save_pretrained(tmp_path / "moved")
+    said = call(tmp_path, *moved, "--autoencoder-steps", 8, file="autoencoder", expect=2)
+    assert "init_from" in said and "--allow-changes" in said
     begun = [*line[:-4], *line[-2:], "--decoder-only"]  # without --init-from, where a run is already
     assert "--init-from AUTOENCODER" in call(tmp_path, *begun, file="autoencoder", expect=2)
 
