@@ -192,7 +192,7 @@ class CodeModel(LatentFlowModel):
         model.temperature = temperature
         return model
 
-    def logits(self, rows: Rows) -> Posterior:
+    def logits(self, rows: Rows) -> flow.Velocity:
         """Return (x, t) -> logits (B, h, w, V) of the codes, without guidance, for x on the model's own path."""
         condition = self.prepare(rows)
 
