@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from .. import metrics
 from ..data.sources import shapes as shapes_data
 from ..errors import UserError
 from ..families import FlowModel
-from ..families.tokens import TokenModel
-from ..flow import CondOT, bits_per_dim, flow_matching_loss
+from ..families.model import Rows
+from ..families.tokens import CodeModel, TokenModel
+from ..flow import CondOT, bits_per_dim, convert, flow_matching_loss
 from ..flow.discrete import likelihood_bound
 from ..metrics import learned
 from ..training.loop.data_order import seeded
@@ -57,11 +59,13 @@ def reconstruction(model: FlowModel, images: Tensor, batch_size: int) -> dict[st
 
 @torch.no_grad()
 def validation_loss(sampler: Sampler, unseen: ImageSet, without_condition: bool = False) -> dict[str, Any]:
-    """Measure the flow-matching loss on images that were not trained on, at fixed times (``by_time``) and on average.
+    """Measure the loss on images that were not trained on, at fixed times (``by_time``) and on average.
 
-    Each image has its own fixed noise, and the latent variable that its encoder gives it, if any. The loss is that of
-    the velocity on the straight path, whatever path and prediction the network was trained with. Of a model of tokens
-    it is `token_bound`. ``without_condition`` adds the same of the network without its condition.
+    Each image has its own fixed noise, and the latent variable that its encoder gives it, if any. The loss is the
+    squared error of what the network predicts, its ``prediction``, at the noise levels of the straight path, whatever
+    path it was trained on: as errors of the velocity those of data would count 1 / (1 - t)^2 times, and those of noise
+    1 / t^2 times. (A score counts as noise.) Of a model of codes it is the cross-entropy, of a model of tokens
+    `token_bound`, both in bits per token. ``without_condition`` adds the same of the network without its condition.
     """
     model = sampler.model
     if isinstance(model, TokenModel):
@@ -69,7 +73,8 @@ def validation_loss(sampler: Sampler, unseen: ImageSet, without_condition: bool 
     if not model.has_velocity:
         return missing("value", "a consistency model has no velocity")
     losses = _losses(sampler, unseen, (True, False) if without_condition else (True,))
-    found = _by_time(losses[0])
+    of = {"unit": "bits per token"} if isinstance(model, CodeModel) else {"prediction": _compared(model)}
+    found = _by_time(losses[0]) | of
     return found | {"without_condition": _by_time(losses[1])} if without_condition else found
 
 
@@ -87,20 +92,51 @@ def training_loss(sampler: Sampler, train: ImageSet) -> dict[str, Any]:
 
 def _losses(sampler: Sampler, part: ImageSet, conditioned: tuple[bool, ...]) -> Tensor:
     """Return the losses (with or without the condition, times, N) of images, on the CPU."""
-    model, path, losses = sampler.model, CondOT(), []
+    model, losses = sampler.model, []
     for start in progress_bar(range(0, len(part), sampler.batch_size), desc="validating"):
         batch = slice(start, start + sampler.batch_size)
         x1 = model.encode(part.images[batch])
         noise = [seeded(sampler.seed, VALIDATION, start + i) for i in range(len(x1))]
         x0 = torch.stack([torch.randn(x1.shape[1:], generator=g) for g in noise]).to(x1)
-        samples = [path.sample(x0, x1, torch.full((len(x1),), t, device=x1.device)) for t in VALIDATION_TIMES]
         found = []
         for own in conditioned:
             rows = sampler.rows(part.captions[batch]) if own else model.null(len(x1))
-            velocity = model.velocity(model.with_latent_variable(rows, like=x1, mean=True), 1.0)
-            found.append(torch.stack([flow_matching_loss(velocity(s.xt, s.t), s).cpu() for s in samples]))
+            rows = model.with_latent_variable(rows, like=x1, mean=True)
+            of = (
+                _code_losses(model, rows) if isinstance(model, CodeModel) else _prediction_losses(model, rows)
+            )
+            times = [torch.full((len(x1),), t, device=x1.device) for t in VALIDATION_TIMES]
+            found.append(torch.stack([of(x0, x1, t).cpu() for t in times]))
         losses.append(torch.stack(found))
     return torch.cat(losses, 2)
+
+
+def _prediction_losses(model: FlowModel, rows: Rows) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return (x0, x1, t) -> the squared errors (B,) of the prediction on the straight path."""
+    path, velocity, kind = CondOT(), model.velocity(rows, 1.0), _compared(model)
+
+    def loss(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        sample = path.sample(x0, x1, t)
+        found = convert(velocity(sample.xt, t), sample.xt, t, path, "velocity", kind)
+        return flow_matching_loss(found, sample, prediction=kind)
+
+    return loss
+
+
+def _compared(model: FlowModel) -> str:
+    """Return what the errors are those of: the network's prediction, but noise in the place of the score."""
+    return "noise" if model.prediction == "score" else model.prediction
+
+
+def _code_losses(model: CodeModel, rows: Rows) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return (x0, x1, t) -> the cross-entropy (B,) of the codes in bits, at the log-SNR of the straight path at t."""
+    logits, path = model.logits(rows), model.path
+
+    def loss(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        sample = path.sample(x0, x1, path.clip(path.inverse_log_snr(CondOT().log_snr(t))))
+        return model.codes.loss(logits(sample.xt, sample.t), model.codes.nearest(x1)) / math.log(2)
+
+    return loss
 
 
 def token_bound(model: TokenModel, sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:

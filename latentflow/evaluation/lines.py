@@ -124,7 +124,7 @@ def _networks(report: dict[str, Any]) -> Iterator[str]:
         yield _figure("autoencoder", f"{name.replace('_', ' ')}: {text}")
     for name, part in report["validation_loss"].items():
         text = f"{_mean(part)} (lower is better, for one autoencoder and data set)"
-        yield _figure(part.get("unit", "flow loss"), f"{name.replace('_', ' ')}: {text}")
+        yield _figure(_loss_name(part), f"{name.replace('_', ' ')}: {text}")
     if trained := report.get("training_loss"):  # reports of before have none
         text = f"training images: {_mean(trained)} (far below: it memorises)"
         if without := trained.get("without_condition"):
@@ -134,7 +134,13 @@ def _networks(report: dict[str, Any]) -> Iterator[str]:
                 f"; without their conditions {_mean(without)}, which lacks most at t = {trained['times'][most]:.2g} "
                 f"({trained['by_time'][most]:.2f} with them, {without['by_time'][most]:.2f} without)"
             )
-        yield _figure(trained.get("unit", "flow loss"), text)
+        yield _figure(_loss_name(trained), text)
+
+
+def _loss_name(part: dict[str, Any]) -> str:
+    """Return what the loss is of; reports of before compared velocities without saying so."""
+    kind = part.get("prediction", "velocity")
+    return part.get("unit") or ("flow loss" if kind == "velocity" else f"loss of {kind}")
 
 
 def _known(report: dict[str, Any]) -> Iterator[str]:

@@ -6,9 +6,10 @@ embeddings: a ``DiT`` whose channels are logits of the codes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -185,9 +186,28 @@ class CodeModel(LatentFlowModel):
         with self.steady_vae() as vae:
             return self.codes.embed(tokenize(vae, images)), None
 
+    def at_temperature(self, temperature: float) -> Self:
+        """Return the model with another temperature."""
+        model = copy.copy(self)
+        model.temperature = temperature
+        return model
+
+    def logits(self, rows: Rows) -> flow.Velocity:
+        """Return (x, t) -> logits (B, h, w, V) of the codes, without guidance, for x on the model's own path."""
+        condition = self.prepare(rows)
+
+        def posterior(x: Tensor, t: Tensor) -> Tensor:
+            each = t.to(x.device, torch.float32).expand(len(x))
+            return self._logits(self.path.scale_input(x, t).to(self.dtype), each, condition, None, 1.0)
+
+        return posterior
+
     def predict(
         self, x: Tensor, t: Tensor, condition: Any, end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Return the mean embedding of the codes, float32 or better; see `FlowModel.predict`."""
-        logits = super().predict(x, t, condition, end, guidance_scale)
-        return self.codes.mean(logits.movedim(1, -1), self.temperature)
+        return self.codes.mean(self._logits(x, t, condition, end, guidance_scale), self.temperature)
+
+    def _logits(self, *arguments: Any) -> Tensor:
+        """Return what the network predicts of the arguments of `predict`, (B, h, w, V)."""
+        return super().predict(*arguments).movedim(1, -1)

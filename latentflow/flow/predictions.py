@@ -15,7 +15,9 @@ a path that it was not trained on. a' and s' are those of ``Path.at``: finite, c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -61,12 +63,30 @@ def convert(value: Tensor, xt: Tensor, t: Tensor | float, path: Path, source: st
         ) from None
 
 
+class UndeterminedError(Exception):
+    """Signal of a velocity, before it evaluates its network, that the prediction does not determine it at this t."""
+
+
+@contextmanager
+def undetermined_refused() -> Iterator[None]:
+    """Let the velocities of ``as_velocity`` raise `UndeterminedError` within, through all that wraps them."""
+    token = _REFUSED.set(True)
+    try:
+        yield
+    finally:
+        _REFUSED.reset(token)
+
+
+_REFUSED: ContextVar[bool] = ContextVar("undetermined velocities are refused", default=False)
+
+
 def as_velocity(network: Velocity, path: Path, source: str) -> Velocity:
     """Return the velocity that ``network``, trained on ``path``, implies.
 
     Where its prediction does not determine the velocity (the data where sigma = 0, at t = 1; the noise and the
     score where alpha = 0, at t = 0), the network is evaluated at the nearest t at which the conversion magnifies its
-    errors no more than 200 times: about t = 0.005 and 0.995 on the straight path. A velocity is returned as it is.
+    errors no more than 200 times: about t = 0.005 and 0.995 on the straight path. ``integrate`` steps into such an end
+    and out of it without asking there. A velocity is returned as it is.
 
     Args:
         network: (x, t) -> a prediction of kind ``source``, shaped like x. t is given to it in float64.
@@ -87,6 +107,8 @@ def as_velocity(network: Velocity, path: Path, source: str) -> Velocity:
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         wide, time = x.to(compute_dtype(x)), _as_time(t)
+        if _REFUSED.get() and bool(((time < first) | (time > last)).any()):
+            raise UndeterminedError
         c = path.at(time, wide)
         return _recombine(network, wide, path.clip(time).clamp(first, last), path, source, c, x.dtype)
 

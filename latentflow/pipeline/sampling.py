@@ -439,7 +439,7 @@ class RunningCall:
             if model.draws_tokens:
                 return model.logits(rows, scale, negative, self.interval)
             if isinstance(model, CodeModel):
-                model.temperature = self.pipe._jumps.temperature
+                model = model.at_temperature(self.pipe._jumps.temperature)
             return model.velocity(rows, scale, negative, times, self.interval)
 
         def guided(x: Tensor, t: Tensor) -> Any:

@@ -143,7 +143,7 @@ def test_half_precision_is_calculated_in_float32_and_t_belongs_to_rows(draw, dty
 def test_a_network_of_any_prediction_samples_from_end_to_end(gaussian, draw, path, source) -> None:
     """Heun evaluates both ends of time. The exact map is affine: x at 1 = m + c (x at 0 - alpha m) / std.
 
-    A data network says too little at t = 1 for Heun: there, a solver that does not ask.
+    From data alone, the step into t = 1 is one of DDIM, whose error is of the order of sigma^2 / c at its start.
     """
 
     def network(x, t):
@@ -154,9 +154,9 @@ def test_a_network_of_any_prediction_samples_from_end_to_end(gaussian, draw, pat
     (mean,), (std,) = gaussian.means, gaussian.stds
     (a0, a1), (s0, s1) = path.alpha(times[[0, -1]]), path.sigma(times[[0, -1]])
     moved = torch.hypot(a1 * std, s1) / torch.hypot(a0 * std, s0) * (start - a0 * mean)
-    solver = "exponential-adams" if source == "data" else "heun"
-    ended = integrate(as_velocity(network, path, source), start, times, solver, path=path)
-    torch.testing.assert_close(ended, a1 * mean + moved, atol=0.02, rtol=0)
+    ended = integrate(as_velocity(network, path, source), start, times, "heun", path=path)
+    last = float(path.sigma(times[-2]) ** 2 / std) if source == "data" else 0.0
+    torch.testing.assert_close(ended, a1 * mean + moved, atol=0.02 + last, rtol=0)
 
 
 @pytest.mark.parametrize(("old", "new"), EVERY_PAIR)

@@ -663,6 +663,9 @@ class _TwoPoints:
     has_velocity, trained_null = True, True
     encoded = 0
 
+    def __init__(self, prediction: str) -> None:
+        self.prediction = prediction
+
     def encode(self, images: Tensor) -> Tensor:
         self.encoded += len(images)
         return images
@@ -685,13 +688,24 @@ class _TwoPoints:
         return velocity
 
 
-def test_losses_by_time_are_those_of_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caption leaves nothing to guess; without it the error is (1 - E[tanh^2]) / (1 - t)^2."""
+@pytest.mark.parametrize(
+    ("prediction", "factor"),
+    [
+        ("velocity", lambda t: 1 / (1 - t) ** 2),
+        ("data", lambda t: 1.0),
+        ("noise", lambda t: (t / (1 - t)) ** 2),
+        ("score", lambda t: (t / (1 - t)) ** 2),
+    ],
+)
+def test_losses_by_time_are_those_of_the_closed_form(
+    monkeypatch: pytest.MonkeyPatch, prediction: str, factor: Callable[[float], float]
+) -> None:
+    """The caption leaves nothing to guess; without it the error of the data is 1 - E[tanh^2]."""
     monkeypatch.setattr(figures, "TRAINING_IMAGES", 20_000)
     captions = ["left", "right"] * 10_000
     images = torch.tensor([-1.0, 1.0]).repeat(10_000).view(-1, 1, 1, 1)
     sampler = Sampler(
-        model=cast(Any, _TwoPoints()),
+        model=cast(Any, _TwoPoints(prediction)),
         pipeline=None,
         condition_kind="prompt",
         settings={},
@@ -705,8 +719,9 @@ def test_losses_by_time_are_those_of_the_closed_form(monkeypatch: pytest.MonkeyP
     mass = torch.exp(-noise.square() / 2)
     for t, without in zip(found["times"], found["without_condition"]["by_time"], strict=True):
         seen = (t * (t + (1 - t) * noise) / (1 - t) ** 2).tanh().square()
-        exact = float((mass * (1 - seen)).sum() / mass.sum()) / (1 - t) ** 2
+        exact = float((mass * (1 - seen)).sum() / mass.sum()) * factor(t)
         assert without == pytest.approx(exact, rel=0.05, abs=1e-3), t
     assert found["without_condition"]["value"] == pytest.approx(
         sum(found["without_condition"]["by_time"]) / 8
     )
+    assert found["prediction"] == ("noise" if prediction == "score" else prediction)

@@ -73,6 +73,13 @@ def call(cache: Path, *arguments: object, expect: int = 0, file: str = "flow") -
     return said.getvalue()
 
 
+def whole_and_stopped(root: Path, *arguments: object) -> None:
+    """Make a run of four steps, ``whole``, and the same stopped half way and resumed, ``stopped``."""
+    call(root / "cache", *arguments, "--max-train-steps", 4, "-o", root / "whole")
+    call(root / "cache", *arguments, "--max-train-steps", 2, "-o", root / "stopped")
+    call(root / "cache", *arguments, "--max-train-steps", 4, "-o", root / "stopped", "--allow-changes")
+
+
 def call_on_two(cache: Path, *arguments: object) -> None:
     """Run the command on two forked processes."""
     run_ranks(2, lambda rank: call(cache, *arguments))

@@ -15,7 +15,7 @@ from latentflow.autoencoder import codebook, tokenize
 from latentflow.families.tokens import TokenModel
 from latentflow.models import TokenDiT
 
-from .command import TINY, call, losses, opened, same_state, sampled, shapes_folder, state
+from .command import TINY, call, losses, opened, same_state, sampled, shapes_folder, state, whole_and_stopped
 
 VQ = ("--autoencoder-class", "vq", "--codebook-size", 12, "--codebook-width", 4)
 
@@ -36,9 +36,7 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps = ["--validation-steps", 2, "--preview-steps", 4]
     call(root / "cache", *line, *VQ, *steps, "--max-train-steps", 4, "-o", root / "run")
     given = [*line, "--vae", root / "run" / "autoencoder" / "autoencoder", *steps, "--no-tied-logits"]
-    call(root / "cache", *given, "--max-train-steps", 4, "-o", root / "whole")
-    call(root / "cache", *given, "--max-train-steps", 2, "-o", root / "stopped")
-    call(root / "cache", *given, "--max-train-steps", 4, "-o", root / "stopped", "--allow-changes")
+    whole_and_stopped(root, *given)
     return root
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..predictions import UndeterminedError
 from .base import Field, SolverOptions, Step
 
 # Dormand & Prince 1980, as in Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, table II.5.2.
@@ -25,13 +26,16 @@ MATRIX = (
 )
 #: The weights of order 5 less those of order 4.
 ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+#: How near to an end where the velocity is not determined the steps lead.
+NEAR = 0.005
 FIRST_STEP, SAFETY, SHRINK, GROW = 0.05, 0.9, 0.2, 10.0
 
 
 def dormand_prince(options: SolverOptions, *, by_row: bool = False) -> Step:
     """Dormand & Prince 1980: as many inner steps as the tolerances ask for, of sizes as in Hairer et al., sec. II.4.
 
-    It lands on t_next and evaluates nothing beyond. The error of a step is the root mean square over the whole batch,
+    It lands on t_next and evaluates nothing beyond. Where the velocity is not determined at t_next, it stops ``NEAR``
+    before, and takes Euler's step from there. The error of a step is the root mean square over the whole batch,
     so that a row's result depends, within the tolerance, on the rows beside it.
 
     Args:
@@ -56,20 +60,24 @@ def dormand_prince(options: SolverOptions, *, by_row: bool = False) -> Step:
             at: Any = time.to(x.dtype).to(x.device) if by_row else time.item()
             return field(y, at)
 
-        first = slope(x, now)
-        while not torch.equal(now, end):
-            left = (end - now).abs()
+        first, goal = slope(x, now), end
+        while not torch.equal(now, goal):
+            left = (goal - now).abs()
             taken = torch.minimum(sizes, left)
-            after = torch.where(taken == left, end, now + sign * taken)
+            after = torch.where(taken == left, goal, now + sign * taken)
             if bool(((after == now) & (left > 0)).any()):
                 raise UserError(
                     f"dopri5 cannot meet rtol {options.rtol:g} and atol {options.atol:g} on [{t:g}, {t_next:g}]",
                     "Use larger tolerances, float32 in place of half precision, or a fixed-step solver ('heun').",
                 )
             h, slopes, reached = wide(after - now), [first], x
-            for node, row in zip(NODES, MATRIX, strict=True):
-                reached = x + h * _weighted(row, slopes)
-                slopes.append(slope(reached, (1.0 - node) * now + node * after))
+            try:
+                for node, row in zip(NODES, MATRIX, strict=True):
+                    reached = x + h * _weighted(row, slopes)
+                    slopes.append(slope(reached, (1.0 - node) * now + node * after))
+            except UndeterminedError:
+                goal = torch.where((end - now).abs() > NEAR, end - sign * NEAR, now)
+                continue
             scale = options.atol + options.rtol * torch.maximum(x.abs(), reached.abs())
             errors = (h * _weighted(ERROR, slopes) / scale).detach().reshape(count, -1)
             # What overflows is no NaN here, but too large an error.
@@ -82,7 +90,7 @@ def dormand_prince(options: SolverOptions, *, by_row: bool = False) -> Step:
             moved = accepted.to(x.device).reshape(shape)
             x, first = torch.where(moved, reached, x), torch.where(moved, slopes[-1], first)
         sizes = largest  # the last step was cut off at t_next, which says nothing of the next one
-        return x
+        return x if goal is end else x + wide(end - now) * first
 
     return step
 

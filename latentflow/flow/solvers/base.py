@@ -33,8 +33,9 @@ class Counted:
         self.evaluations = 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        value = self.velocity(x, t)
         self.evaluations += 1
-        return self.velocity(x, t)
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)

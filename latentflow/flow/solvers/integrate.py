@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError, lookup
 from ..paths import CondOT, Path
+from ..predictions import UndeterminedError, undetermined_refused
 from ..tensors import NOT_FINITE, Generators, Velocity, compute_dtype, require_finite, with_time_rows
 from ..times import checked_times
 from .base import Counted, Field, Solver, SolverOptions
+from .exponential import dpm_solver_2m
 from .table import SOLVERS
 
 Times: TypeAlias = Tensor | Sequence[float]
@@ -37,6 +40,11 @@ def integrate(
     generator: Generators = None,
 ) -> Tensor:
     """Follow dx/dt = velocity(x, t) from ``times[0]`` to ``times[-1]``.
+
+    Where a prediction does not determine the velocity of ``as_velocity`` (data: at t = 1; noise and score: at t = 0) a
+    solver's step that would ask for it at its end is one of DDIM instead, Euler's on the straight path, which lands on
+    the prediction; a step that starts there takes the velocity of its own end, and of 0.05 away at most. On the
+    straight path both keep the global order up to the second.
 
     Args:
         velocity: (x, t) -> dx/dt. It gets x in the given dtype and t as a scalar tensor, an ``nn.Module`` as (B,);
@@ -79,8 +87,13 @@ def integrate(
     steps = progress_over(progress, range(len(grid) - 1))
     show = getattr(steps, "set_postfix", None)
     for index in steps:
+        t, t_next = grid[index], grid[index + 1]
         field = _checked_field(counted, dtype, f"in step {index + 1} of {len(grid) - 1}")
-        state = step(field, state, grid[index], grid[index + 1])
+        field = _within_step(field, t, t_next, fixed=method.evaluations is not None)
+        try:
+            state = step(field, state, t, t_next)
+        except UndeterminedError:
+            state = dpm_solver_2m(options)(field, state, t, t_next)  # its first step: DDIM
         if show is not None:
             show(evaluations=counted.evaluations, refresh=False)
         if callback is not None:
@@ -121,6 +134,39 @@ def _checked_field(velocity: Velocity, dtype: torch.dtype, where: str) -> Field:
             NOT_FINITE,
         )
         return value.to(x.dtype)
+
+    return field
+
+
+#: Farthest from an end where the velocity is not determined that it is taken in its place.
+_REACH = 0.05
+
+
+def _within_step(evaluate: Callable[[Tensor, Any], Tensor], t: float, t_next: float, *, fixed: bool) -> Field:
+    """Return the field of one step, which raises `UndeterminedError` where it is determined at t and not at t_next.
+
+    Where it is not at t = 0 or 1, it is that of a little later: nearer, the errors of the prediction would be magnified
+    more than the step shrinks them. (Not for solvers that choose their own steps, to which it would be a jump.)
+    """
+    later = t + math.copysign(min(abs(t_next - t), _REACH), t_next - t)
+    instead = later if fixed and t in (0.0, 1.0) else t
+    known: tuple[Tensor, Tensor] | None = None  # at t; DDIM asks again
+    determined = True  # at t
+
+    def field(x: Tensor, time: float | Tensor) -> Tensor:
+        nonlocal known, determined
+        if determined and bool(torch.as_tensor(time == t_next).any()):
+            with undetermined_refused():
+                return evaluate(x, time)
+        if isinstance(time, Tensor) or time != t:
+            return evaluate(x, time)
+        if known is None or known[0] is not x:
+            try:
+                with undetermined_refused():
+                    known = x, evaluate(x, t)
+            except UndeterminedError:
+                known, determined = (x, evaluate(x, instead)), False
+        return known[1]
 
     return field
 
