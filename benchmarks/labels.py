@@ -111,7 +111,9 @@ def main() -> None:
     parser.add_argument("data", help="`shapes`, a folder of classes; with --audit a table")
     parser.add_argument("-o", "--output", type=Path, help="folder of the tables")
     parser.add_argument("--seed", type=int, default=0, help="of the labels that change")
-    parser.add_argument("--audit", type=Path, metavar="FILE", help="output of `latentflow check --audit --json`")
+    parser.add_argument(
+        "--audit", type=Path, metavar="FILE", help="output of `latentflow check --audit --json`"
+    )
     given = parser.parse_args()
     if given.audit is not None:
         score(Path(given.data), given.audit)

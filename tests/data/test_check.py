@@ -119,7 +119,9 @@ def test_an_image_without_a_class_or_caption_contradicts_none(tmp_path: Path) ->
     assert said == ["equal files with different captions or classes: bag copy.png = bag.png"]
     table.write_text(table.read_text().replace("near.png,\n", "near.png,bag\n"))
     report, _ = check_data(str(table), condition="class", missing_caption="empty")
-    assert any(line == "near duplicates in different classes: near copy.png = near.png" for line in report.warnings)
+    assert any(
+        line == "near duplicates in different classes: near copy.png = near.png" for line in report.warnings
+    )
 
 
 # --- the page and the suggestion ---
