@@ -2,13 +2,13 @@
 
     python benchmarks/labels.py shapes -o data/shapes         # or a folder with a subfolder for each class
     latentflow train data/shapes/wrong.csv --resolution 32 --preset tiny -o runs/wrong
-    latentflow check data/shapes/wrong.csv --audit runs/wrong --json > audit.json
+    latentflow check data/shapes/some.csv --audit runs/wrong --json > audit.json
     python benchmarks/labels.py data/shapes/wrong.csv --audit audit.json
 
 Writes tables of the same images: `all.csv` with all labels, `wrong.csv` with 5 % of them replaced by another class,
-`partly.csv` with a tenth of the labels of each class, `tenth.csv` with these images alone. Of `shapes`, whose classes are
-"red circle" and the like, the images are written as well, and `test.csv`: four more of every class, of the captions that
-are trained on and of those that are held out in turn.
+`some.csv` with 600 rows of that, drawn at random, `partly.csv` with a tenth of the labels of each class, and
+`tenth.csv` with these images alone. Of `shapes`, whose classes are "red circle" and the like, the images are written
+as well, and `test.csv`: 480 others, two of every caption of one object, also of the captions that are held out.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from latentflow.data import find_source
 from latentflow.data.sources.shapes import Single, all_specs, is_held_out, render, train_source
 from latentflow.evaluation.probing import auroc
 
-WRONG, KEPT = 0.05, 0.1
+WRONG, KEPT, SOME = 0.05, 0.1, 600
 Row = tuple[str, str]
 
 
 def write_shapes(folder: Path) -> list[Row]:
     """Write the images of `shapes` by class and of its test set; return the former."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[Row] = []
+    test: list[Row] = []
     for number, example in enumerate(train_source("class").examples):
         file = folder / "images" / f"{number:04d}.png"
         example.open().save(file)
         rows.append((f"images/{file.name}", example.label or ""))
-    test = []
-    singles = [spec for spec in all_specs() if isinstance(spec, Single)]
-    for spec in singles:
+    for spec in all_specs():
+        if not isinstance(spec, Single):
+            continue
         for seed in (1000, 1001):  # jitters that training has not
             file = folder / "images" / f"test-{len(test):04d}{'-new' if is_held_out(spec) else ''}.png"
             render(spec, 64, seed)[0].save(file)
@@ -124,7 +125,10 @@ def main() -> None:
     rows = write_shapes(given.output) if given.data == "shapes" else find_rows(given.data)
     labels, partly = [label for _, label in rows], keep_some(rows, given.seed)
     write(given.output / "all.csv", rows)
-    write(given.output / "wrong.csv", damage(rows, given.seed), labels)
+    damaged = damage(rows, given.seed)
+    write(given.output / "wrong.csv", damaged, labels)
+    some = random.Random(given.seed).sample(range(len(rows)), min(SOME, len(rows)))
+    write(given.output / "some.csv", [damaged[i] for i in some], [labels[i] for i in some])
     write(given.output / "partly.csv", partly)
     write(given.output / "tenth.csv", [row for row in partly if row[1]])
 
