@@ -321,7 +321,7 @@ def test_one_step_from_noise_to_two_points() -> None:
 def test_four_steps_end_nearer_than_plain_flow_matching_trained_as_long(
     task: str, drawn: str, times: float
 ) -> None:
-    """Distances are those beyond that of two real sets: z of new data, or of the prior, makes them lower by a factor."""
+    """Beyond the distance of two real sets, z of new data, or of the prior, makes it lower by a factor."""
     from latent_variable import TASKS
 
     measure, beta, steps = TASKS[task]
