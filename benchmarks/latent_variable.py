@@ -26,11 +26,45 @@ from latentflow.config import FlowConfig, LatentVariableConfig
 from latentflow.flow import integrate, time_grid
 from latentflow.models import Condition
 from latentflow.models.inputs import linear
-from latentflow.models.latent_variable import LatentEncoder
+from latentflow.models.latent_variable import SEEN, Posterior
 from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.latent_variable import LatentVariable
 
 Draw = Callable[[int, torch.Generator], Tensor]
+
+
+def hidden_layers(inputs: int, outputs: int) -> nn.Sequential:
+    """Make a perceptron of three hidden layers of 64 units."""
+    layers: list[nn.Module] = [nn.Linear(inputs, 64)]
+    for _ in range(2):
+        layers += [nn.SELU(), nn.Linear(64, 64)]
+    return nn.Sequential(*layers, nn.SELU(), nn.Linear(64, outputs))
+
+
+class PointEncoder(nn.Module):
+    """q(z | ...) of points (B, C, 1, 1): `LatentEncoder` for data that are no images, as large as the network.
+
+    A convolution of 3 x 3 sees such points through one of its nine weights, between zeros of its padding.
+    """
+
+    def __init__(self, kind: str, channels: int, dim: int) -> None:
+        super().__init__()
+        self.kind, self.dim = kind, dim
+        self.layers = hidden_layers(SEEN[kind] * channels + (kind == "path"), 2 * dim)
+        with torch.no_grad():  # variances of 1 at first
+            last = self.layers[-1]
+            last.weight[dim:] = 0.0
+            last.bias[dim:] = 0.0
+
+    def forward(
+        self, x1: Tensor, x0: Tensor | None = None, xt: Tensor | None = None, t: Tensor | None = None
+    ) -> Posterior:
+        seen = [x1.flatten(1)]
+        if self.kind == "path":
+            assert x0 is not None and xt is not None and t is not None
+            seen += [x0.flatten(1), xt.flatten(1), t.to(x1).expand(len(x1))[:, None]]
+        mean, log_variance = self.layers(torch.cat(seen, 1)).chunk(2, 1)
+        return Posterior(mean, log_variance.clamp(-10.0, 10.0))
 
 
 class Perceptron(nn.Module):
@@ -44,20 +78,16 @@ class Perceptron(nn.Module):
 
     def __init__(self, channels: int, kind: str | None = None, dim: int = 1) -> None:
         super().__init__()
-        self.first = nn.Linear(channels + 1, 64)
-        layers: list[nn.Module] = []
-        for _ in range(2):
-            layers += [nn.SELU(), nn.Linear(64, 64)]
-        self.rest = nn.Sequential(*layers, nn.SELU(), nn.Linear(64, channels))
+        self.layers = hidden_layers(channels + 1, channels)
         # last, and zero: the others start as they do without
-        self.z_encoder = LatentEncoder(kind, channels, dim, width=16) if kind else None
+        self.z_encoder = PointEncoder(kind, channels, dim) if kind else None
         self.z_embedder = linear(dim, 64, zero=True) if kind else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        h = self.first(torch.cat([x.flatten(1), t.to(x).expand(len(x))[:, None]], 1))
+        h = self.layers[0](torch.cat([x.flatten(1), t.to(x).expand(len(x))[:, None]], 1))
         if self.z_embedder is not None:
             h = h + self.z_embedder(condition.z)
-        return self.rest(h).view_as(x)
+        return self.layers[1:](h).view_as(x)
 
 
 def fit(
@@ -127,7 +157,7 @@ def sample(network: Perceptron, x0: Tensor, z: Tensor | None, steps: int) -> Ten
 
 @torch.no_grad()
 def mutual_information(
-    encoder: LatentEncoder, x0: Tensor, target: Draw, generator: torch.Generator, others: int = 32
+    encoder: PointEncoder, x0: Tensor, target: Draw, generator: torch.Generator, others: int = 32
 ) -> float:
     """Estimate I(z; x0) in nats at t = 0, of z that the encoder draws for x0 (N, C) and independent data.
 
@@ -239,7 +269,7 @@ def four_steps(
 #: name -> (figures of a seed and steps, beta, steps)
 TASKS: dict[str, tuple[Callable[..., dict[str, float]], float, int]] = {
     "two-points": (partial(one_step, first_beta=1.0), 0.002, 3000),
-    "eight-gaussians": (partial(four_steps, kind="image", source=None), 1.0, 1000),
+    "eight-gaussians": (partial(four_steps, kind="image", source=None), 0.3, 1000),
     "moons": (partial(four_steps, kind="path", source=moons), 4.0, 1000),
 }
 

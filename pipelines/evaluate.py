@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         varied = sampler.sample(captions, VARIATIONS, "variations of training images", like=varied)
         copied = figures.memorisation(varied, train, unseen.get("held_out"))
         measured["memorisation_of_variations"] = copied
-    if config.data == "shapes" and kind == "prompt":
+    if config.data == "shapes" and kind != "nothing":
         measured["shapes"] = figures.shapes(sampler, generated, captions, beside)
     if config.data == "shapes" and control.draws_layouts_of_shapes(model, kind):
         measured["layouts"] = control.layouts(sampler, config.n)

@@ -92,7 +92,7 @@ def _more(report: dict[str, Any]) -> Iterator[str]:
         text = f"{_share(attributes['right'])} are nearest to the real image with their attribute "
         yield _figure("attributes", f"{text}(by chance: {attributes['chance']:.1%})")
     for name, right in report.get("shapes", {}).items():
-        yield _figure(f"shapes, {name.replace('_', ' ')}", f"{_share(right)} show what the caption says")
+        yield _figure(f"shapes, {name.replace('_', ' ')}", f"{_share(right)} show what they should")
 
 
 def _layouts(report: dict[str, Any]) -> Iterator[str]:

@@ -67,6 +67,9 @@ class LatentEncoder(nn.Module):
         self.hidden = linear(wide * _GRID**2, wide)
         self.t_embedder = TimeEmbed(wide, 1000.0) if kind == "path" else None
         self.proj_out = linear(wide, 2 * dim)
+        # PyTorch's own weights would leave means that hardly differ between images: z would start as noise alone.
+        for layer in (self.conv_in, *self.down):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         with torch.no_grad():  # variances of 1 at first
             self.proj_out.weight[dim:] = 0.0
 

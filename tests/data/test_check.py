@@ -103,6 +103,27 @@ def test_a_problem_and_its_remedy_are_one_readable_line(tmp_path: Path) -> None:
     assert "\\n" not in problem and "b.png. Add them, or choose --missing-caption" in problem
 
 
+def test_an_image_without_a_class_or_caption_contradicts_none(tmp_path: Path) -> None:
+    for file, seed in {"near": 0, "hat": 1, "bag": 2, "hat two": 3}.items():
+        make_image(seed).save(tmp_path / f"{file}.png")
+    make_image(0).resize((48, 48)).save(tmp_path / "near copy.png")
+    make_image(1).save(tmp_path / "hat copy.png")
+    make_image(2).save(tmp_path / "bag copy.png")
+    table = tmp_path / "table.csv"
+    table.write_text(
+        "image,label\nnear.png,\nnear copy.png,hat\nhat.png,hat\nhat copy.png,\nbag.png,bag\nbag copy.png,hat\n"
+        "hat two.png,hat\n"
+    )
+    report, _ = check_data(str(table), condition="class", missing_caption="empty")
+    said = [line for line in report.warnings if "different" in line]
+    assert said == ["equal files with different captions or classes: bag copy.png = bag.png"]
+    table.write_text(table.read_text().replace("near.png,\n", "near.png,bag\n"))
+    report, _ = check_data(str(table), condition="class", missing_caption="empty")
+    assert any(
+        line == "near duplicates in different classes: near copy.png = near.png" for line in report.warnings
+    )
+
+
 # --- the page and the suggestion ---
 
 

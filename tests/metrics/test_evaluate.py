@@ -521,6 +521,18 @@ def test_the_procedural_set_is_checked_exactly() -> None:
     assert {name: right["count"] for name, right in found.items()} == {"train": 3, "held_out": 4, "real": 4}
 
 
+def test_the_procedural_set_by_class_is_checked_by_colour_and_shape() -> None:
+    source = shapes.train_source("class").subset([*range(0, 2400, 101)])
+    images = torch.stack([to_tensor(example.open()) for example in source.examples])
+    names = [example.label or "" for example in source.examples]
+    swapped = [names[-1], *names[1:]]
+    real = ImageSet(images=images, captions=names)
+    found = figures.shapes(SimpleNamespace(seed=0), images, swapped, real)  # type: ignore[arg-type]
+    assert {name: right["count"] for name, right in found.items()} == {"train": 23, "real": 24}
+    two = to_tensor(shapes.render(shapes.parse("a red circle left of a blue square"), 64)[0])
+    assert shapes.problem(two, "red circle") == "2 objects instead of 1"
+
+
 def test_counterparts_that_are_one_image_are_left_out() -> None:
     levels = torch.tensor([-0.5, 0.5, 0.1, 0.1])[:, None, None, None]
     names = ["light hat", "dark hat", "light shoe", "dark shoe"]

@@ -48,6 +48,15 @@ def test_an_encoder_takes_latents_of_any_size(kind: str) -> None:
             assert not torch.equal(encoder(*other).mean, q.mean)
 
 
+@pytest.mark.parametrize("side", [4, 8, 32])
+def test_z_tells_images_apart_from_the_first_step_on(side: int) -> None:
+    torch.manual_seed(0)
+    encoder = LatentEncoder("image", 8, 4)
+    smooth = torch.nn.functional.interpolate(torch.randn(200, 8, 2, 2), size=side)
+    apart = encoder(smooth).mean.std(0).mean()
+    assert 0.1 < apart < 1.0  # of the noise's 1: with PyTorch's own weights about 0.01
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("settings", [{}, FULL])
 def test_an_extended_network_is_the_same_to_the_last_bit(name: str, settings: dict[str, int]) -> None:

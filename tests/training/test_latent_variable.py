@@ -312,3 +312,18 @@ def test_one_step_from_noise_to_two_points() -> None:
     found = measure(seed=0, steps=steps, beta=beta)
     assert found["plain"] == pytest.approx(1.0, abs=0.1)
     assert found["w2"] < 0.3, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "drawn", "times"), [("eight-gaussians", "component", 3.0), ("moons", "prior", 1.5)]
+)
+def test_four_steps_end_nearer_than_plain_flow_matching_trained_as_long(
+    task: str, drawn: str, times: float
+) -> None:
+    """Beyond the distance of two real sets, z of new data, or of the prior, makes it lower by a factor."""
+    from latent_variable import TASKS
+
+    measure, beta, steps = TASKS[task]
+    found = measure(seed=0, steps=steps, beta=beta)
+    assert times * found[drawn] < found["plain"], found

@@ -324,13 +324,17 @@ def _is_misnamed(name: str, format: str) -> bool:
     return bool(format and named) and named != format and {named, format} != {"JPEG", "MPO"}
 
 
+def _contradict(annotations: Iterable[tuple[str | None, ...]]) -> bool:
+    """Return whether images are annotated differently; one that has no caption, or no class, contradicts none."""
+    return any(len({*column} - {None, ""}) > 1 for column in zip(*annotations, strict=True))
+
+
 def _warnings(report: Report, examples: Sequence[Example], infos: Mapping[str, ImageInfo]) -> Iterator[str]:
     """Write what is worth knowing about readable images, and would not break a run."""
     texts = {example.name: (composed(example.text or ""), example.label) for example in examples}
-    labels = {example.name: example.label for example in examples}
     if duplicates := report.duplicates:
         yield f"{plural(len(duplicates), 'group')} of equal files: {list_groups(duplicates)}"
-        if clash := [names for names in duplicates if len({texts[name] for name in names}) > 1]:
+        if clash := [names for names in duplicates if _contradict(texts[name] for name in names)]:
             yield f"equal files with different captions or classes: {list_groups(clash)}"
     if report.images < FEW:
         yield (
@@ -344,7 +348,7 @@ def _warnings(report: Report, examples: Sequence[Example], infos: Mapping[str, I
             f"{plural(len(near), 'group')} of near duplicates, {sum(map(len, near))} images in all; a group is trained "
             f"on or held out as a whole: {list_groups(near)}"
         )
-        if clash := [names for names in near if len({labels[name] for name in names}) > 1]:
+        if clash := [names for names in near if _contradict((texts[name][1],) for name in names)]:
             yield f"near duplicates in different classes: {list_groups(clash)}"
     if missing := report.caption_facts.missing:
         yield f"{plural(len(missing), 'image')} without a caption: {few(missing)}"
