@@ -6,9 +6,9 @@
     python benchmarks/labels.py data/shapes/wrong.csv --audit audit.json
 
 Writes tables of the same images: `all.csv` with all labels, `wrong.csv` with 5 % of them replaced by another class,
-`some.csv` with 600 rows of that, drawn at random, `partly.csv` with a tenth of the labels of each class, and
-`tenth.csv` with these images alone. Of `shapes`, whose classes are "red circle" and the like, the images are written
-as well, and `test.csv`: 480 others, two of every caption of one object, also of the captions that are held out.
+`some.csv` with 600 rows of that (all wrong ones and others at random), `partly.csv` with a tenth of the labels of each
+class, and `tenth.csv` with these images alone. Of `shapes`, whose classes are "red circle" and the like, the images are
+written as well, and `test.csv`: 480 others, two of every caption of one object, also of those that are held out.
 """
 
 from __future__ import annotations
@@ -91,7 +91,6 @@ def score(table: Path, report: Path) -> None:
     wrong = [rows[doubt["image"]]["label"] != rows[doubt["image"]]["true_label"] for doubt in doubts]
     found = [-doubt["log_ratio"] for doubt in doubts]
     split = {flag: [x for x, bad in zip(found, wrong, strict=True) if bad == flag] for flag in (True, False)}
-    first = sum(wrong[: sum(wrong)]) / sum(wrong)
     named = [
         doubt["rather"] == rows[doubt["image"]]["true_label"]
         for doubt, bad in zip(doubts, wrong, strict=True)
@@ -99,8 +98,7 @@ def score(table: Path, report: Path) -> None:
     ]
     print(
         f"{sum(wrong)} of {len(wrong):,} labels are wrong: AUROC {auroc(split[True], split[False]):.3f}; "
-        f"of the {sum(wrong)} most doubtful {first:.1%} are wrong; {len(named)} are likelier with another "
-        f"label, {sum(named)} of them with the true one"
+        f"{len(named)} of the wrong ones are likelier with another label, {sum(named)} with the true one"
     )
 
 
@@ -127,7 +125,10 @@ def main() -> None:
     write(given.output / "all.csv", rows)
     damaged = damage(rows, given.seed)
     write(given.output / "wrong.csv", damaged, labels)
-    some = random.Random(given.seed).sample(range(len(rows)), min(SOME, len(rows)))
+    draw = random.Random(f"{given.seed} some")
+    wrong = [i for i, (_, label) in enumerate(damaged) if label != labels[i]]
+    right = draw.sample(sorted({*range(len(rows))} - {*wrong}), max(0, min(SOME, len(rows)) - len(wrong)))
+    some = sorted([*wrong, *right])
     write(given.output / "some.csv", [damaged[i] for i in some], [labels[i] for i in some])
     write(given.output / "partly.csv", partly)
     write(given.output / "tenth.csv", [row for row in partly if row[1]])

@@ -52,7 +52,7 @@ class ClassifyConfig:
     halving: bool = True
     """Drop the worse half of the classes in each round, so that many classes cost little more than few; not of the
     method likelihood."""
-    weighting: str = "likelihood"
+    weighting: str = "flow-matching"
     """Weighting of the noise levels, as of `latentflow train --weighting`. likelihood: that of densities."""
     calibrate: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
     """Folder of labelled images that the checkpoint was not trained on: the probabilities are adjusted to be right on
@@ -75,7 +75,7 @@ class ClassifyConfig:
             raise UserError(
                 f"--evaluations is {self.evaluations}", "Give an even number: noises come in pairs."
             )
-        if self.method == "likelihood" and self.weighting != "likelihood":
+        if self.method == "likelihood" and self.weighting not in (ClassifyConfig.weighting, "likelihood"):
             raise UserError(
                 f"--weighting {self.weighting} with --method likelihood, whose densities have none",
                 "Leave it out, or compare errors: --method flow-matching.",
@@ -148,9 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratios, _ = classifier.compare(classifier.images(source, background), rows)
     probabilities = torch.softmax(ratios / temperature, 1)
     order = probabilities.argsort(1, descending=True)
+    weighting = "likelihood" if config.method == "likelihood" else config.weighting
     result: dict[str, Any] = {
         "checkpoint": config.checkpoint, "data": source.name, "classes": names, "method": config.method,
-        "evaluations": config.evaluations, "weighting": config.weighting, "seed": config.seed,
+        "evaluations": config.evaluations, "weighting": weighting, "seed": config.seed,
         "temperature": temperature,
     }  # fmt: skip
     if calibrated is not None:

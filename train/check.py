@@ -149,10 +149,10 @@ def doubt_lines(doubts: Sequence[Doubt], most: int = 10) -> list[str]:
     """Return lines on the most doubtful labels, and on the images that are least like the others."""
     wrong, far = likely_wrong(doubts), least_like(doubts)[:most]
     lines = [
-        f"\n{len(wrong)} of {len(doubts):,} images are likelier with another label, the most doubtful first:"
+        f"\n{len(wrong)} of {len(doubts):,} images are likelier with another label (whose loss is lower by so much):"
     ]
     lines += [
-        f"  {doubt.image}: {doubt.label}; rather {doubt.rather} ({-doubt.log_ratio:.3g} nats)"
+        f"  {doubt.image}: {doubt.label}; rather {doubt.rather} (by {-doubt.log_ratio:.3g})"
         for doubt in wrong[:most]
     ]
     lines.append("least like the others (standard deviations of the loss above the mean):")
@@ -179,7 +179,7 @@ def add_doubts(page: Page, doubts: Sequence[Doubt], source: Source) -> None:
         doubt_sheet(doubts, source), "The most doubtful first: label > the one that fits better", "webp"
     )
     page.details(f"Likelier with another label: {len(wrong)}").table(
-        ["image", "label", "rather", "nats"],
+        ["image", "label", "rather", "difference of the losses"],
         [[*map(one_line, doubt[:3]), f"{-doubt.log_ratio:.3g}"] for doubt in wrong[:80]],
     )
     page.details("Least like the others").table(

@@ -51,13 +51,35 @@ def test_ratios_are_those_of_the_densities(
 ) -> None:
     model, real = class_pipe.model, (images(5) * 255).round().to(torch.uint8)
     rows = model.encode_class(KINDS)
-    classifier = Classifier(model=model, evaluations=256, method=method, halving=False, seed=3)
+    settings: Any = {"evaluations": 256, "method": method, "halving": False, "seed": 3}
+    classifier = Classifier(model=model, weighting="likelihood", **settings)
     ratios, losses = classifier.compare(real, rows)
     truth = exact(model, model.encode(pixels_to_images(real)))
     torch.testing.assert_close(ratios, truth, rtol=0.02, atol=0.1)
     torch.testing.assert_close(losses.amin(1, keepdim=True) - losses, truth, rtol=0.02, atol=0.1)
     each, _ = classifier.compare(real, lambda number: rows)
     torch.testing.assert_close(each, ratios, rtol=1e-3, atol=1e-2)
+
+
+@torch.no_grad()
+def test_errors_near_the_data_do_not_decide(class_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trained network errs there most, in units of the noise, which the weighting of likelihoods counts in full."""
+    model = class_pipe.model
+    latents = model.network.means[0][None, :, None, None] + 0.5 * torch.randn(
+        6, 2, 4, 4, generator=torch.Generator().manual_seed(0)
+    )
+    forward = type(model.network).forward
+
+    def with_an_error(self: Any, x: Tensor, t: Any, cond: Any = None) -> Tensor:
+        wrong = (torch.as_tensor(t) > 0.9).expand(len(x)) & (cond.class_labels == 0)
+        return forward(self, x, t, cond) + 2.5 * wrong[:, None, None, None]
+
+    monkeypatch.setattr(type(model.network), "forward", with_an_error)
+    monkeypatch.setattr(type(model), "encode", lambda _, images: latents)
+    for settings, right in (({}, 6), ({"weighting": "likelihood"}, 0)):
+        classifier = Classifier(model=model, **settings)  # type: ignore[arg-type]
+        ratios, _ = classifier.compare(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), model.encode_class(KINDS))
+        assert int((ratios.argmax(1) == 0).sum()) == right
 
 
 @torch.no_grad()
