@@ -5,10 +5,11 @@
 
 TEST is a folder of images by class that no checkpoint was trained on; NAME=RUN@SCALE is a run and its guidance scale,
 and RUN@autoencoder what its autoencoder alone makes of real images. Of 2n real images in the data's proportions n are
-the reference, and n stand beside the n images of each checkpoint. Of each: Frechet distance and kernel distance to the
-reference in the space `efficientnet-lite0`, the share of images whose 5 nearest reference images are mostly of the
-class that was asked for, and the loss on unseen images as `latentflow evaluate` has it. The results are files in the
-folder -o, and what is there is not computed again; sheet.png has a row for each, the first image of every class.
+the reference, and n stand beside the n images of each checkpoint. Of each: Frechet distance and kernel distance (times
+10^4) to the reference in the space `efficientnet-lite0`, the share of images whose 5 nearest reference images are
+mostly of the class that was asked for, and the loss on unseen images as `latentflow evaluate` has it (of an
+autoencoder the PSNR). The results are files in the folder -o, and what is there is not computed again; sheet.png has a
+row for each, the first image of every class.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ def main() -> None:
         make_grid(torch.cat(sheet) / 2 + 0.5, nrow=len(sheet[0]), pad_value=1.0), asked.output / "sheet.png"
     )
     for name, row in rows.items():
-        print(f"| {name} | {row['frechet']:.4f} | {row['kernel']:.4f} +- {row['kernel_error']:.4f} "
-              f"| {row['class_accuracy']:.1%} | {row.get('loss', '')} |")  # fmt: skip
+        loss = row.get("loss", {}).get("value", row.get("psnr", ""))
+        kernel = f"{1e4 * row['kernel']:.1f} +- {1e4 * row['kernel_error']:.1f}"
+        print(f"| {name} | {row['frechet']:.3f} | {kernel} | {row['class_accuracy']:.0%} | {loss} |")
 
 
 def real_images(model: Any, test: str, folder: Path, n: int) -> tuple[ImageSet, Tensor, Tensor, list[str]]:
