@@ -296,7 +296,7 @@ def test_a_trained_adapter_opens_on_the_base(name: str, tmp_path: Path) -> None:
         images = half_hidden(side, 8)[0] * 0.1 + 0.5
         batch = {
             **in_batch(model.encode_prompt([f"a red apple {number}" for number in range(8)])),
-            "latents": model.encode(images),
+            "latents": model.encode(images).contiguous(),  # as in a cache
             "control": model.encode(-images),
             "pixels": ((images + 1) * 127.5).round().to(torch.uint8),
             "sample_ids": [*range(8)],
