@@ -63,7 +63,7 @@ def main() -> None:
             torch.save(one_of_each(images, real[0].captions), file.with_suffix(".pt"))
             file.write_text(json.dumps({"run": run} | figures, indent=1))
         rows[f"{name} {scale}"] = json.loads(file.read_text())
-        sheet.append(torch.load(file.with_suffix(".pt")))
+        sheet.append(torch.load(file.with_suffix(".pt"), weights_only=True))
         print(name, scale, rows[f"{name} {scale}"], flush=True)
     save_image(
         make_grid(torch.cat(sheet) / 2 + 0.5, nrow=len(sheet[0]), pad_value=1.0), asked.output / "sheet.png"
@@ -82,7 +82,7 @@ def real_images(model: Any, test: str, folder: Path, n: int) -> tuple[ImageSet, 
     file = folder / f"real-{n}.pt"
     if not file.exists():
         torch.save(metrics.features(images.images, SPACE), file)
-    found = torch.load(file)
+    found = torch.load(file, weights_only=True)
     return images.rows([*range(n)]), found[:n], found[n:], images.captions[n:]
 
 

@@ -86,7 +86,7 @@ def _split(layer: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         cells = x.unflatten(-1, (layer.cells, -1)).split([count // layer.cells for count in channels], -1)
         parts = tuple(part.flatten(-2) for part in cells)
     layer.added_features = [added(part) for added, part in zip(inputs, parts[1:], strict=True)]
-    return (parts[0].contiguous(),)  # a convolution may round strided channels otherwise
+    return (parts[0],)
 
 
 def _join(layer: Any, arguments: tuple[Tensor, ...], features: Tensor) -> Tensor:
