@@ -126,7 +126,7 @@ def fit(
         # It does not rise: while it is high q is wide, and the network learns where one answer ends and another begins,
         # of which it hears little later.
         risen = beta * ((first_beta or beta) / beta) ** max(0.0, 1.0 - 1.5 * done) if beta else 0.0
-        latent = LatentVariableConfig(latent_variable_beta=risen, latent_variable_warmup=0.0)
+        latent = LatentVariableConfig(latent_variable_beta=risen, latent_variable_warmup_steps=0)
         loss.latent_variable = LatentVariable(latent)
         batch_of = {
             "latents": target(batch, generator)[:, :, None, None],

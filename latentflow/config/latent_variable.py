@@ -27,9 +27,9 @@ class LatentVariableConfig:
     """Weight of its KL divergence from a standard normal distribution, in nats, beside the mean squared error of an
     element of the latents. Less lets it tell more; but what it tells must be likely under its prior, from which it is
     drawn when images are generated."""
-    latent_variable_warmup: float = 0.1
-    """Share of the run over which that weight rises from 0; none where --init-from has a latent variable, which has
-    learnt under it."""
+    latent_variable_warmup_steps: int = 500
+    """Steps in which that weight rises from 0; none where --init-from has a latent variable, which has learnt under
+    it."""
 
     def __post_init__(self) -> None:
         if self.latent_variable_dim is not None and not 1 <= self.latent_variable_dim <= 4096:
@@ -41,10 +41,10 @@ class LatentVariableConfig:
                 f"--latent-variable-beta is {self.latent_variable_beta}",
                 "It must be finite, and not negative.",
             )
-        if not 0.0 <= self.latent_variable_warmup <= 1.0:
+        if self.latent_variable_warmup_steps < 0:
             raise UserError(
-                f"--latent-variable-warmup is {self.latent_variable_warmup}",
-                "Use a share of the run, 0 to 1.",
+                f"--latent-variable-warmup-steps is {self.latent_variable_warmup_steps}",
+                "Use a number of steps, or 0.",
             )
 
     def network(self, known: tuple[str | None, int | None] = (None, None)) -> dict[str, Any]:
@@ -69,10 +69,10 @@ class LatentVariableConfig:
                 raise UserError(
                     f"--latent-variable{name} {asked}, and that of the checkpoint is {has}", "Leave it out."
                 )
-        if self.latent_variable_warmup not in (0.0, LatentVariableConfig.latent_variable_warmup):
+        if self.latent_variable_warmup_steps not in (0, LatentVariableConfig.latent_variable_warmup_steps):
             raise UserError(
-                f"--latent-variable-warmup {self.latent_variable_warmup}, and the checkpoint has a latent variable, "
-                "which has learnt under its full weight",
+                f"--latent-variable-warmup-steps {self.latent_variable_warmup_steps}, and the checkpoint has a latent "
+                "variable, which has learnt under its full weight",
                 "Leave it out.",
             )
         return {"latent_variable": known[0], "latent_variable_dim": known[1]}

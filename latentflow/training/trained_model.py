@@ -199,7 +199,7 @@ def build(
         samples=samples,
         samples_per_step=batch,
         random_numbers=loop.random_numbers,
-        latent_variable=LatentVariable(config.latent_variable, samples, learnt=learnt),
+        latent_variable=LatentVariable(config.latent_variable, samples, batch, learnt=learnt),
         **of_codes,
         **recipe.loss_options,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,17 @@ def network(kind: str = "path", **settings: Any) -> DiT:
 
 
 def test_the_cost_rises_with_the_run_to_beta_times_the_rate() -> None:
-    latent = LatentVariable(LatentVariableConfig(latent_variable_beta=0.5, latent_variable_warmup=0.2), 1000)
+    config = LatentVariableConfig(latent_variable_beta=0.5, latent_variable_warmup_steps=20)
     rate = torch.tensor([2.0, 2.0, 2.0, 4.0])
-    assert latent.cost(rate, [0, 50, 200, 999]).tolist() == [0.0, 0.25, 1.0, 2.0]
-    constant = LatentVariable(
-        LatentVariableConfig(latent_variable_beta=0.5, latent_variable_warmup=0.0), 1000
-    )
+    for samples in (1000, 100_000):  # a run that goes on for longer costs the same
+        latent = LatentVariable(config, samples, 10)
+        assert latent.cost(rate, [0, 50, 200, 999]).tolist() == [0.0, 0.25, 1.0, 2.0]
+    constant = LatentVariable(replace(config, latent_variable_warmup_steps=0), 1000, 10)
     assert constant.cost(rate, [0, 50, 200, 999]).tolist() == [1.0, 1.0, 1.0, 2.0]
 
 
 def test_a_row_depends_on_its_id_alone_and_the_loss_has_its_cost() -> None:
-    config = LatentVariableConfig(latent_variable_beta=0.7)
+    config = LatentVariableConfig(latent_variable_beta=0.7, latent_variable_warmup_steps=0)
     loss = FlowLoss(network(), FlowConfig(), 0, latent_variable=LatentVariable(config)).train()
     whole, part = loss(batch()), loss({name: value[2:5] for name, value in batch().items()})
     torch.testing.assert_close(whole["per_sample"][2:5], part["per_sample"])
@@ -254,8 +255,8 @@ def test_a_base_is_extended_and_keeps_its_own(run: Path) -> None:
     own = ["--init-from", run / "run" / "pipeline", "-o", run / "other"]
     said = call(run / "cache", *tune, *own, "--latent-variable-dim", 5, expect=2)
     assert "--latent-variable-dim 5, and that of the checkpoint is 3" in said
-    said = call(run / "cache", *tune, *own, "--latent-variable-warmup", 0.5, expect=2)
-    assert "--latent-variable-warmup 0.5, and the checkpoint has a latent variable" in " ".join(said.split())
+    said = call(run / "cache", *tune, *own, "--latent-variable-warmup-steps", 5, expect=2)
+    assert "--latent-variable-warmup-steps 5, and the checkpoint has a latent variable" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,10 @@ def test_the_weight_of_one_that_has_learnt_does_not_rise_again(
         (["--latent-variable-beta", 1], "settings of a latent variable, and neither"),
         (["--latent-variable", "image", "--latent-variable-beta", -1], "--latent-variable-beta is -1"),
         (["--latent-variable", "image", "--latent-variable-dim", 0], "--latent-variable-dim is 0"),
-        (["--latent-variable", "path", "--latent-variable-warmup", 2], "--latent-variable-warmup is 2"),
+        (
+            ["--latent-variable", "path", "--latent-variable-warmup-steps", -1],
+            "--latent-variable-warmup-steps is -1",
+        ),
         (
             ["--latent-variable", "path", "--tokens", "--autoencoder-class", "vq"],
             "--latent-variable with --tokens",

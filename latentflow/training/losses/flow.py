@@ -71,7 +71,9 @@ class FlowLoss(ConditionedLoss):
         )
         self.config = config
         self.samples, self.samples_per_step = samples, samples_per_step
-        self.latent_variable = latent_variable or LatentVariable(LatentVariableConfig(), samples)
+        self.latent_variable = latent_variable or LatentVariable(
+            LatentVariableConfig(), samples, samples_per_step
+        )
         self.choices = choices = config.choices()
         self.path, self.coupling = choices.path, choices.coupling
         self.density: Callable[[dict[str, Any]], Density] = lambda batch: choices.density

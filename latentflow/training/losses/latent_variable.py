@@ -24,16 +24,23 @@ class LatentVariable:
     Samaddar et al. 2025 (arXiv:2505.04486), eq. 10; Guo & Schwing 2025 (arXiv:2502.09616), eq. 10.
 
     Args:
-        config: beta, and the share of the run over which it rises.
-        samples: of the whole run; None: it does not rise.
-        learnt: nor does it in a run that begins with a latent variable that has learnt under it.
+        config: beta, and the steps in which it rises.
+        samples: of the whole run; None: not known, and nothing is said of a collapse.
+        samples_per_step: over all processes.
+        learnt: beta does not rise in a run that begins with a latent variable that has learnt under it.
     """
 
     def __init__(
-        self, config: LatentVariableConfig, samples: int | None = None, *, learnt: bool = False
+        self,
+        config: LatentVariableConfig,
+        samples: int | None = None,
+        samples_per_step: int = 1,
+        *,
+        learnt: bool = False,
     ) -> None:
         self._beta, self._samples = config.latent_variable_beta, samples or 0
-        self._rising = 0.0 if learnt else config.latent_variable_warmup * self._samples
+        # In steps, not a share of the run: beta does not fall where a run goes on for longer than it was meant to.
+        self._rising = 0 if learnt else config.latent_variable_warmup_steps * samples_per_step
         self._warned = False
 
     def infer(
