@@ -268,7 +268,7 @@ def four_steps(
 
 #: name -> (figures of a seed and steps, beta, steps)
 TASKS: dict[str, tuple[Callable[..., dict[str, float]], float, int]] = {
-    "two-points": (partial(one_step, first_beta=1.0), 0.002, 3000),
+    "two-points": (partial(one_step, first_beta=1.0), 0.002, 20_000),
     "eight-gaussians": (partial(four_steps, kind="image", source=None), 0.3, 1000),
     "moons": (partial(four_steps, kind="path", source=moons), 4.0, 1000),
 }

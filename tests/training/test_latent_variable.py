@@ -256,7 +256,9 @@ def test_a_base_is_extended_and_keeps_its_own(run: Path) -> None:
     said = call(run / "cache", *tune, *own, "--latent-variable-dim", 5, expect=2)
     assert "--latent-variable-dim 5, and that of the checkpoint is 3" in said
     said = call(run / "cache", *tune, *own, "--latent-variable-warmup-steps", 5, expect=2)
-    assert "--latent-variable-warmup-steps 5, and the checkpoint has a latent variable" in " ".join(said.split())
+    assert "--latent-variable-warmup-steps 5, and the checkpoint has a latent variable" in " ".join(
+        said.split()
+    )
 
 
 @pytest.mark.parametrize(

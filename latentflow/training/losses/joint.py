@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...autoencoder import Autoencoder, denormalise, latent_channels, normalise
-from ...autoencoder.latents import normalised_posterior
+from ...autoencoder import Autoencoder, denormalise
+from ...autoencoder.latents import posterior
 from ...config import AutoencoderConfig, JointConfig
 from ...errors import UserError
 from ...flow import Path, flow_matching_loss, loss_factor
@@ -43,21 +43,91 @@ _EPS, _MOMENTUM = 1e-4, 0.1  # of the batch norm, as in REPA-E
 
 @dataclass(frozen=True)
 class RateTimes:
-    """Times at which a rate is estimated: the density of their log-SNR is even from 0 to ``last``, and falls as
-    e^lambda below, as the integral of the rate does."""
+    """Times at which a rate is estimated: the density of their log-SNR is even from 0 to ``last``, a scalar, and falls
+    as e^lambda below, as the integral of the rate does."""
 
     path: Path
-    last: float
+    last: Tensor
 
     def quantile(self, u: Tensor) -> Tensor:
         """Return the times (B,) of uniform numbers u."""
-        place = (1 + self.last) * u
+        place = self._mass.to(u) * u
         return self.path.inverse_log_snr(torch.where(place < 1, place.log(), place - 1))
 
     def slope(self, u: Tensor) -> Tensor:
         """Return dt/du (B,)."""
-        of_log_snr = (1 + self.last) / ((1 + self.last) * u).clamp(max=1)
-        return of_log_snr / self.path.d_log_snr(self.quantile(u))
+        mass = self._mass.to(u)
+        return mass / (mass * u).clamp(max=1) / self.path.d_log_snr(self.quantile(u))
+
+    @property
+    def _mass(self) -> Tensor:
+        return self.last.clamp(max=0).exp() + self.last.clamp(min=0)
+
+
+class ChannelNorm(nn.BatchNorm2d):
+    """A batch norm of raw latents without weights, as in REPA-E."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, _EPS, _MOMENTUM, affine=False)
+
+    @property
+    def deviation(self) -> Tensor:
+        """Return what latents are divided by when images are generated, (1, C, 1, 1)."""
+        return (self.running_var + _EPS).sqrt().view(1, -1, 1, 1)
+
+
+class SpreadNorm(nn.Module):
+    """Latents as the network sees them: without the mean of each channel, over one deviation for all of them.
+
+    What shapes the latents also decides their spread, which may be far from the one for which the noise levels of a
+    flow and its samplers are made. So the network gets them in other units, by moving averages, which are constants to
+    the gradient: with its noise in the same units the rate is the same.
+
+    Args:
+        units: (C,) deviations of the raw latents of each channel in which ``spread`` is measured.
+
+    Attributes:
+        running_mean: (C,) of the raw latents.
+        running_var: (C,) ``units`` times ``spread``, squared.
+    """
+
+    units: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, units: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("units", units.clone(), persistent=False)
+        self.register_buffer("running_mean", torch.zeros_like(units))
+        self.register_buffer("running_var", torch.zeros_like(units))
+
+    def forward(self, raw: Tensor) -> Tensor:
+        if self.training:
+            self._measure(raw.detach())
+        return (raw - self.running_mean.view(1, -1, 1, 1)) / self.deviation
+
+    @property
+    def deviation(self) -> Tensor:
+        """Return what latents are divided by, (1, C, 1, 1)."""
+        return (self.running_var + _EPS).sqrt().view(1, -1, 1, 1)
+
+    @property
+    def spread(self) -> Tensor:
+        """Return the deviation of all elements in ``units``, a scalar."""
+        return ((self.running_var + _EPS) / self.units.square()).mean().sqrt()
+
+    @torch.no_grad()
+    def _measure(self, raw: Tensor) -> None:
+        begun = self.running_var > 0
+        mean = raw.mean((0, 2, 3))
+        mean = torch.where(begun, self.running_mean.lerp(mean, _MOMENTUM), mean)
+        apart = (raw - mean.view(1, -1, 1, 1)) / self.units.view(1, -1, 1, 1)
+        variance = apart.square().mean() * self.units.square()
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(torch.where(begun, self.running_var.lerp(variance, _MOMENTUM), variance))
 
 
 class JointFlowLoss(AlignedFlowLoss):
@@ -72,8 +142,7 @@ class JointFlowLoss(AlignedFlowLoss):
         """Take the latents from this loss, which is called before this one in each step; of LSGM the times as well."""
         self._autoencoder = (autoencoder,)  # in a tuple: not a submodule
         if autoencoder.joint.joint == "lsgm":
-            times = RateTimes(self.path, autoencoder.joint.log_snr)
-            self.density = lambda batch: times
+            self.density = lambda batch: RateTimes(self.path, autoencoder.last)
             self.choices = self.choices._replace(weighting=Likelihood())
         self._features: dict[str, Tensor] = {}  # of the vision model, for the images of the step
 
@@ -81,7 +150,7 @@ class JointFlowLoss(AlignedFlowLoss):
         result = super().forward(batch | self._autoencoder[0].as_latents(batch) | self._features)
         return result | {"flow": result["loss"].detach()}
 
-    def rate(self, latents: Tensor, batch: dict[str, Any], random: SampleRandom, last: float) -> Tensor:
+    def rate(self, latents: Tensor, batch: dict[str, Any], random: SampleRandom, last: Tensor) -> Tensor:
         """Return the information (B,) in nats of latents (B, C, h, w) with noise of a log-SNR of ``last``.
 
         It is the KL divergence of the noised latent from the flow's distribution, or more: 1/2 int E |noise - predicted
@@ -123,8 +192,8 @@ class JointAutoencoderLoss(AutoencoderLoss):
     """`AutoencoderLoss`, and what shapes the latents for the flow: ``rate`` or ``encoder_alignment``.
 
     Args:
-        vae: with statistics in its config, which normalise its latents; in the mode alignment a batch norm does, and
-            `keep_statistics` copies its own there.
+        vae: with statistics in its config, the units of the noise of its latents. The network sees these through a
+            `SpreadNorm`, in the mode alignment a batch norm, whose statistics `keep_statistics` writes there.
         config: the autoencoder's settings; ``autoencoder_batch_size`` is that of the run.
         joint: which term, and its weight.
         flow: the flow's loss.
@@ -133,6 +202,7 @@ class JointAutoencoderLoss(AutoencoderLoss):
 
     Attributes:
         joint: which term, and its weight.
+        norm: of the raw latents.
         spread: standard deviation of the raw latents over the images, the mean over their elements: a moving average.
         first_spread: that of the first batch.
     """
@@ -153,9 +223,11 @@ class JointAutoencoderLoss(AutoencoderLoss):
         # Another key than the flow's, which draws other numbers for the same samples.
         super().__init__(vae, config, seed ^ 0x4A4F494E, discriminator, random_numbers)
         self.joint, self._flow = joint, (flow,)  # in a tuple: not a submodule
-        self.norm: nn.BatchNorm2d | None = None
+        channels = int(vae.config["latent_channels"])  # both classes have it
+        raw = denormalise(vae, torch.stack([torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)]))
+        self.norm: ChannelNorm | SpreadNorm = SpreadNorm((raw[1] - raw[0]).flatten())
         if joint.joint == "alignment":
-            self.norm = nn.BatchNorm2d(latent_channels(vae), _EPS, _MOMENTUM, affine=False)
+            self.norm = ChannelNorm(channels)
         self._encoded: tuple[Tensor, Tensor | None, SampleRandom]  # of the step: latents, their deviation
         self.register_buffer("spread", torch.zeros(()))
         self.register_buffer("first_spread", torch.zeros(()))
@@ -174,16 +246,16 @@ class JointAutoencoderLoss(AutoencoderLoss):
         """Return the weighted term that shapes the latents, and it by its name, a scalar.
 
         Args:
-            latents: (B, C, h, w), normalised. std: of their posterior; None: deterministic.
+            latents: (B, C, h, w), of `norm`. std: of their posterior; None: deterministic.
         """
         flow = self._flow[0]
         with frozen(flow):
-            if self.norm is not None:
+            if isinstance(self.norm, ChannelNorm):
                 distance = weighted_mean(flow.encoder_alignment(latents, batch, random), batch)
                 return self.joint.weight * distance, {"encoder_alignment": distance.detach()}
-            rate = flow.rate(latents, batch, random, self.joint.log_snr)
+            rate = flow.rate(latents, batch, random, self.last)
         if std is not None:  # the entropy that the posterior has beyond that of the noise alone
-            rate = rate - 0.5 * (std / self._noise).square().log1p().flatten(1).sum(1)
+            rate = rate - 0.5 * (std * self.norm.spread / self._noise).square().log1p().flatten(1).sum(1)
         information = weighted_mean(rate, batch) / batch["images"][0].numel()
         return self.joint.weight * information, {"rate": information.detach()}
 
@@ -193,15 +265,13 @@ class JointAutoencoderLoss(AutoencoderLoss):
         seen = {"pixels": (images + 1) * 127.5} if self._flow[0].needs_pixels else {}
         if self.training:
             return seen | {"latents": self._latents}
-        mean, std = normalised_posterior(self.vae, images)
-        return seen | {"latents": mean} | ({} if std is None else {"latents_std": std})
+        mean, std = posterior(self.vae, images)
+        seen |= {} if std is None else {"latents_std": std / self.norm.deviation}
+        return seen | {"latents": self.norm(mean)}
 
     def keep_statistics(self) -> None:
-        """Write the statistics of the batch norm, if any, into the autoencoder's config."""
-        if self.norm is not None:
-            mean, variance = self.norm.running_mean, self.norm.running_var
-            assert mean is not None and variance is not None
-            set_statistics(self.vae, mean, variance)
+        """Write the statistics of the latents into the autoencoder's config."""
+        set_statistics(self.vae, self.norm.running_mean, self.norm.running_var)
 
     @property
     def collapsed(self) -> bool:
@@ -225,8 +295,14 @@ class JointAutoencoderLoss(AutoencoderLoss):
             log.warning("WARNING: step %d: %s. %s", self._step_now + 1, error.what, error.fix)
 
     @property
+    def last(self) -> Tensor:
+        """Return the log-SNR at which the flow's noise levels end: that of the latents in the network's units."""
+        assert isinstance(self.norm, SpreadNorm)
+        return self.joint.log_snr + 2 * self.norm.spread.log()
+
+    @property
     def _noise(self) -> float:
-        """The noise of normalised latents: sigma / alpha at the log-SNR where the flow's noise levels end."""
+        """The noise of the latents, in the units of their spread."""
         return math.exp(-0.5 * self.joint.log_snr)
 
     def _collapse(self) -> UserError | None:
@@ -235,21 +311,20 @@ class JointAutoencoderLoss(AutoencoderLoss):
     def _encode(self, images: Tensor, random: SampleRandom) -> tuple[Tensor, Tensor | None]:
         """Return what the decoder learns from, raw; and the KL divergence to N(0, I) where it is a loss (alignment)."""
         encoded = self.vae.encode(images)
-        posterior = getattr(encoded, "latent_dist", None)
-        raw = encoded.latent if posterior is None else posterior.mean
+        drawn_from = getattr(encoded, "latent_dist", None)
+        raw = encoded.latent if drawn_from is None else drawn_from.mean
         if self.training and len(raw) > 1:
             self._watch(raw.detach().float())
         std = None
-        if posterior is not None:
-            raw, std = raw + posterior.std * random.normal(raw.shape[1:]), posterior.std
-        if self.norm is not None:
-            self._encoded = self.norm(raw.float()), None, random
-            return raw, None if posterior is None else posterior.kl().mean()
-        latents = normalise(self.vae, raw.float())
-        if std is not None:
-            std = normalise(self.vae, std.float()) - normalise(self.vae, torch.zeros_like(std).float())
-        self._encoded = latents, std, random
-        return denormalise(self.vae, latents + self._noise * random.normal(latents.shape[1:])), None
+        if drawn_from is not None:
+            raw, std = raw + drawn_from.std * random.normal(raw.shape[1:]), drawn_from.std
+        latents = self.norm(raw.float())
+        if isinstance(self.norm, ChannelNorm):
+            self._encoded = latents, None, random
+            return raw, None if drawn_from is None else drawn_from.kl().mean()
+        self._encoded = latents, None if std is None else std.float() / self.norm.deviation, random
+        noise = self._noise * self.norm.units.view(1, -1, 1, 1) * random.normal(raw.shape[1:])
+        return raw.float() + noise, None
 
     @torch.no_grad()
     def _watch(self, raw: Tensor) -> None:
@@ -271,7 +346,7 @@ def collapse(spread: Tensor, first_spread: Tensor, joint: JointConfig) -> UserEr
 
 
 def set_statistics(vae: Autoencoder, mean: Tensor, variance: Tensor) -> None:
-    """Write the statistics (C,) of a batch norm of raw latents into the autoencoder's config."""
+    """Write the statistics (C,) of raw latents into the autoencoder's config."""
     deviation = (variance + _EPS).sqrt()
     vae.register_to_config(
         latents_mean=mean.tolist(), latents_std=deviation.tolist(), scaling_factor=1.0, shift_factor=None
