@@ -31,8 +31,9 @@ class JointConfig:
     features of --alignment encoder through the network (REPA-E, arXiv:2504.10483). The loop's batch, steps, rate and
     optimiser are then also the autoencoder's; --vae is where it starts. Default: the autoencoder is trained first."""
     joint_log_snr: float | None = None
-    """unified and lsgm: log-SNR of the latents that the decoder learns from, where the flow's noise levels end.
-    Default: 5 (unified: noise of 0.08), 9 (lsgm: 0.01)."""
+    """unified and lsgm: log-SNR of the latents that the decoder learns from, where the flow's noise levels end, while
+    their spread is one. The spread is learned: this is where a run begins, and what latents tell in the end is decided
+    by --joint-weight. Default: 5 (unified: noise of 0.08), 9 (lsgm: 0.01)."""
     joint_weight: float | None = None
     """unified and lsgm: weight of the information in the latents, in nats for each pixel value: a higher one makes
     latents that are easier to generate and reconstruct worse. alignment: weight of the encoder's alignment loss.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -190,6 +191,25 @@ def test_with_the_plain_loss_in_the_encoder_latents_collapse() -> None:
     assert loss.spread < 0.05 and loss.collapsed
     with pytest.raises(UserError, match=r"has collapsed.*it is not exported"):
         loss.refuse_collapse()
+
+
+@pytest.mark.parametrize("mode", ["unified", "lsgm"])
+def test_a_common_factor_of_latents_and_noise_changes_nothing(mode: str) -> None:
+    """The network sees them at a spread of one, and each loss is the same."""
+    found, images = [], torch.randn(BATCH, DIM, 1, 1) * VARIANCES.sqrt().float().view(-1, 1, 1) + 1
+    for factor in (1.0, 4.0):
+        loss, flow = learnt(mode, 0)
+        loss.joint = replace(loss.joint, joint_log_snr=loss.joint.log_snr - 2 * math.log(factor))
+        with torch.no_grad():
+            loss.vae.encoder.weight.mul_(factor)
+            loss.vae.decoder.weight.div_(factor)
+            if loss.vae.log_std is not None:
+                loss.vae.log_std.add_(math.log(factor))
+        batch = {"images": images, "sample_ids": list(range(BATCH))}
+        of_images, of_latents = loss(batch), flow(batch)
+        assert float(loss._latents.square().mean()) == pytest.approx(1.0, abs=0.03)
+        found.append([of_images["loss"], of_images["rate"], of_latents["loss"]])
+    torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=1e-4)
 
 
 # ---------------------------------------------------------------- gradients
