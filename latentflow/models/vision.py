@@ -44,17 +44,26 @@ class VisionNetwork(ABC):
     def __deepcopy__(self, memo: object) -> VisionNetwork:
         return self
 
-    @abstractmethod
+    @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
-        """Return features (B, D) of whole images, which are resized to a square of `side`; nothing is cut off."""
+        """Return features (B, D) of whole images, without gradient, which are resized to a square of `side`; nothing is
+        cut off."""
+        return _in_parts(self._pooled, images)
 
-    @abstractmethod
+    @torch.no_grad()
     def patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return features (B, h * w, width) without gradient, row by row of the ``grid`` (h, w).
 
         The images are resized so that the network's patches are the cells of the grid, as in the paper that aligns to
         them (Yu et al. 2024, arXiv:2410.06940): no feature is interpolated.
         """
+        return _in_parts(lambda part: self._patches(part, grid), images)
+
+    @abstractmethod
+    def _pooled(self, images: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor: ...
 
     @abstractmethod
     def stages(self, images: Tensor) -> list[Tensor]:
@@ -69,6 +78,18 @@ class VisionNetwork(ABC):
         mean, std = self._colours.unbind()
         return (images - mean) / std
 
+
+def _in_parts(features: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Return the features of a batch, on a CPU a few images at a time.
+
+    The activations of a whole batch are larger than what the C library keeps for the next ones: each would be given
+    back to the system and zeroed by it again, which takes longer than the network.
+    """
+    size = _PART if images.device.type == "cpu" else len(images)
+    return torch.cat([features(part) for part in images.split(size)])
+
+
+_PART = 4  # images
 
 # Models of images and text, of which only the image half is wanted.
 _IMAGE_HALVES: dict[str, Any] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
@@ -110,15 +131,13 @@ class TransformersVision(VisionNetwork):
                 "Use a vision transformer such as DINOv2 or ViT.",
             ) from error
 
-    @torch.no_grad()
-    def pooled(self, images: Tensor) -> Tensor:
+    def _pooled(self, images: Tensor) -> Tensor:
         """Return the model's own pooled features, else the mean of all tokens, (B, width)."""
         output = self._network(self._seen(images, (self.side, self.side)), **self._options)
         pooled = getattr(output, "pooler_output", None) if self._pools else None
         return _positions(output.last_hidden_state).mean(2) if pooled is None else pooled.flatten(1)
 
-    @torch.no_grad()
-    def patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         rows, columns = grid
         seen = self._seen(images, (rows * self._patch, columns * self._patch))
         states = self._network(seen, **self._options).last_hidden_state
@@ -166,14 +185,12 @@ class EfficientNetLite0(VisionNetwork):
         directions: Tensor = torch.linalg.svd(network._fc.weight, full_matrices=False).Vh
         self._directions = directions[: self._DIRECTIONS].T
 
-    @torch.no_grad()
-    def pooled(self, images: Tensor) -> Tensor:
+    def _pooled(self, images: Tensor) -> Tensor:
         mean = self._last(self._seen(images, (self.side, self.side))).mean((2, 3))
         self._directions = self._directions.to(images.device)
         return F.normalize(mean, dim=1) @ self._directions
 
-    @torch.no_grad()
-    def patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         rows, columns = grid
         last = self._last(self._seen(images, (rows * self._CELL, columns * self._CELL)))
         return last.flatten(2).transpose(1, 2)

@@ -161,7 +161,11 @@ def train_joint(
             validate=None if held_out is None else validate, preview=preview, export=export, export_to=result
         ),
         description=describe(config, splits, model, recipe)
-        | {"autoencoder": config.autoencoder.describe(), "joint": asdict(config.joint)},
+        | {
+            "autoencoder": config.autoencoder.describe(),
+            "joint": asdict(config.joint),
+            **({} if config.joint.joint == "alignment" else {"network_sees": "latents at a spread of one"}),
+        },
     ):
         return
     forget_initial(output)

@@ -184,6 +184,11 @@ def _load(model: FlowModel, state: State, run: Path) -> None:
         joint = JointConfig(**state["description"]["joint"])
         if error := collapse(saved["spread"], saved["first_spread"], joint):
             raise UserError(f"{run}: {error.what}", error.fix)
+        if "norm.running_mean" not in saved:
+            raise UserError(
+                f"{run}: an earlier version began it, whose network saw latents at any spread",
+                "Begin a new run: nothing can go on from this one.",
+            )
         set_statistics(model.vae, saved["norm.running_mean"], saved["norm.running_var"])
     trained = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
     # Those of a loss that has more than the networks, such as the head of a feature alignment, are not needed.

@@ -109,8 +109,10 @@ def test_gradients_reach_the_images_and_no_weight(kind: str, tmp_path: Path) -> 
     check(network, positions=17 if kind in ("dinov2", "clip", "vit") else 16, depths=4)
     assert network.patches(images(), (3, 5)).shape == (2, 15, 8) and network.width == 8
     assert network.pooled(images()).shape == (2, 8)
-    # Each image for itself.
-    torch.testing.assert_close(network.pooled(images())[1:], network.pooled(images()[1:]))
+    # Each image for itself, however many there are.
+    many = torch.rand(9, 3, 20, 20, generator=torch.Generator().manual_seed(1))
+    for features in (network.pooled, lambda some: network.patches(some, (2, 3))):
+        torch.testing.assert_close(features(many), torch.cat([features(each[None]) for each in many]))
 
 
 def check(network: VisionNetwork, positions: int, depths: int) -> None:
