@@ -111,8 +111,8 @@ def test_gradients_reach_the_images_and_no_weight(kind: str, tmp_path: Path) -> 
     assert network.pooled(images()).shape == (2, 8)
     # Each image for itself, however many there are.
     many = torch.rand(9, 3, 20, 20, generator=torch.Generator().manual_seed(1))
-    for features in (network.pooled, lambda some: network.patches(some, (2, 3))):
-        torch.testing.assert_close(features(many), torch.cat([features(each[None]) for each in many]))
+    for found in (network.pooled, lambda some: network.patches(some, (2, 3))):
+        torch.testing.assert_close(found(many), torch.cat([found(each[None]) for each in many]))
 
 
 def check(network: VisionNetwork, positions: int, depths: int) -> None:
