@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from latentflow import LatentFlowPipeline
-from latentflow.data import find_source
-from latentflow.evaluation.data import DATA_SETTINGS, ImageSet, held_out, load_images, run_settings
+from latentflow.evaluation.data import ImageSet, held_out, load_images, open_source, run_settings
 from latentflow.evaluation.figures import VALIDATION_TIMES, reconstruction
 from latentflow.flow import Velocity
 
@@ -35,8 +34,8 @@ def main() -> None:
     for run in asked.runs:
         model: Any = LatentFlowPipeline.from_pretrained(f"{run}/pipeline").model
         settings = run_settings(run, asked.data)
-        source = find_source(asked.data, **{name: settings[name] for name in DATA_SETTINGS})
-        images = load_images(model, held_out(source, settings), settings["background"])
+        source = held_out(open_source(asked.data, settings), settings)
+        images = load_images(model, source, settings["background"])
         print(json.dumps({"run": run, "images": len(images), **figures(model, images)}), flush=True)
 
 

@@ -138,12 +138,9 @@ def objective(loss: Any, flow: JointFlowLoss) -> tuple[float, float]:
     reconstruction = errors / (2 * ERROR) + DIM / 2 * math.log(2 * math.pi * ERROR)
     information = 0.5 * (torch.logdet(latent) - torch.logdet(own))
     # Beyond it the KL divergence of all latents from the distribution that the network has learnt.
-    root = network.root.double()
-    own_units = float(loss.norm.spread)  # of the network, whose velocity is that of latents over their spread
-    root, apart = (
-        own_units * root,
-        own_units * network.mean[:, 0].double() + loss.norm.running_mean - vae.encoder.bias,
-    )
+    spread = float(loss.norm.spread)  # the network's velocity is that of latents over it
+    root = spread * network.root.double()
+    apart = spread * network.mean[:, 0].double() + loss.norm.running_mean - vae.encoder.bias
     prior = root @ root.T + noise
     inverse = torch.linalg.inv(prior)
     beyond = (
